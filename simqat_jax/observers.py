@@ -1,0 +1,143 @@
+"""Range observers: pure `init` and `update` on a small state."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from simqat_jax.config import QuantSpec
+
+
+class RangeState(NamedTuple):
+    """What one observer remembers.
+
+    Invariant: `lo > hi` (empty) until the first finite batch, finite with `lo <= hi` after it.
+    """
+
+    lo: jax.Array
+    """Lowest value, real units, float32, shape () or (C,)."""
+    hi: jax.Array
+    """Highest value, same shape."""
+    nonfinite: jax.Array
+    """Number of batches that held NaN or Inf and were left out, int32, shape ()."""
+
+
+def init_range(num_channels: int | None = None) -> RangeState:
+    """Return the empty range, per tensor or for `num_channels` channels.
+
+    Example:
+      >>> observed(init_range())
+      Array(False, dtype=bool)
+    """
+    shape = () if num_channels is None else (num_channels,)
+    return RangeState(
+        lo=jnp.full(shape, jnp.inf, jnp.float32),
+        hi=jnp.full(shape, -jnp.inf, jnp.float32),
+        nonfinite=jnp.zeros((), jnp.int32),
+    )
+
+
+def observed(state: RangeState) -> jax.Array:
+    """Tell whether the range has seen a finite batch: bool, shape ()."""
+    return jnp.all(state.lo <= state.hi)
+
+
+def extremes(
+    x: jax.Array, channel_axis: int | None = None, *, nonnegative: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Return the lowest and highest value of `x`, float32, shape () or (C,).
+
+    Args:
+      x: values, real units.
+      channel_axis: keep this axis; None: over all axes.
+      nonnegative: the caller knows that no value is below zero (a ReLU's output): `lo` is then 0
+        without a pass over the data, which is the range after it is widened to hold zero.
+    """
+    axes = (
+        None
+        if channel_axis is None
+        else tuple(a for a in range(x.ndim) if a != channel_axis % x.ndim)
+    )
+    hi = jnp.max(x, axis=axes).astype(jnp.float32)
+    lo = jnp.zeros_like(hi) if nonnegative else jnp.min(x, axis=axes).astype(jnp.float32)
+    return lo, hi
+
+
+def _weighted(weight: float, v: jax.Array) -> jax.Array:
+    """`weight * v`, rounded. The select keeps a compiler from contracting product and sum into one
+    fused multiply-add, which would round differently with and without jit."""
+    return jnp.where(jnp.isnan(v), v, jnp.float32(weight) * v)
+
+
+def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> RangeState:
+    """Take one batch's extremes into the state.
+
+    `ema`: `new = decay * old + (1 - decay) * batch`, the first batch initialises; `minmax`:
+    running extremes; `batch`: the batch's own.
+
+    Args:
+      state: the state before.
+      lo: lowest value of the batch, real units, shape of `state.lo`.
+      hi: highest value, same shape.
+      spec: names the observer and its decay.
+    Returns: the state after; unchanged but for `nonfinite + 1` if any extreme is NaN or Inf.
+    Raises: ValueError: a shape other than the state's.
+    Example:
+      >>> update_range(init_range(), -1.0, 2.0, QuantSpec()).hi
+      Array(2., dtype=float32)
+    Source: Krishnamoorthi, arXiv:1806.08342, section 3. The source system weighs old and new the
+      other way round.
+    """
+    lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
+    if lo.shape != state.lo.shape or hi.shape != state.hi.shape:
+        raise ValueError(
+            f"extremes of shape {lo.shape} and {hi.shape} do not fit a range of shape "
+            f"{state.lo.shape}."
+        )
+    if spec.observer == "minmax":
+        new_lo, new_hi = jnp.minimum(state.lo, lo), jnp.maximum(state.hi, hi)
+    elif spec.observer == "batch":
+        new_lo, new_hi = lo, hi
+    else:
+        decay = spec.ema_decay
+        started = observed(state)
+        new_lo, new_hi = (
+            jnp.where(started, _weighted(decay, old) + _weighted(1 - decay, new), new)
+            for old, new in ((state.lo, lo), (state.hi, hi))
+        )
+    finite = jnp.all(jnp.isfinite(lo) & jnp.isfinite(hi))
+    return RangeState(
+        lo=jnp.where(finite, new_lo, state.lo),
+        hi=jnp.where(finite, new_hi, state.hi),
+        nonfinite=state.nonfinite + jnp.where(finite, 0, 1).astype(jnp.int32),
+    )
+
+
+def observe(
+    state: RangeState, x: ArrayLike, spec: QuantSpec, channel_axis: int | None = -1
+) -> RangeState:
+    """Take the extremes of `x` into the state: `update_range(state, min(x), max(x), spec)`.
+
+    Args:
+      state: the state before, from `init_range` or an earlier `observe`.
+      x: values, real units, any shape and float dtype.
+      spec: names the observer; `per_channel` keeps `channel_axis`.
+      channel_axis: the channel axis of `x` where `spec.per_channel`.
+    Returns: the state after.
+    Raises: ValueError: `x` is empty, or `spec.per_channel` and `x` has no such axis.
+    Example:
+      >>> observe(init_range(), jnp.array([0.5, 2.0]), QuantSpec()).lo
+      Array(0.5, dtype=float32)
+    """
+    x = jnp.asarray(x)
+    if x.size == 0:
+        raise ValueError(f"cannot observe the range of an empty array of shape {x.shape}.")
+    if not spec.per_channel:
+        channel_axis = None
+    elif channel_axis is None or not -x.ndim <= channel_axis < x.ndim:
+        raise ValueError(
+            f"a per-channel range needs a channel axis: channel_axis is {channel_axis} and x has "
+            f"shape {x.shape}."
+        )
+    return update_range(state, *extremes(x, channel_axis), spec)

@@ -1,1 +1,42 @@
-"""Quantization-aware training of Flax (linen) models."""
+"""Quantization-aware training of Flax (linen) models.
+
+qmodel = SimQAT(SimQATConfig()).apply(model)
+variables = qmodel.init(key, x)
+logits, updates = qmodel.apply(variables, x, mutable=["batch_stats", "quant_stats"])
+print(qmodel.plan(variables, x))
+"""
+
+from importlib.metadata import version as _version
+
+from simqat_jax.config import QuantSpec, SimQATConfig
+from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
+from simqat_jax.observers import RangeState, init_range, observe, observed, update_range
+from simqat_jax.qat import (
+    QuantizedModule,
+    SimQAT,
+    SimulatedQuantizationAwareTraining,
+    nonfinite_ranges,
+)
+from simqat_jax.report import Plan
+
+__version__ = _version("simqat-jax")
+
+__all__ = [
+    "Plan",
+    "QuantParams",
+    "QuantSpec",
+    "QuantizedModule",
+    "RangeState",
+    "SimQAT",
+    "SimQATConfig",
+    "SimulatedQuantizationAwareTraining",
+    "dequantize",
+    "fake_quant",
+    "init_range",
+    "nonfinite_ranges",
+    "observe",
+    "observed",
+    "quant_params",
+    "quantize",
+    "update_range",
+]

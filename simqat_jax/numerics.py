@@ -36,6 +36,15 @@ def true_divide(x: jax.Array, divisor: ArrayLike) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
 
 
+def rounded_product(x: jax.Array, factor: ArrayLike) -> jax.Array:
+    """Multiply with a rounding of its own: `f32(x * factor)`.
+
+    Compilers contract a product and the sum behind it into one fused multiply-add, which rounds
+    once instead of twice, with jit and not without. They do not reach through a `select`.
+    """
+    return jnp.where(jnp.isnan(x), x, x * factor)
+
+
 def along_channel(v: jax.Array, ndim: int, channel_axis: int | None) -> jax.Array:
     """Reshape `(C,)` so that it broadcasts along `channel_axis` of `ndim` axes; `()` stays."""
     if v.ndim == 0:

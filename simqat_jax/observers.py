@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from simqat_jax.config import QuantSpec
+from simqat_jax.numerics import rounded_product
 
 
 class RangeState(NamedTuple):
@@ -64,12 +65,6 @@ def extremes(
     return lo, hi
 
 
-def _weighted(weight: float, v: jax.Array) -> jax.Array:
-    """`weight * v`, rounded. The select keeps a compiler from contracting product and sum into one
-    fused multiply-add, which would round differently with and without jit."""
-    return jnp.where(jnp.isnan(v), v, jnp.float32(weight) * v)
-
-
 def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> RangeState:
     """Take one batch's extremes into the state.
 
@@ -103,7 +98,7 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
         decay = spec.ema_decay
         started = observed(state)
         new_lo, new_hi = (
-            jnp.where(started, _weighted(decay, old) + _weighted(1 - decay, new), new)
+            jnp.where(started, rounded_product(old, decay) + rounded_product(new, 1 - decay), new)
             for old, new in ((state.lo, lo), (state.hi, hi))
         )
     finite = jnp.all(jnp.isfinite(lo) & jnp.isfinite(hi))

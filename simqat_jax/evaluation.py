@@ -1,0 +1,312 @@
+"""Run a planned model with JAX: simulated quantization in training, exact codes in evaluation."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simqat_jax.capture import batch_norm
+from simqat_jax.config import SimQATConfig
+from simqat_jax.graph import LAYER_KINDS, Constant, Node, Operand
+from simqat_jax.integer_arithmetic import Codes, centered_codes, real_values
+from simqat_jax.integer_forms import integer_form
+from simqat_jax.numerics import QuantParams, fake_quant, quant_params, straight_through
+from simqat_jax.observers import extremes, observed, update_range
+from simqat_jax.planning import Placement, Quantizer, Step, kernel_channels
+
+Extremes = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Value(NamedTuple):
+    """A tensor while the model runs.
+
+    Attributes:
+      real: its values, in the model's own dtype.
+      codes: in evaluation, for a tensor on a grid: `code - zero_point`, float32.
+    """
+
+    real: Any
+    codes: jax.Array | None = None
+
+
+def evaluate(
+    placement: Placement,
+    config: SimQATConfig,
+    inputs: Sequence[Any],
+    stats: Mapping[str, Any],
+    *,
+    training: bool,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Run the model on the values of its inputs.
+
+    Args:
+      placement: the model and its quantizers.
+      config: the quantization.
+      inputs: one value per tensor of `placement.graph.inputs`.
+      stats: a RangeState per name of `placement.stateful`, and "step": training steps so far.
+      training: observe ranges and simulate; otherwise use the ranges, unchanged, and compute what
+        an integer implementation computes.
+    Returns: the values of `placement.graph.outputs`, and the new `stats`.
+    """
+    run = _Run(placement, config, stats, training)
+    env = {v: Value(x) for v, x in zip(placement.graph.inputs, inputs, strict=True)}
+    seen: Extremes = {}
+    for v in placement.graph.inputs:
+        if v in placement.at:
+            env[v] = run.put_on_grid(placement.at[v], env[v].real, seen)
+    run.steps(placement.steps, env, seen)
+    outputs = [_read(v, env).real for v in placement.graph.outputs]
+    if not training:
+        return outputs, dict(stats)
+    new_stats = dict(stats)
+    for name, quantizer in placement.stateful.items():
+        new_stats[name] = update_range(stats[name], *seen[name], quantizer.spec)
+    return outputs, {**new_stats, "step": stats["step"] + 1}
+
+
+def _read(v: Operand, env: Mapping[int, Value]) -> Value:
+    return Value(v.value) if isinstance(v, Constant) else env[v]
+
+
+def _flat_kernel(node: Node, kernel: jax.Array) -> jax.Array:
+    """View a kernel as (inputs, output channels)."""
+    assert node.layer is not None
+    return kernel.reshape(-1, kernel_channels(node.layer.module, kernel.shape))
+
+
+class _Run:
+    """One evaluation: what it needs at every step. `seen` collects a training step's extremes."""
+
+    def __init__(
+        self, placement: Placement, config: SimQATConfig, stats: Mapping[str, Any], training: bool
+    ):
+        self.placement = placement
+        self.config = config
+        self.stats = stats
+        self.training = training
+
+    # Steps ------------------------------------------------------------------------------------
+
+    def steps(self, steps: Iterable[Step], env: dict[int, Value], seen: Extremes) -> None:
+        """Run steps in order; those inside one `nn.remat` as one rematerialized function."""
+        for remat, group in itertools.groupby(steps, key=lambda s: s.node.remat):
+            if remat is None:
+                for step in group:
+                    self.step(step, env, seen)
+            else:
+                self.rematerialized(remat[1], list(group), env, seen)
+
+    def rematerialized(
+        self, params: Mapping[str, Any], steps: list[Step], env: dict[int, Value], seen: Extremes
+    ) -> None:
+        nodes = [node for step in steps for node in step.nodes]
+        made = {v for node in nodes for v in node.outputs}
+        read = {v for node in nodes for v in node.inputs if isinstance(v, int)} - made
+        others = (n for s in self.placement.steps if s not in steps for n in s.nodes)
+        used = {v for node in others for v in node.inputs} | set(self.placement.graph.outputs)
+
+        def region(values: dict[int, Value], seen: Extremes):
+            inner, seen = dict(values), dict(seen)
+            for step in steps:
+                self.step(step, inner, seen)
+            return {v: inner[v] for v in made & used if v in inner}, seen
+
+        results, now_seen = jax.checkpoint(region, **params)({v: env[v] for v in read}, seen)
+        env.update(results)
+        seen.update(now_seen)
+
+    def step(self, step: Step, env: dict[int, Value], seen: Extremes) -> None:
+        operands = [self.operand(step, i, v, env, seen) for i, v in enumerate(step.node.inputs)]
+        results = self.simulate(step, operands, env, seen)
+        for v, x in results.items():
+            quantizer = self.placement.at.get(v)
+            if quantizer is None:
+                env[v] = Value(x, self.moved_codes(step, v, operands))
+            elif self.training:
+                nonnegative = step.nodes[-1].kind == "clamp" and step.nodes[-1].bounds[0] >= 0
+                env[v] = self.put_on_grid(quantizer, x, seen, nonnegative)
+            else:
+                env[v] = self.exact(step, quantizer, x, operands, env)
+
+    def operand(
+        self, step: Step, position: int, v: Operand, env: Mapping[int, Value], seen: Extremes
+    ) -> Value:
+        value, quantizer = _read(v, env), self.placement.constants.get((step, position))
+        return (
+            value
+            if quantizer is None
+            else self.put_on_grid(quantizer, jnp.asarray(value.real), seen)
+        )
+
+    def simulate(
+        self, step: Step, operands: list[Value], env: dict[int, Value], seen: Extremes
+    ) -> dict[int, jax.Array]:
+        """Run the step on real values, with fake-quantized kernel, before any output quantizer."""
+        values = [operand.real for operand in operands]
+        if self.is_quantized_layer(step.node):
+            values[1] = self.quantized_kernel(step.node, values[1], seen)
+        results: dict[int, jax.Array] = {}
+        for node in step.nodes:
+            if node is not step.node:
+                values = [
+                    results.pop(node.inputs[0]),
+                    *(_read(v, env).real for v in node.inputs[1:]),
+                ]
+            results.update(zip(node.outputs, self.run_node(node, values), strict=True))
+        return results
+
+    def run_node(self, node: Node, values: Sequence[Any]) -> Sequence[Any]:
+        freeze, layer = self.config.freeze_bn, node.layer
+        results = node.run(*values)
+        if node.kind != "batch_norm" or layer is None or not layer.training or freeze is None:
+            return results
+        frozen = self.stats["step"] >= freeze
+        still = batch_norm(layer, *values, use_running_average=True)
+        kept = [values[1 + layer.names.index(name)] for name in ("mean", "var")]
+        return [jnp.where(frozen, a, b) for a, b in zip((*still, *kept), results, strict=True)]
+
+    # Kernels ----------------------------------------------------------------------------------
+
+    def is_quantized_layer(self, node: Node) -> bool:
+        return (
+            node.kind in LAYER_KINDS
+            and node.layer is not None
+            and node.layer.path in self.placement.weights
+        )
+
+    def kernel_quantizer(self, node: Node) -> Quantizer:
+        assert node.layer is not None
+        return self.placement.weights[node.layer.path]
+
+    def kernel_range(
+        self, quantizer: Quantizer, flat: jax.Array, seen: Extremes | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the range of a kernel viewed as (inputs, channels); observe it if `seen`."""
+        if not quantizer.has_state:
+            axis = None if quantizer.num_channels is None else -1
+            return extremes(jax.lax.stop_gradient(flat), axis)
+        if seen is not None:
+            return self.observe(quantizer, flat, seen)
+        return self.stats[quantizer.name].lo, self.stats[quantizer.name].hi
+
+    def quantized_kernel(self, node: Node, kernel: jax.Array, seen: Extremes) -> jax.Array:
+        quantizer, flat = self.kernel_quantizer(node), _flat_kernel(node, kernel)
+        lo, hi = self.kernel_range(quantizer, flat, seen if self.training else None)
+        rounded = fake_quant(flat, lo, hi, quantizer.spec).reshape(kernel.shape)
+        return self.after_delay(quantizer.spec.quant_delay, rounded, kernel)
+
+    def kernel_codes(self, node: Node, kernel: jax.Array) -> Codes:
+        quantizer, flat = self.kernel_quantizer(node), _flat_kernel(node, kernel)
+        params = quant_params(*self.kernel_range(quantizer, flat, None), quantizer.spec)
+        codes = centered_codes(flat, params, quantizer.spec).reshape(kernel.shape)
+        return Codes(codes, params, quantizer.spec)
+
+    # Activations ------------------------------------------------------------------------------
+
+    def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:
+        """Return `quantized` once `delay` training steps have passed, `real` before."""
+        return quantized if delay == 0 else jnp.where(self.stats["step"] >= delay, quantized, real)
+
+    def observe(
+        self, quantizer: Quantizer, x: jax.Array, seen: Extremes, nonnegative: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Take a tensor into its range; tensors that share a range widen each other's batch."""
+        axis = None if quantizer.num_channels is None else -1
+        lo, hi = extremes(jax.lax.stop_gradient(x), axis, nonnegative=nonnegative)
+        if quantizer.role == "constant":
+            return lo, hi
+        if quantizer.name in seen:
+            before = seen[quantizer.name]
+            lo, hi = jnp.minimum(lo, before[0]), jnp.maximum(hi, before[1])
+        seen[quantizer.name] = lo, hi
+        state = update_range(self.stats[quantizer.name], lo, hi, quantizer.spec)
+        return state.lo, state.hi
+
+    def grid(self, quantizer: Quantizer, x: jax.Array) -> QuantParams:
+        """Return the grid that evaluation uses; NaN where the range was never observed."""
+        if quantizer.role == "constant":
+            return quant_params(*extremes(jax.lax.stop_gradient(x)), quantizer.spec)
+        state = self.stats[quantizer.name]
+        params = quant_params(state.lo, state.hi, quantizer.spec)
+        return params._replace(scale=jnp.where(observed(state), params.scale, jnp.nan))
+
+    def put_on_grid(
+        self, quantizer: Quantizer, x: jax.Array, seen: Extremes, nonnegative: bool = False
+    ) -> Value:
+        """Quantize a tensor as it is: a model input, in training any tensor."""
+        spec = quantizer.spec
+        if self.training:
+            lo, hi = self.observe(quantizer, x, seen, nonnegative)
+            return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))
+        params = self.grid(quantizer, x)
+        return self.evaluated(quantizer, Codes(centered_codes(x, params, spec), params, spec), x)
+
+    def evaluated(
+        self, quantizer: Quantizer, codes: Codes, x: jax.Array, kernel_delay: int = 0
+    ) -> Value:
+        """Return a tensor of known codes, with the gradient of fake quantization of `x`."""
+        state_or_x = self.stats.get(quantizer.name)
+        lo, hi = extremes(jax.lax.stop_gradient(x)) if state_or_x is None else state_or_x[:2]
+        simulated = fake_quant(x, lo, hi, codes.spec)
+        real = straight_through(real_values(codes).astype(x.dtype), simulated)
+        real = self.after_delay(kernel_delay, real, simulated)
+        return Value(self.after_delay(codes.spec.quant_delay, real, x), codes.codes)
+
+    # Exact evaluation -------------------------------------------------------------------------
+
+    def exact(
+        self,
+        step: Step,
+        quantizer: Quantizer,
+        x: jax.Array,
+        operands: list[Value],
+        env: Mapping[int, Value],
+    ) -> Value:
+        """Quantize a step's result, computed in integers where the step has an integer form."""
+        params, spec, delay = self.grid(quantizer, x), quantizer.spec, 0
+        values = [
+            {} if n.layer is None else dict(zip(n.layer.names, rest, strict=True))
+            for n in step.nodes
+            for rest in ([_read(v, env).real for v in n.inputs[1:]],)
+        ]
+        kernel = None
+        if self.is_quantized_layer(step.node):
+            kernel = self.kernel_codes(step.node, values[0]["kernel"])
+            delay = kernel.spec.quant_delay
+        codes = None
+        if step.quantized:
+            inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
+            codes = integer_form(step, inputs, kernel, values, params, spec)
+        if codes is None:
+            codes = centered_codes(x, params, spec)
+        return self.evaluated(quantizer, Codes(codes, params, spec), x, delay)
+
+    def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:
+        v = step.node.inputs[position]
+        grid = self.placement.constants.get((step, position))
+        grid = grid or (self.placement.grids.get(v) if isinstance(v, int) else None)
+        if grid is None or value.codes is None:
+            return None
+        return Codes(value.codes, self.grid(grid, value.real), grid.spec)
+
+    def moved_codes(self, step: Step, v: int, operands: list[Value]) -> jax.Array | None:
+        """Return the codes of a tensor that keeps its input's grid, moved as its values are."""
+        node = step.node
+        if self.training or v not in self.placement.grids or operands[0].codes is None:
+            return None
+        dtype = operands[0].real.dtype
+        if not (dtype == jnp.float32 or codes_fit(dtype, self.placement.grids[v].spec)):
+            return None
+        values = [
+            operand.real if operand.codes is None else operand.codes.astype(dtype)
+            for operand in operands
+        ]
+        return node.run(*values)[node.outputs.index(v)].astype(jnp.float32)
+
+
+def codes_fit(dtype: Any, spec: Any) -> bool:
+    """Whether a float dtype holds every centered code of a width exactly."""
+    return spec.qmax - spec.qmin < 2 ** (jnp.finfo(np.dtype(dtype)).nmant + 1)

@@ -1,0 +1,145 @@
+"""The integer form of each operation: from the codes of its inputs to the codes of its output."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax import integer_arithmetic as integer
+from simqat_jax.config import QuantSpec
+from simqat_jax.graph import LAYER_KINDS, Constant
+from simqat_jax.integer_arithmetic import Codes
+from simqat_jax.numerics import QuantParams, rounded_product, true_divide
+from simqat_jax.planning import Step
+
+_FREE = (-math.inf, math.inf)
+
+
+def integer_form(
+    step: Step,
+    inputs: Sequence[Codes | None],
+    kernel: Codes | None,
+    values: Sequence[Mapping[str, Any]],
+    params: QuantParams,
+    spec: QuantSpec,
+) -> jax.Array | None:
+    """Compute the codes of a step's output from those of its inputs.
+
+    Args:
+      step: a quantized step.
+      inputs: the codes of each of its inputs; None for one that is no tensor on a grid.
+      kernel: the kernel's codes, for a Conv or Dense.
+      values: for each node of the step its parameters and statistics, by name, real units.
+      params: the output's grid.
+      spec: the output's width.
+    Returns: centered codes, or None where the step has no exact integer form: an elementwise
+      function, per-channel activations, a BatchNorm on batch statistics, widths too large for
+      int32 sums.
+    """
+    x = inputs[0]
+    if x is None or spec.per_channel or x.spec.per_channel:
+        return None
+    output = (params, spec, step.clamp.bounds if step.clamp else _FREE)
+    kind = step.node.kind
+    if kind in LAYER_KINDS and kernel is not None:
+        return _linear(step, x, kernel, values, output)
+    if kind == "batch_norm":
+        return _batch_norm(step, x, values, output)
+    if kind == "mean":
+        return _mean(step, x, output)
+    if kind in ("add", "mul") and len(inputs) == 2 and inputs[1] is not None:
+        return (_add if kind == "add" else _mul)(step, x, inputs[1], output)
+    return None
+
+
+_Output = tuple[QuantParams, QuantSpec, tuple[float, float]]
+
+
+def _linear(
+    step: Step, x: Codes, kernel: Codes, values: Sequence[Mapping[str, Any]], output: _Output
+) -> jax.Array | None:
+    """`rint(f32(acc + bias) * f32(s_x * s_w) / s_y)`, with BatchNorm in scale and bias."""
+    assert step.node.layer is not None
+    module: Any = step.node.layer.module
+    bias, weights, weight_scale = values[0].get("bias"), kernel.codes, kernel.params.scale
+    if step.batch_norm is not None:
+        assert step.batch_norm.layer is not None
+        if step.batch_norm.layer.training:
+            return None
+        slope, shift = _affine(step.batch_norm.layer.module, values[1])
+        weights = weights * jnp.sign(slope).reshape((1,) * (weights.ndim - 1) + (-1,))
+        weight_scale = jnp.where(slope == 0, weight_scale, weight_scale * jnp.abs(slope))
+        bias = shift if bias is None else rounded_product(bias, slope) + shift
+    acc = integer.linear(module, x.codes, weights, x.spec, kernel.spec)
+    if acc is None:
+        return None
+    unit = x.params.scale * weight_scale
+    rank = 1 if isinstance(module.features, int) else len(module.features)
+    channels = acc.shape[acc.ndim - rank :]
+
+    def per_channel(v):
+        return v if v.ndim == 0 else v.reshape((1,) * (acc.ndim - rank) + channels)
+
+    if bias is not None:
+        acc = acc + per_channel(integer.integer_bias(bias.reshape(-1), unit))
+    return integer.requantize(acc, per_channel(true_divide(unit, output[0].scale)), *output)
+
+
+def _affine(norm: Any, values: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    return integer.batch_norm_affine(
+        norm, values.get("scale"), values.get("bias"), values["mean"], values["var"]
+    )
+
+
+def _batch_norm(
+    step: Step, x: Codes, values: Sequence[Mapping[str, Any]], output: _Output
+) -> jax.Array | None:
+    """A BatchNorm of its own: a 1x1 depthwise convolution, with one weight of +-127 a channel."""
+    layer = step.node.layer
+    if layer is None or layer.training or x.spec.num_bits > 16:
+        return None
+    slope, shift = _affine(layer.module, values[0])
+    weight_scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
+    unit = x.params.scale * weight_scale
+    rank = x.codes.ndim
+    sign = jnp.sign(slope).reshape((1,) * (rank - 1) + (-1,))
+    acc = (x.codes * sign).astype(jnp.int32) * 127
+    acc = acc + integer.integer_bias(shift, unit).reshape(sign.shape)
+    multiplier = true_divide(unit, output[0].scale).reshape(sign.shape)
+    return integer.requantize(acc, multiplier, *output)
+
+
+def _mean(step: Step, x: Codes, output: _Output) -> jax.Array | None:
+    """`rint(sum(q - z_x) * f32(s_x / (s_y * n))) + z_y`."""
+    node = step.node
+    divisor = 1.0 if node.divisor is None else node.divisor
+    if isinstance(divisor, int):
+        return None
+    if isinstance(divisor, Constant):
+        divisor = divisor.value
+    if jnp.result_type(divisor) != jnp.float32:
+        return None
+    rest = (v.value for v in node.inputs[1:] if isinstance(v, Constant))
+    mean = node.run(x.codes, *rest)[0]
+    total = jnp.round(mean * divisor).astype(jnp.int32)  # undoes the division, exactly
+    unit = true_divide(x.params.scale, rounded_product(output[0].scale, divisor))
+    return integer.requantize(total, unit, *output)
+
+
+def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
+    if max(x.spec.num_bits, y.spec.num_bits) > 8:
+        return None
+    sign = -1 if step.node.op == "sub" else 1
+    scales = (x.params.scale, sign * y.params.scale)
+    return integer.add(x.codes, y.codes, scales, *output)
+
+
+def _mul(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
+    del step
+    if x.spec.num_bits + y.spec.num_bits > 24:
+        return None
+    product = (x.codes * y.codes).astype(jnp.int32)
+    unit = true_divide(x.params.scale * y.params.scale, output[0].scale)
+    return integer.requantize(product, unit, *output)

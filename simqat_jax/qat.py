@@ -1,0 +1,216 @@
+"""SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core.scope import subtract_filters
+
+from simqat_jax.capture import Capture, capture
+from simqat_jax.config import SimQATConfig
+from simqat_jax.evaluation import evaluate
+from simqat_jax.observers import RangeState, init_range
+from simqat_jax.planning import Placement, place_quantizers
+from simqat_jax.report import Plan
+
+COLLECTION = "quant_stats"
+
+
+class SimQAT:
+    """Simulated quantization-aware training.
+
+    Args:
+      config: what to quantize and how; `SimQATConfig()` by default.
+    Raises: TypeError: `config` is no SimQATConfig.
+    Example:
+      >>> qmodel = SimQAT(SimQATConfig()).apply(nn.Dense(10))
+      >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> sorted(variables["quant_stats"])
+      ['input', 'output', 'step']
+    """
+
+    def __init__(self, config: SimQATConfig | None = None):
+        config = SimQATConfig() if config is None else config
+        if not isinstance(config, SimQATConfig):
+            raise TypeError(
+                f"SimQAT takes a SimQATConfig, got {config!r} of type {type(config).__name__}."
+            )
+        self.config = config
+
+    def apply(self, module: nn.Module) -> "QuantizedModule":
+        """Return a module that computes `module` with simulated quantization.
+
+        Its `params` (and `batch_stats`) have the tree, the names and, for one key, the initial
+        values of the float module's; the new collection `quant_stats` holds the ranges.
+
+        Args:
+          module: any linen module; it is not changed.
+        Raises: TypeError: `module` is no linen Module instance. ValueError: it is bound to
+          variables, or is already quantization-aware.
+        """
+        if isinstance(module, type) or not isinstance(module, nn.Module):
+            raise TypeError(
+                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}."
+            )
+        if isinstance(module, QuantizedModule):
+            raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")
+        if module.scope is not None:
+            raise ValueError(
+                f"SimQAT.apply takes an unbound module, and this {type(module).__name__} is bound "
+                "to variables. Apply it to the module as constructed, before bind or setup."
+            )
+        return QuantizedModule(module, self.config)
+
+
+SimulatedQuantizationAwareTraining = SimQAT
+"""`SimQAT` under the full name that MindSpore Golden Stick uses."""
+
+
+class QuantizedModule(nn.Module):
+    """A linen module that computes `module` with simulated quantization.
+
+    Made by `SimQAT.apply`. Where `quant_stats` is mutable, a call observes ranges and counts as a
+    training step; where it is not, it uses the ranges and computes what an integer implementation
+    computes, code for code.
+
+    Attributes:
+      module: the float module.
+      config: what to quantize and how.
+    """
+
+    module: nn.Module
+    config: SimQATConfig
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; takes and returns what the float module does."""
+        result = None
+        if self.is_initializing():
+            result = self.module(*args, **kwargs)
+        captured = self._capture(args, kwargs)
+        placement = place_quantizers(captured.graph, self.config)
+        stats = self._stats(placement)
+        if self.is_initializing():
+            return result
+        training = self.is_mutable_collection(COLLECTION)
+        values, stats = evaluate(placement, self.config, captured.inputs, stats, training=training)
+        if training:
+            self._store(COLLECTION, stats)
+        output, updates = captured.restore(values)
+        for collection, tree in updates.items():
+            self._store(collection, tree)
+        return output
+
+    def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
+        variables = {k: v for k, v in self.variables.items() if k != COLLECTION}
+        assert self.scope is not None
+        if self.is_initializing():
+            mutable: Any = list(variables)  # the updates are dropped
+        else:
+            mutable = subtract_filters(self.scope.mutable, COLLECTION)
+        return capture(
+            self.module.clone(parent=None, name=None),
+            variables,
+            args,
+            kwargs,
+            rngs={name: rng.as_jax_rng() for name, rng in self.scope.rngs.items()},
+            mutable=mutable,
+            exclude=self.config.exclude,
+            forbidden=QuantizedModule,
+        )
+
+    def _store(self, collection: str, tree: Mapping[str, Any]) -> None:
+        for name, value in tree.items():
+            self.put_variable(collection, name, value)
+
+    def _stats(self, placement: Placement) -> dict[str, Any]:
+        """Return the range of every quantizer; create what is missing where that is allowed."""
+        fresh: dict[str, Any] = {"step": jnp.zeros((), jnp.int32)}
+        fresh |= {name: init_range(q.num_channels) for name, q in placement.stateful.items()}
+        stats = {
+            name: _range_state(self.get_variable(COLLECTION, name))
+            for name in fresh
+            if self.has_variable(COLLECTION, name)
+        }
+        missing = [name for name in fresh if name not in stats]
+        if not self.is_mutable_collection(COLLECTION):
+            check_observed(placement, stats, missing)
+        for name in missing:
+            self.put_variable(COLLECTION, name, fresh[name])
+        return fresh | stats
+
+    @nn.nowrap
+    def plan(
+        self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> Plan:
+        """Tell what is quantized and how, for a call with these arguments; computes nothing.
+
+        Args:
+          variables: what `init` returned, or a trained version of it.
+          args: the arguments of the call (arrays or ShapeDtypeStructs).
+          rngs: keys of random streams, where the call needs any; by default dummies are used.
+          kwargs: its keyword arguments.
+        Returns: a Plan; print it.
+        Raises: ValueError: what the call itself would raise.
+        """
+        floats = {k: v for k, v in variables.items() if k != COLLECTION}
+        captured = capture(
+            self.module.clone(parent=None, name=None),
+            floats,
+            args,
+            kwargs,
+            rngs={"params": jax.random.key(0)} if rngs is None else rngs,
+            mutable=list(floats),
+            exclude=self.config.exclude,
+            forbidden=QuantizedModule,
+        )
+        placement = place_quantizers(captured.graph, self.config)
+        return Plan(placement, self.config, variables.get(COLLECTION, {}))
+
+
+def _range_state(state: Any) -> Any:
+    """Restore the type of a state that a checkpoint library returned as a dictionary."""
+    return RangeState(**state) if isinstance(state, Mapping) else state
+
+
+def check_observed(placement: Placement, stats: Mapping[str, Any], missing: list[str]) -> None:
+    """Raise ValueError if evaluation needs a range that is missing or, where values are at hand
+    (outside of jit), empty."""
+    if missing:
+        raise ValueError(
+            f"the variables hold no quant_stats for {', '.join(missing)}. Pass the quant_stats "
+            "of this model's init (called with the same kind of arguments), or make the "
+            "collection mutable: apply(..., mutable=['quant_stats'])."
+        )
+    concrete = {
+        name: state
+        for name, state in stats.items()
+        if isinstance(state, RangeState) and not isinstance(state.lo, jax.core.Tracer)
+    }
+    empty = [name for name, s in concrete.items() if np.any(np.asarray(s.lo) > np.asarray(s.hi))]
+    if empty:
+        raise ValueError(
+            f"the ranges of {', '.join(empty)} were never observed, so evaluation has no grid for "
+            "them. Train, or calibrate with apply(..., mutable=['quant_stats']), and evaluate "
+            "with the updated quant_stats."
+        )
+
+
+def nonfinite_ranges(quant_stats: Mapping[str, Any]) -> dict[str, int]:
+    """Name the tensors that held NaN or Inf.
+
+    Args:
+      quant_stats: the collection, after training steps.
+    Returns: for each such tensor the number of steps in which it did. Those batches did not enter
+      its range.
+    Example:
+      >>> nonfinite_ranges({"input": init_range()})
+      {}
+    """
+    states = {k: s for k, s in quant_stats.items() if isinstance(s, RangeState)}
+    return {name: int(s.nonfinite) for name, s in states.items() if int(s.nonfinite)}

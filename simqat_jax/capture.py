@@ -71,7 +71,6 @@ class _LayerCall(NamedTuple):
     layer: Layer
     kind: Kind
     op: str
-    run: Callable[..., tuple[jax.Array, ...]]
     shapes: tuple[tuple[int, ...], ...]
 
 
@@ -140,7 +139,7 @@ class _Recorder:
                 self.inside_layer = False
 
         boundary.__name__ = f"{_LAYER_MARK}{len(self.calls)}"
-        self.calls.append(_LayerCall(layer, kind, op, fn, tuple(map(jnp.shape, operands))))
+        self.calls.append(_LayerCall(layer, kind, op, tuple(map(jnp.shape, operands))))
         return jax.jit(boundary)(*operands)
 
     def _call_linear(self, base, next_fun, module, args, kwargs):
@@ -310,6 +309,11 @@ def _bind_eqn(eqn: core.JaxprEqn) -> Callable[..., tuple]:
     return run
 
 
+def _inlined(eqn: core.JaxprEqn) -> Callable[..., tuple]:
+    closed = eqn.params["jaxpr"]
+    return lambda *values: tuple(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *values))
+
+
 def _only_elementwise(jaxpr: core.Jaxpr) -> bool:
     for eqn in jaxpr.eqns:
         subs = list(core.jaxprs_in_params(eqn.params))
@@ -436,7 +440,7 @@ class _Flattener:
             self.unreachable(number, "vmap")
             return self.emit(eqn, "float", call.op, path, inputs, _bind_eqn(eqn), remat, {})
         extra = {"layer": call.layer}
-        return self.emit(eqn, call.kind, call.op, path, inputs, call.run, remat, extra)
+        return self.emit(eqn, call.kind, call.op, path, inputs, _inlined(eqn), remat, extra)
 
     def emit(self, eqn, kind, op, path, inputs, run, remat, extra) -> tuple[int, ...]:
         outputs = tuple(self.new(v.aval) for v in eqn.outvars)

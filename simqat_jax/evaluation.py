@@ -14,10 +14,11 @@ from simqat_jax.graph import LAYER_KINDS, Constant, Node, Operand
 from simqat_jax.integer_arithmetic import Codes, centered_codes, real_values
 from simqat_jax.integer_forms import integer_form
 from simqat_jax.numerics import QuantParams, fake_quant, quant_params, straight_through
-from simqat_jax.observers import extremes, observed, update_range
+from simqat_jax.observers import RangeState, extremes, observed, update_range
 from simqat_jax.planning import Placement, Quantizer, Step, kernel_channels
 
-Extremes = dict[str, tuple[jax.Array, jax.Array]]
+Seen = dict[str, tuple[jax.Array, jax.Array, RangeState]]
+"""What a training step has observed of each range so far: lowest, highest, and the new state."""
 
 
 class Value(NamedTuple):
@@ -53,7 +54,7 @@ def evaluate(
     """
     run = _Run(placement, config, stats, training)
     env = {v: Value(x) for v, x in zip(placement.graph.inputs, inputs, strict=True)}
-    seen: Extremes = {}
+    seen: Seen = {}
     for v in placement.graph.inputs:
         if v in placement.at:
             env[v] = run.put_on_grid(placement.at[v], env[v].real, seen)
@@ -61,10 +62,8 @@ def evaluate(
     outputs = [_read(v, env).real for v in placement.graph.outputs]
     if not training:
         return outputs, dict(stats)
-    new_stats = dict(stats)
-    for name, quantizer in placement.stateful.items():
-        new_stats[name] = update_range(stats[name], *seen[name], quantizer.spec)
-    return outputs, {**new_stats, "step": stats["step"] + 1}
+    states = {name: state for name, (_, _, state) in seen.items()}
+    return outputs, {**stats, **states, "step": stats["step"] + 1}
 
 
 def _read(v: Operand, env: Mapping[int, Value]) -> Value:
@@ -90,7 +89,7 @@ class _Run:
 
     # Steps ------------------------------------------------------------------------------------
 
-    def steps(self, steps: Iterable[Step], env: dict[int, Value], seen: Extremes) -> None:
+    def steps(self, steps: Iterable[Step], env: dict[int, Value], seen: Seen) -> None:
         """Run steps in order; those inside one `nn.remat` as one rematerialized function."""
         for remat, group in itertools.groupby(steps, key=lambda s: s.node.remat):
             if remat is None:
@@ -100,7 +99,7 @@ class _Run:
                 self.rematerialized(remat[1], list(group), env, seen)
 
     def rematerialized(
-        self, params: Mapping[str, Any], steps: list[Step], env: dict[int, Value], seen: Extremes
+        self, params: Mapping[str, Any], steps: list[Step], env: dict[int, Value], seen: Seen
     ) -> None:
         nodes = [node for step in steps for node in step.nodes]
         made = {v for node in nodes for v in node.outputs}
@@ -108,7 +107,7 @@ class _Run:
         others = (n for s in self.placement.steps if s not in steps for n in s.nodes)
         used = {v for node in others for v in node.inputs} | set(self.placement.graph.outputs)
 
-        def region(values: dict[int, Value], seen: Extremes):
+        def region(values: dict[int, Value], seen: Seen):
             inner, seen = dict(values), dict(seen)
             for step in steps:
                 self.step(step, inner, seen)
@@ -118,7 +117,7 @@ class _Run:
         env.update(results)
         seen.update(now_seen)
 
-    def step(self, step: Step, env: dict[int, Value], seen: Extremes) -> None:
+    def step(self, step: Step, env: dict[int, Value], seen: Seen) -> None:
         operands = [self.operand(step, i, v, env, seen) for i, v in enumerate(step.node.inputs)]
         results = self.simulate(step, operands, env, seen)
         for v, x in results.items():
@@ -126,13 +125,12 @@ class _Run:
             if quantizer is None:
                 env[v] = Value(x, self.moved_codes(step, v, operands))
             elif self.training:
-                nonnegative = step.nodes[-1].kind == "clamp" and step.nodes[-1].bounds[0] >= 0
-                env[v] = self.put_on_grid(quantizer, x, seen, nonnegative)
+                env[v] = self.put_on_grid(quantizer, x, seen)
             else:
                 env[v] = self.exact(step, quantizer, x, operands, env)
 
     def operand(
-        self, step: Step, position: int, v: Operand, env: Mapping[int, Value], seen: Extremes
+        self, step: Step, position: int, v: Operand, env: Mapping[int, Value], seen: Seen
     ) -> Value:
         value, quantizer = _read(v, env), self.placement.constants.get((step, position))
         return (
@@ -142,7 +140,7 @@ class _Run:
         )
 
     def simulate(
-        self, step: Step, operands: list[Value], env: dict[int, Value], seen: Extremes
+        self, step: Step, operands: list[Value], env: dict[int, Value], seen: Seen
     ) -> dict[int, jax.Array]:
         """Run the step on real values, with fake-quantized kernel, before any output quantizer."""
         values = [operand.real for operand in operands]
@@ -182,17 +180,18 @@ class _Run:
         return self.placement.weights[node.layer.path]
 
     def kernel_range(
-        self, quantizer: Quantizer, flat: jax.Array, seen: Extremes | None
+        self, quantizer: Quantizer, flat: jax.Array, seen: Seen | None
     ) -> tuple[jax.Array, jax.Array]:
         """Return the range of a kernel viewed as (inputs, channels); observe it if `seen`."""
-        if not quantizer.has_state:
-            axis = None if quantizer.num_channels is None else -1
-            return extremes(jax.lax.stop_gradient(flat), axis)
+        if not quantizer.has_state:  # a symmetric grid depends on the magnitude alone
+            axis = None if quantizer.num_channels is None else 0
+            magnitude = jnp.max(jnp.abs(jax.lax.stop_gradient(flat)), axis=axis)
+            return -magnitude, magnitude
         if seen is not None:
             return self.observe(quantizer, flat, seen)
         return self.stats[quantizer.name].lo, self.stats[quantizer.name].hi
 
-    def quantized_kernel(self, node: Node, kernel: jax.Array, seen: Extremes) -> jax.Array:
+    def quantized_kernel(self, node: Node, kernel: jax.Array, seen: Seen) -> jax.Array:
         quantizer, flat = self.kernel_quantizer(node), _flat_kernel(node, kernel)
         lo, hi = self.kernel_range(quantizer, flat, seen if self.training else None)
         rounded = fake_quant(flat, lo, hi, quantizer.spec).reshape(kernel.shape)
@@ -211,19 +210,22 @@ class _Run:
         return quantized if delay == 0 else jnp.where(self.stats["step"] >= delay, quantized, real)
 
     def observe(
-        self, quantizer: Quantizer, x: jax.Array, seen: Extremes, nonnegative: bool = False
+        self, quantizer: Quantizer, x: jax.Array, seen: Seen
     ) -> tuple[jax.Array, jax.Array]:
         """Take a tensor into its range; tensors that share a range widen each other's batch."""
-        axis = None if quantizer.num_channels is None else -1
-        lo, hi = extremes(jax.lax.stop_gradient(x), axis, nonnegative=nonnegative)
+        lo, hi = extremes(jax.lax.stop_gradient(x), None if quantizer.num_channels is None else -1)
         if quantizer.role == "constant":
             return lo, hi
+        if quantizer.nonnegative:
+            lo = jnp.zeros_like(hi)
         if quantizer.name in seen:
-            before = seen[quantizer.name]
-            lo, hi = jnp.minimum(lo, before[0]), jnp.maximum(hi, before[1])
-        seen[quantizer.name] = lo, hi
+            lowest, highest, _ = seen[quantizer.name]
+            lo, hi = jnp.minimum(lo, lowest), jnp.maximum(hi, highest)
         state = update_range(self.stats[quantizer.name], lo, hi, quantizer.spec)
-        return state.lo, state.hi
+        if quantizer.nonnegative:
+            state = state._replace(lo=self.stats[quantizer.name].lo)
+        seen[quantizer.name] = lo, hi, state
+        return np.zeros(hi.shape, np.float32) if quantizer.nonnegative else state.lo, state.hi
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> QuantParams:
         """Return the grid that evaluation uses; NaN where the range was never observed."""
@@ -233,13 +235,11 @@ class _Run:
         params = quant_params(state.lo, state.hi, quantizer.spec)
         return params._replace(scale=jnp.where(observed(state), params.scale, jnp.nan))
 
-    def put_on_grid(
-        self, quantizer: Quantizer, x: jax.Array, seen: Extremes, nonnegative: bool = False
-    ) -> Value:
+    def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
         """Quantize a tensor as it is: a model input, in training any tensor."""
         spec = quantizer.spec
         if self.training:
-            lo, hi = self.observe(quantizer, x, seen, nonnegative)
+            lo, hi = self.observe(quantizer, x, seen)
             return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))
         params = self.grid(quantizer, x)
         return self.evaluated(quantizer, Codes(centered_codes(x, params, spec), params, spec), x)

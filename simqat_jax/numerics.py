@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from simqat_jax.config import QuantSpec
@@ -26,6 +27,11 @@ class QuantParams(NamedTuple):
     """The code of real zero, int32."""
 
 
+def _rint(x: jax.Array) -> jax.Array:
+    """Round to the nearest whole number, halves to even."""
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
 def true_divide(x: jax.Array, divisor: ArrayLike) -> jax.Array:
     """Divide with one correct rounding: `f32(x / divisor)`.
 
@@ -33,7 +39,8 @@ def true_divide(x: jax.Array, divisor: ArrayLike) -> jax.Array:
     and by a square root into `rsqrt`: one unit in the last place off for every third quotient,
     enough to move a rounding tie to another code. A divisor that is a `select` is left alone.
     """
-    return x / jnp.where(jnp.isnan(x), jnp.ones_like(x), divisor)
+    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
+    return lax.div(x, lax.select(lax.ne(x, x), x, divisor))
 
 
 def rounded_product(x: jax.Array, factor: ArrayLike) -> jax.Array:
@@ -42,7 +49,7 @@ def rounded_product(x: jax.Array, factor: ArrayLike) -> jax.Array:
     Compilers contract a product and the sum behind it into one fused multiply-add, which rounds
     once instead of twice, with jit and not without. They do not reach through a `select`.
     """
-    return jnp.where(jnp.isnan(x), x, x * factor)
+    return lax.select(lax.ne(x, x), x, x * factor)
 
 
 def along_channel(v: jax.Array, ndim: int, channel_axis: int | None) -> jax.Array:
@@ -90,29 +97,32 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
     Source: Jacob et al., arXiv:1712.05877, section 3. The source system clips the largest
       positive symmetric weight and divides by zero for a dead channel; this does neither.
     """
+    starts_at_zero = not isinstance(lo, jax.Array) and not np.any(lo)
     lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
     if lo.shape != hi.shape or lo.ndim > 1:
         raise ValueError(
             f"lo and hi must both be scalars or both of shape (C,), got {lo.shape} and {hi.shape}."
         )
-    lo, hi = jnp.minimum(lo, 0.0), jnp.maximum(hi, 0.0)
+    lo, hi = lax.min(lo, lax.full_like(lo, 0)), lax.max(hi, lax.full_like(hi, 0))
     if spec.symmetric:
-        span, steps = jnp.maximum(-lo, hi), 2 ** (spec.num_bits - 1) - 1
+        span, steps = lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
     else:
         span, steps = hi - lo, spec.qmax - spec.qmin
-    span = jnp.minimum(span, np.finfo(np.float32).max)  # hi - lo of finite values can overflow
-    scale = true_divide(span, float(steps))
-    # A subnormal scale is flushed to zero by some backends: such a range counts as all zero.
-    scale = jnp.where(scale >= np.finfo(np.float32).tiny, scale, 1.0)
-    if spec.symmetric:
-        return QuantParams(scale, jnp.zeros_like(scale, jnp.int32))
-    zero_point = jnp.clip(jnp.round(spec.qmin - true_divide(lo, scale)), spec.qmin, spec.qmax)
-    return QuantParams(scale, zero_point.astype(jnp.int32))
+    # The difference of finite values can overflow. A subnormal scale is flushed to zero by some
+    # backends: such a range counts as all zero.
+    scale = true_divide(lax.min(span, lax.full_like(span, np.finfo(np.float32).max)), float(steps))
+    scale = lax.select(scale >= np.finfo(np.float32).tiny, scale, lax.full_like(scale, 1))
+    if spec.symmetric or starts_at_zero:
+        zero_point = 0 if spec.symmetric else spec.qmin
+        return QuantParams(scale, lax.full_like(scale, zero_point, jnp.int32))
+    codes = spec.qmin - _rint(true_divide(lo, scale))
+    codes = lax.clamp(jnp.float32(spec.qmin), codes, jnp.float32(spec.qmax))
+    return QuantParams(scale, codes.astype(jnp.int32))
 
 
 def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
     """Unclipped codes as float32: integers up to 2^24 are exact, and no cast can saturate."""
-    return jnp.round(true_divide(x, scale)) + zero_point.astype(jnp.float32)
+    return _rint(true_divide(x, scale)) + zero_point.astype(jnp.float32)
 
 
 def quantize(
@@ -183,19 +193,22 @@ def dequantize(
 def _fake_quant(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
 ) -> jax.Array:
-    codes = jnp.clip(_codes(x.astype(jnp.float32), scale, zero_point), *bounds)
+    codes = _codes(x.astype(jnp.float32), scale, zero_point)
+    codes = lax.clamp(jnp.float32(bounds[0]), codes, jnp.float32(bounds[1]))
     return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
 
 
 def _fake_quant_fwd(x, scale, zero_point, bounds):
-    return _fake_quant(x, scale, zero_point, bounds), (x, scale, zero_point)
+    # The barrier makes the backward pass divide again. Otherwise XLA stores the quotients.
+    residuals = x, lax.optimization_barrier(scale), zero_point
+    return _fake_quant(x, scale, zero_point, bounds), residuals
 
 
 def _fake_quant_bwd(bounds, residuals, g):
     x, scale, zero_point = residuals
     codes = _codes(x.astype(jnp.float32), scale, zero_point)
     inside = (codes >= bounds[0]) & (codes <= bounds[1])
-    return jnp.where(inside, g, jnp.zeros_like(g)), None, None
+    return lax.select(inside, g, lax.full_like(g, 0)), None, None
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)

@@ -1,9 +1,11 @@
 """Range observers: pure `init` and `update` on a small state."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from simqat_jax.config import QuantSpec
@@ -24,16 +26,19 @@ class RangeState(NamedTuple):
     """Number of batches that held NaN or Inf and were left out, int32, shape ()."""
 
 
-def init_range(num_channels: int | None = None) -> RangeState:
-    """Return the empty range, per tensor or for `num_channels` channels.
+def init_range(num_channels: int | None = None, *, nonnegative: bool = False) -> RangeState:
+    """Return the empty range.
 
+    Args:
+      num_channels: one range for each of so many channels; None: one per tensor.
+      nonnegative: the tensor holds nothing below zero: its range starts at zero and stays there.
     Example:
       >>> observed(init_range())
       Array(False, dtype=bool)
     """
     shape = () if num_channels is None else (num_channels,)
     return RangeState(
-        lo=jnp.full(shape, jnp.inf, jnp.float32),
+        lo=jnp.full(shape, 0.0 if nonnegative else jnp.inf, jnp.float32),
         hi=jnp.full(shape, -jnp.inf, jnp.float32),
         nonfinite=jnp.zeros((), jnp.int32),
     )
@@ -44,25 +49,11 @@ def observed(state: RangeState) -> jax.Array:
     return jnp.all(state.lo <= state.hi)
 
 
-def extremes(
-    x: jax.Array, channel_axis: int | None = None, *, nonnegative: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Return the lowest and highest value of `x`, float32, shape () or (C,).
-
-    Args:
-      x: values, real units.
-      channel_axis: keep this axis; None: over all axes.
-      nonnegative: the caller knows that no value is below zero (a ReLU's output): `lo` is then 0
-        without a pass over the data, which is the range after it is widened to hold zero.
-    """
-    axes = (
-        None
-        if channel_axis is None
-        else tuple(a for a in range(x.ndim) if a != channel_axis % x.ndim)
-    )
-    hi = jnp.max(x, axis=axes).astype(jnp.float32)
-    lo = jnp.zeros_like(hi) if nonnegative else jnp.min(x, axis=axes).astype(jnp.float32)
-    return lo, hi
+def extremes(x: jax.Array, channel_axis: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return the lowest and highest value of `x` over all axes but `channel_axis`, float32."""
+    kept = None if channel_axis is None else channel_axis % x.ndim
+    axes = tuple(axis for axis in range(x.ndim) if axis != kept)
+    return jnp.min(x, axis=axes).astype(jnp.float32), jnp.max(x, axis=axes).astype(jnp.float32)
 
 
 def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> RangeState:
@@ -90,23 +81,28 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
             f"extremes of shape {lo.shape} and {hi.shape} do not fit a range of shape "
             f"{state.lo.shape}."
         )
-    if spec.observer == "minmax":
-        new_lo, new_hi = jnp.minimum(state.lo, lo), jnp.maximum(state.hi, hi)
-    elif spec.observer == "batch":
-        new_lo, new_hi = lo, hi
-    else:
-        decay = spec.ema_decay
-        started = observed(state)
-        new_lo, new_hi = (
-            jnp.where(started, rounded_product(old, decay) + rounded_product(new, 1 - decay), new)
-            for old, new in ((state.lo, lo), (state.hi, hi))
-        )
-    finite = jnp.all(jnp.isfinite(lo) & jnp.isfinite(hi))
+    finite = jnp.isfinite(lo) & jnp.isfinite(hi)
+    finite = finite if finite.ndim == 0 else jnp.all(finite)
+    new_lo = _follow(state.lo, lo, lax.min, spec)
+    new_hi = _follow(state.hi, hi, lax.max, spec)
     return RangeState(
         lo=jnp.where(finite, new_lo, state.lo),
         hi=jnp.where(finite, new_hi, state.hi),
-        nonfinite=state.nonfinite + jnp.where(finite, 0, 1).astype(jnp.int32),
+        nonfinite=state.nonfinite + 1 - finite.astype(jnp.int32),
     )
+
+
+def _follow(
+    old: jax.Array, batch: jax.Array, widen: Callable[..., jax.Array], spec: QuantSpec
+) -> jax.Array:
+    """Return one end of the range after a batch. Looks at this end alone, so that a compiled step
+    can update it in place."""
+    if spec.observer == "batch":
+        return batch
+    if spec.observer == "minmax":
+        return widen(old, batch)
+    mean = rounded_product(old, spec.ema_decay) + rounded_product(batch, 1 - spec.ema_decay)
+    return jnp.where(jnp.isfinite(old), mean, batch)
 
 
 def observe(

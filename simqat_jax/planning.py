@@ -22,6 +22,8 @@ class Quantizer:
       name: "Conv_0/kernel", "Conv_0/output", "Block_0/add/output", "input".
       spec: grid and observer.
       num_channels: entries of its range, None for one per tensor.
+      nonnegative: the tensor holds nothing below zero (a ReLU's output), so that its range starts
+        at zero and its zero point is the lowest code.
       role: what it quantizes. A constant, and a weight under the observer "batch", take the range
         of the values at hand and keep no state.
     """
@@ -30,6 +32,7 @@ class Quantizer:
     spec: QuantSpec
     num_channels: int | None
     role: Literal["activation", "weight", "constant"]
+    nonnegative: bool = False
 
     @property
     def has_state(self) -> bool:
@@ -183,7 +186,7 @@ class _Planner:
 
     # Forwards: which tensors get a quantizer ------------------------------------------------
 
-    def quantizer(self, name: str, v: int) -> Quantizer:
+    def quantizer(self, name: str, v: int, nonnegative: bool = False) -> Quantizer:
         spec, shape = self.config.activation, self.graph.avals[v].shape
         if spec.per_channel and len(shape) < 2:
             raise ValueError(
@@ -191,10 +194,11 @@ class _Planner:
                 "SimQATConfig.activation asks for one range per channel. Use "
                 "activation=QuantSpec(per_channel=False), or leave the layer out with exclude."
             )
-        return Quantizer(name, spec, shape[-1] if spec.per_channel else None, "activation")
+        channels = shape[-1] if spec.per_channel else None
+        return Quantizer(name, spec, channels, "activation", nonnegative)
 
-    def place(self, v: int, name: str) -> None:
-        self.at[v] = self.grids[v] = self.quantizer(name, v)
+    def place(self, v: int, name: str, nonnegative: bool = False) -> None:
+        self.at[v] = self.grids[v] = self.quantizer(name, v, nonnegative)
 
     def output_name(self, step: Step) -> str:
         node = step.batch_norm if step.node.kind == "batch_norm" else step.node
@@ -250,7 +254,9 @@ class _Planner:
             self.place_constants(step)
         for v in (step.output, *node.outputs[1:]):
             if (quantized and v == step.output) or (v in self.demanded and self.floating(v)):
-                self.place(v, self.output_name(step))
+                last = step.nodes[-1]
+                nonnegative = last.kind == "clamp" and last.bounds[0] >= 0
+                self.place(v, self.output_name(step), nonnegative and v == step.output)
         return step
 
     def visit_layer(self, step: Step) -> bool:

@@ -131,7 +131,10 @@ class QuantizedModule(nn.Module):
     def _stats(self, placement: Placement) -> dict[str, Any]:
         """Return the range of every quantizer; create what is missing where that is allowed."""
         fresh: dict[str, Any] = {"step": jnp.zeros((), jnp.int32)}
-        fresh |= {name: init_range(q.num_channels) for name, q in placement.stateful.items()}
+        fresh |= {
+            name: init_range(q.num_channels, nonnegative=q.nonnegative)
+            for name, q in placement.stateful.items()
+        }
         stats = {
             name: _range_state(self.get_variable(COLLECTION, name))
             for name in fresh

@@ -1,0 +1,25 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+RUN := .venv/bin/python
+
+.PHONY: venv quickstart test lint docs
+
+venv: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[export,experiments,dev]'
+	touch $@
+
+quickstart: venv  ## float LeNet5, its quantization-aware twin, both accuracies, on embedded digits
+	$(RUN) -m experiments.train --config lenet5_mnist --data mnist5k --name quickstart --overwrite
+
+test: venv
+	$(RUN) -m pytest -n 2
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+docs: venv
+	$(RUN) -m mkdocs build --strict

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 Observer = Literal["ema", "minmax", "batch"]
-BatchNormFold = Literal["none"]
+BatchNormFold = Literal["none", "one_conv", "two_conv"]
 
 
 def _require_type(owner: object, field: str, kind: type) -> None:
@@ -108,8 +108,10 @@ class SimQATConfig:
     """Kernels: symmetric, per output channel, narrow range, range of the present values."""
     activation: QuantSpec = dataclasses.field(default_factory=QuantSpec)
     """Tensors between layers: asymmetric, per tensor, moving average."""
-    bn_fold: BatchNormFold = "none"
-    """How BatchNorm behind a Conv or Dense trains. `none`: `BN(conv(x, fq(w)))`."""
+    bn_fold: BatchNormFold = "one_conv"
+    """How BatchNorm behind a Conv or Dense trains, with `sigma` of the running statistics. `none`:
+    `BN(conv(x, fq(w)))`; `one_conv`: `conv(x, fq(w * gamma / sigma))` and batch statistics from
+    its output; `two_conv`: batch statistics from a float convolution of their own."""
     freeze_bn: int | None = None
     """Training step from which BatchNorm uses its running statistics and leaves them alone;
     None: never."""

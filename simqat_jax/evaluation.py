@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simqat_jax import folding
 from simqat_jax.capture import batch_norm
 from simqat_jax.config import SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Constant, Node, Operand
 from simqat_jax.integer_arithmetic import Codes, centered_codes, real_values
-from simqat_jax.integer_forms import integer_form
+from simqat_jax.integer_forms import deployed_layer, integer_form
 from simqat_jax.numerics import QuantParams, fake_quant, quant_params, straight_through
 from simqat_jax.observers import RangeState, extremes, observed, update_range
 from simqat_jax.planning import Placement, Quantizer, Step, kernel_channels
@@ -74,6 +75,12 @@ def _flat_kernel(node: Node, kernel: jax.Array) -> jax.Array:
     """View a kernel as (inputs, output channels)."""
     assert node.layer is not None
     return kernel.reshape(-1, kernel_channels(node.layer.module, kernel.shape))
+
+
+def _moments(module: Any, mask: jax.Array | None) -> folding.Moments:
+    return folding.Moments(
+        module.axis_name, module.axis_index_groups, module.use_fast_variance, mask
+    )
 
 
 class _Run:
@@ -144,6 +151,8 @@ class _Run:
     ) -> dict[int, jax.Array]:
         """Run the step on real values, with fake-quantized kernel, before any output quantizer."""
         values = [operand.real for operand in operands]
+        if self.is_folded(step):
+            return self.simulate_folded(step, values, env, seen)
         if self.is_quantized_layer(step.node):
             values[1] = self.quantized_kernel(step.node, values[1], seen)
         results: dict[int, jax.Array] = {}
@@ -156,12 +165,56 @@ class _Run:
             results.update(zip(node.outputs, self.run_node(node, values), strict=True))
         return results
 
+    def is_folded(self, step: Step) -> bool:
+        return (
+            step.batch_norm is not None
+            and self.config.bn_fold != "none"
+            and self.is_quantized_layer(step.node)
+        )
+
+    def simulate_folded(
+        self, step: Step, values: list[Any], env: dict[int, Value], seen: Seen
+    ) -> dict[int, jax.Array]:
+        """Run a layer with the BatchNorm behind it folded in."""
+        node, norm = step.node, step.batch_norm
+        assert node.layer is not None and norm is not None and norm.layer is not None
+        x, named = values[0], dict(zip(node.layer.names, values[1:], strict=True))
+        module: Any = norm.layer.module
+        rest = [_read(v, env).real for v in norm.inputs[1:]]
+        old = dict(zip(norm.layer.names, rest, strict=True))
+        no_bias = [jnp.zeros_like(v) for name, v in named.items() if name != "kernel"]
+        fold = folding.one_conv if self.config.bn_fold == "one_conv" else folding.two_conv
+        result = fold(
+            lambda kernel: node.run(x, kernel, *no_bias)[0],
+            named["kernel"],
+            named.get("bias"),
+            folding.batch_norm_state(old, module.epsilon),
+            lambda kernel: self.quantized_kernel(node, kernel, seen),
+            module.epsilon,
+            _moments(module, old.get("mask")) if norm.layer.training else None,
+            self.frozen(),
+        )
+        out = result.output.astype(self.placement.graph.avals[norm.outputs[0]].dtype)
+        results = {norm.outputs[0]: out}
+        for v, name in zip(norm.outputs[1:], ("mean", "var"), strict=False):
+            new = module.momentum * old[name] + (1 - module.momentum) * getattr(result, name)
+            frozen = self.frozen()
+            results[v] = new if frozen is None else jnp.where(frozen, old[name], new)
+        if step.clamp is not None:
+            others = (_read(v, env).real for v in step.clamp.inputs[1:])
+            results[step.output] = step.clamp.run(results.pop(norm.outputs[0]), *others)[0]
+        return results
+
+    def frozen(self) -> jax.Array | None:
+        """Whether BatchNorm is frozen by now; None: never."""
+        freeze = self.config.freeze_bn
+        return None if freeze is None else self.stats["step"] >= freeze
+
     def run_node(self, node: Node, values: Sequence[Any]) -> Sequence[Any]:
-        freeze, layer = self.config.freeze_bn, node.layer
+        frozen, layer = self.frozen(), node.layer
         results = node.run(*values)
-        if node.kind != "batch_norm" or layer is None or not layer.training or freeze is None:
+        if node.kind != "batch_norm" or layer is None or not layer.training or frozen is None:
             return results
-        frozen = self.stats["step"] >= freeze
         still = batch_norm(layer, *values, use_running_average=True)
         kept = [values[1 + layer.names.index(name)] for name in ("mean", "var")]
         return [jnp.where(frozen, a, b) for a, b in zip((*still, *kept), results, strict=True)]
@@ -266,20 +319,21 @@ class _Run:
         env: Mapping[int, Value],
     ) -> Value:
         """Quantize a step's result, computed in integers where the step has an integer form."""
-        params, spec, delay = self.grid(quantizer, x), quantizer.spec, 0
+        params, spec = self.grid(quantizer, x), quantizer.spec
+        node, codes, layer, delay = step.node, None, None, 0
         values = [
-            {} if n.layer is None else dict(zip(n.layer.names, rest, strict=True))
+            dict(zip(n.layer.names, (_read(v, env).real for v in n.inputs[1:]), strict=True))
             for n in step.nodes
-            for rest in ([_read(v, env).real for v in n.inputs[1:]],)
+            if n.layer is not None
         ]
-        kernel = None
-        if self.is_quantized_layer(step.node):
-            kernel = self.kernel_codes(step.node, values[0]["kernel"])
-            delay = kernel.spec.quant_delay
-        codes = None
+        if self.is_quantized_layer(node):
+            delay = self.kernel_quantizer(node).spec.quant_delay
+            layer = deployed_layer(
+                step, values, lambda kernel: self.kernel_codes(node, kernel), self.config.bn_fold
+            )
         if step.quantized:
             inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
-            codes = integer_form(step, inputs, kernel, values, params, spec)
+            codes = integer_form(step, inputs, layer, values[0] if values else {}, params, spec)
         if codes is None:
             codes = centered_codes(x, params, spec)
         return self.evaluated(quantizer, Codes(codes, params, spec), x, delay)

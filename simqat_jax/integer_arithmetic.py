@@ -16,7 +16,6 @@ from simqat_jax.numerics import (
     QuantParams,
     along_channel,
     quantize,
-    rounded_product,
     true_divide,
 )
 
@@ -127,15 +126,6 @@ def integer_bias(bias: jax.Array, unit: jax.Array) -> jax.Array:
     """Round a bias to int32 multiples of `unit`, kept away from int32's ends by half of it."""
     codes = jnp.round(true_divide(bias.astype(jnp.float32), unit))
     return jnp.clip(codes, -(2.0**30), 2.0**30).astype(jnp.int32)
-
-
-def batch_norm_affine(
-    norm: Any, scale: jax.Array | None, bias: jax.Array | None, mean: jax.Array, var: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return `(a, b)` with `BN(x) = a * x + b` for running statistics, float32, shape (C,)."""
-    a = true_divide(jnp.ones_like(var) if scale is None else scale, jnp.sqrt(var + norm.epsilon))
-    shift = rounded_product(mean, -a)
-    return a, shift if bias is None else bias + shift
 
 
 def add(

@@ -1,7 +1,7 @@
 """The integer form of each operation: from the codes of its inputs to the codes of its output."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,19 +9,21 @@ import jax.numpy as jnp
 
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax.config import QuantSpec
+from simqat_jax.folding import batch_norm_state, folding_scale, running_affine
 from simqat_jax.graph import LAYER_KINDS, Constant
 from simqat_jax.integer_arithmetic import Codes
-from simqat_jax.numerics import QuantParams, rounded_product, true_divide
+from simqat_jax.numerics import QuantParams, along_channel, rounded_product, true_divide
 from simqat_jax.planning import Step
 
 _FREE = (-math.inf, math.inf)
+_Output = tuple[QuantParams, QuantSpec, tuple[float, float]]
 
 
 def integer_form(
     step: Step,
     inputs: Sequence[Codes | None],
-    kernel: Codes | None,
-    values: Sequence[Mapping[str, Any]],
+    layer: tuple[Codes, jax.Array | None] | None,
+    values: Mapping[str, Any],
     params: QuantParams,
     spec: QuantSpec,
 ) -> jax.Array | None:
@@ -30,8 +32,8 @@ def integer_form(
     Args:
       step: a quantized step.
       inputs: the codes of each of its inputs; None for one that is no tensor on a grid.
-      kernel: the kernel's codes, for a Conv or Dense.
-      values: for each node of the step its parameters and statistics, by name, real units.
+      layer: for a Conv or Dense, what `deployed_layer` returns.
+      values: for a BatchNorm its parameters and statistics, by name, real units.
       params: the output's grid.
       spec: the output's width.
     Returns: centered codes, or None where the step has no exact integer form: an elementwise
@@ -43,8 +45,8 @@ def integer_form(
         return None
     output = (params, spec, step.clamp.bounds if step.clamp else _FREE)
     kind = step.node.kind
-    if kind in LAYER_KINDS and kernel is not None:
-        return _linear(step, x, kernel, values, output)
+    if kind in LAYER_KINDS and layer is not None:
+        return _linear(step, x, *layer, output)
     if kind == "batch_norm":
         return _batch_norm(step, x, values, output)
     if kind == "mean":
@@ -54,28 +56,53 @@ def integer_form(
     return None
 
 
-_Output = tuple[QuantParams, QuantSpec, tuple[float, float]]
+def deployed_layer(
+    step: Step,
+    values: Sequence[Mapping[str, Any]],
+    quantize: Callable[[jax.Array], Codes],
+    bn_fold: str,
+) -> tuple[Codes, jax.Array | None] | None:
+    """Return the kernel's codes and the real bias of a Conv or Dense with BatchNorm folded in.
+
+    `bn_fold = "none"` folds after quantizing: `|gamma| / sigma` goes into the scale and the sign
+    into the codes. The other modes quantize the folded kernel.
+
+    Args:
+      step: the layer and what is fused behind it.
+      values: for each node of the step its parameters and statistics, by name, real units.
+      quantize: quantizes a kernel.
+      bn_fold: the mode.
+    Returns: None for a BatchNorm on batch statistics.
+    """
+    kernel, bias = values[0]["kernel"], values[0].get("bias")
+    if step.batch_norm is None or step.batch_norm.layer is None:
+        return quantize(kernel), bias
+    if step.batch_norm.layer.training:
+        return None
+    module: Any = step.batch_norm.layer.module
+    norm = batch_norm_state(values[1], module.epsilon)
+    slope, shift = running_affine(norm)
+    shift = shift if bias is None else shift + rounded_product(bias, slope)
+    if bn_fold == "none":
+        codes, (scale, zero_point), spec = quantize(kernel)
+        signed = codes * along_channel(jnp.sign(slope), codes.ndim, -1)
+        scale = jnp.where(slope == 0, scale, scale * jnp.abs(slope))
+        return Codes(signed, QuantParams(scale, zero_point), spec), shift
+    folded = quantize(kernel * along_channel(folding_scale(norm), kernel.ndim, -1))
+    alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
+    return folded._replace(codes=jnp.where(alive, folded.codes, 0.0)), shift
 
 
 def _linear(
-    step: Step, x: Codes, kernel: Codes, values: Sequence[Mapping[str, Any]], output: _Output
+    step: Step, x: Codes, kernel: Codes, bias: jax.Array | None, output: _Output
 ) -> jax.Array | None:
-    """`rint(f32(acc + bias) * f32(s_x * s_w) / s_y)`, with BatchNorm in scale and bias."""
+    """`rint(f32(acc + bias) * f32(s_x * s_w) / s_y)`."""
     assert step.node.layer is not None
     module: Any = step.node.layer.module
-    bias, weights, weight_scale = values[0].get("bias"), kernel.codes, kernel.params.scale
-    if step.batch_norm is not None:
-        assert step.batch_norm.layer is not None
-        if step.batch_norm.layer.training:
-            return None
-        slope, shift = _affine(step.batch_norm.layer.module, values[1])
-        weights = weights * jnp.sign(slope).reshape((1,) * (weights.ndim - 1) + (-1,))
-        weight_scale = jnp.where(slope == 0, weight_scale, weight_scale * jnp.abs(slope))
-        bias = shift if bias is None else rounded_product(bias, slope) + shift
-    acc = integer.linear(module, x.codes, weights, x.spec, kernel.spec)
+    acc = integer.linear(module, x.codes, kernel.codes, x.spec, kernel.spec)
     if acc is None:
         return None
-    unit = x.params.scale * weight_scale
+    unit = x.params.scale * kernel.params.scale
     rank = 1 if isinstance(module.features, int) else len(module.features)
     channels = acc.shape[acc.ndim - rank :]
 
@@ -87,27 +114,19 @@ def _linear(
     return integer.requantize(acc, per_channel(true_divide(unit, output[0].scale)), *output)
 
 
-def _affine(norm: Any, values: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-    return integer.batch_norm_affine(
-        norm, values.get("scale"), values.get("bias"), values["mean"], values["var"]
-    )
-
-
 def _batch_norm(
-    step: Step, x: Codes, values: Sequence[Mapping[str, Any]], output: _Output
+    step: Step, x: Codes, values: Mapping[str, Any], output: _Output
 ) -> jax.Array | None:
     """A BatchNorm of its own: a 1x1 depthwise convolution, with one weight of +-127 a channel."""
     layer = step.node.layer
     if layer is None or layer.training or x.spec.num_bits > 16:
         return None
-    slope, shift = _affine(layer.module, values[0])
-    weight_scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    unit = x.params.scale * weight_scale
-    rank = x.codes.ndim
-    sign = jnp.sign(slope).reshape((1,) * (rank - 1) + (-1,))
-    acc = (x.codes * sign).astype(jnp.int32) * 127
-    acc = acc + integer.integer_bias(shift, unit).reshape(sign.shape)
-    multiplier = true_divide(unit, output[0].scale).reshape(sign.shape)
+    module: Any = layer.module
+    slope, shift = running_affine(batch_norm_state(values, module.epsilon))
+    unit = x.params.scale * jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
+    acc = (x.codes * along_channel(jnp.sign(slope), x.codes.ndim, -1)).astype(jnp.int32) * 127
+    acc = acc + along_channel(integer.integer_bias(shift, unit), acc.ndim, -1)
+    multiplier = along_channel(true_divide(unit, output[0].scale), acc.ndim, -1)
     return integer.requantize(acc, multiplier, *output)
 
 

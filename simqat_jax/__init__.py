@@ -9,6 +9,7 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.config import QuantSpec, SimQATConfig
+from simqat_jax.folding import fold_batch_norm
 from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
 from simqat_jax.observers import RangeState, init_range, observe, observed, update_range
 from simqat_jax.qat import (
@@ -32,6 +33,7 @@ __all__ = [
     "SimulatedQuantizationAwareTraining",
     "dequantize",
     "fake_quant",
+    "fold_batch_norm",
     "init_range",
     "nonfinite_ranges",
     "observe",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax import folding
 from simqat_jax.capture import batch_norm
@@ -156,12 +157,11 @@ class _Run:
         if self.is_quantized_layer(step.node):
             values[1] = self.quantized_kernel(step.node, values[1], seen)
         results: dict[int, jax.Array] = {}
+        last = None
         for node in step.nodes:
-            if node is not step.node:
-                values = [
-                    results.pop(node.inputs[0]),
-                    *(_read(v, env).real for v in node.inputs[1:]),
-                ]
+            if last is not None:
+                values = [results.pop(last), *(_read(v, env).real for v in node.inputs[1:])]
+            last = node.outputs[0]
             results.update(zip(node.outputs, self.run_node(node, values), strict=True))
         return results
 
@@ -234,7 +234,7 @@ class _Run:
 
     def kernel_range(
         self, quantizer: Quantizer, flat: jax.Array, seen: Seen | None
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[ArrayLike, ArrayLike]:
         """Return the range of a kernel viewed as (inputs, channels); observe it if `seen`."""
         if not quantizer.has_state:  # a symmetric grid depends on the magnitude alone
             axis = None if quantizer.num_channels is None else 0
@@ -264,7 +264,7 @@ class _Run:
 
     def observe(
         self, quantizer: Quantizer, x: jax.Array, seen: Seen
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[ArrayLike, ArrayLike]:
         """Take a tensor into its range; tensors that share a range widen each other's batch."""
         lo, hi = extremes(jax.lax.stop_gradient(x), None if quantizer.num_channels is None else -1)
         if quantizer.role == "constant":

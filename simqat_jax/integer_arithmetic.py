@@ -7,7 +7,6 @@ exactly, on every device, and zero padding pads with the zero point.
 import math
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -85,9 +84,7 @@ def linear(
         return None
     digit_bits = int(math.log2(_EXACT / peak))
     digits = _limbs(w, digit_bits, max(1, math.ceil(weight_bits / digit_bits)))
-    plain: nn.Module = layer.clone(
-        use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST
-    )
+    plain: Any = layer.clone(use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
     total = jnp.zeros((), jnp.int32)
     for place, digit in enumerate(digits):
         part = plain.apply({"params": {"kernel": digit}}, x)

@@ -27,8 +27,6 @@ def interleaved(
     for round_index in range(rounds):
         for name in names if round_index % 2 else reversed(names):
             start = time.perf_counter()
-            for _ in range(calls):
-                result = functions[name]()
-            jax.block_until_ready(result)
+            jax.block_until_ready([functions[name]() for _ in range(calls)])
             times[name].append((time.perf_counter() - start) / calls)
     return {name: float(np.median(values)) for name, values in times.items()}

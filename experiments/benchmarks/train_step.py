@@ -1,6 +1,6 @@
 """Time of a SimQAT training step against the float one.
 
-    python -m experiments.benchmarks.train_step --batch-size 32
+python -m experiments.benchmarks.train_step --batch-size 32
 """
 
 import argparse
@@ -66,8 +66,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--calls", type=int, default=10)
     arguments = parser.parse_args()
-    table = Table(title="LeNet5 training step", caption=f"jax {jax.__version__}, {jax.devices()[0]}")
-    for column in ("batch", "float ms", "SimQAT ms", "ratio", "compile float s", "SimQAT s", "ratio"):
+    table = Table(
+        title="LeNet5 training step", caption=f"jax {jax.__version__}, {jax.devices()[0]}"
+    )
+    for column in (
+        "batch",
+        "float ms",
+        "SimQAT ms",
+        "ratio",
+        "compile float s",
+        "SimQAT s",
+        "ratio",
+    ):
         table.add_column(column, justify="right")
     for batch_size in arguments.batch_size:
         models = {"float": LeNet5(), "simqat": sq.SimQAT().apply(LeNet5())}

@@ -1,0 +1,1 @@
+"""Experiments with simqat_jax: models, data, training and evaluation."""

@@ -1,0 +1,145 @@
+"""Orbax checkpoints of a training state and its place in the data.
+
+A phase's directory holds one numbered directory per checkpoint, the number being the training
+steps done. Orbax writes each under a temporary name and renames it: a killed process leaves no
+half a checkpoint under a number.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from experiments.errors import ExperimentError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a phase stands, and what it has measured so far."""
+
+    seed: int
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Training steps done in the epoch after those."""
+    loss_sum: float = 0.0
+    """Sum of the losses of these steps."""
+    seconds: float = 0.0
+    """Time spent in these steps."""
+    compile_seconds: float | None = None
+    """Trace, compilation and first execution of the training step."""
+    history: tuple[dict[str, Any], ...] = ()
+    """One record for each finished epoch."""
+
+
+def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) -> None:
+    """Write checkpoint `step`, wait for it, and remove all but the newest `keep`.
+
+    Raises: ExperimentError: the directory cannot be written.
+    """
+    record = dataclasses.asdict(progress) | {"digest": _digest(state)}
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    arguments = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
+    )
+    try:
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            manager.save(step, args=arguments, force=True)
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write checkpoint {directory / str(step)}: {error}. Earlier checkpoints are "
+            "kept; put the cause right and continue with --resume."
+        ) from error
+
+
+def latest(directory: Path) -> int | None:
+    """Return the number of the newest checkpoint, None where there is none."""
+    if not directory.is_dir():
+        return None
+    return max((int(p.name) for p in directory.iterdir() if p.name.isdigit()), default=None)
+
+
+def restore(directory: Path, step: int, target: Any) -> tuple[Any, Progress]:
+    """Read checkpoint `step` into a tree like `target`, and verify every bit.
+
+    Raises: ExperimentError: it cannot be read or its content is not what was written (another
+      checkpoint is never taken instead); its tree differs from the target's.
+    """
+    path = directory / str(step)
+    try:
+        check_tree(leaf_shapes(target), _stored_shapes(path), str(path))
+        with ocp.StandardCheckpointer() as checkpointer:
+            state = checkpointer.restore(path.absolute() / "state", target)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            record: dict[str, Any] = dict(checkpointer.restore(path.absolute() / "progress"))
+        digest = record.pop("digest")
+        record["history"] = tuple(record["history"])
+        progress = Progress(**record)
+    except ExperimentError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
+        raise ExperimentError(_corrupt(path, f"{type(error).__name__}: {error}")) from error
+    if digest != _digest(state):
+        raise ExperimentError(_corrupt(path, "its arrays are not those that were written"))
+    return state, progress
+
+
+def check_tree(expected: Shapes, found: Shapes, source: str) -> None:
+    """Raise ExperimentError unless both trees have the same keys and shapes.
+
+    Args:
+      expected: the model's leaves, see `leaf_shapes`.
+      found: the leaves of what is to be loaded.
+      source: names what is loaded, for the message.
+    Raises: ExperimentError: lists every missing key, every extra key and every other shape.
+    Example:
+      >>> check_tree({"kernel": (3, 4)}, {"kernel": (3, 4)}, "checkpoint")
+    """
+    lines = [f"missing: {key} {expected[key]}" for key in sorted(expected.keys() - found.keys())]
+    lines += [f"extra:   {key} {found[key]}" for key in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"shape:   {key} is {found[key]}, the model has {expected[key]}"
+        for key in sorted(expected.keys() & found.keys())
+        if found[key] != expected[key]
+    ]
+    if lines:
+        raise ExperimentError(
+            f"{source} does not fit the model:\n  " + "\n  ".join(lines) + "\n"
+            "Load it into the model and the configuration that it was written with."
+        )
+
+
+def leaf_shapes(tree: Any) -> Shapes:
+    """Return the shape of every leaf by its path, such as `params/Conv_0/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _stored_shapes(path: Path) -> Shapes:
+    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute() / "state"))
+    return leaf_shapes(metadata.tree)
+
+
+def _digest(state: Any) -> str:
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        sha.update(np.ascontiguousarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def _corrupt(path: Path, reason: str) -> str:
+    return (
+        f"checkpoint {path} is corrupt: {reason}\n"
+        "Delete this directory to continue from the checkpoint before it, if there is one, or "
+        "start again under another --name."
+    )

@@ -1,0 +1,140 @@
+"""The directory of a run: its settings, its checkpoints and its results."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+
+import simqat_jax as sq
+from experiments import configs
+from experiments.checkpoints import Progress
+from experiments.configs import Experiment
+from experiments.errors import ExperimentError
+
+
+def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) -> Path:
+    """Create the run's directory, or with `resume` find it and check that it fits.
+
+    Raises: ExperimentError: a name that is no plain directory name; the directory cannot be
+      written or holds something already; nothing to resume, or a run with other settings.
+    """
+    if name in ("", "..") or Path(name).name != name:
+        raise ExperimentError(f"--name must be a plain directory name, got {name!r}.")
+    run = runs_dir / name
+    if resume:
+        _check_settings(run, experiment)
+    else:
+        _create(run, experiment)
+    return run
+
+
+def load_experiment(run: Path) -> Experiment:
+    """Return the experiment that the run's config.json names.
+
+    Raises: ExperimentError: no or a damaged config.json; the config has changed since.
+    """
+    stored = _read_settings(run)
+    overrides = {f: stored.get(f) for f in configs.OVERRIDABLE}
+    experiment = configs.get(str(stored.get("config")), **overrides)
+    if differences := _differences(stored, experiment.settings()):
+        raise ExperimentError(
+            f"config {experiment.config!r} is no longer what run {run} was trained with:\n"
+            f"{differences}\nUse the version of the code that trained it."
+        )
+    return experiment
+
+
+def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]) -> Path:
+    """Write results.json: figures of every phase, settings, versions, history of every epoch."""
+    results: dict[str, Any] = {}
+    for name, progress in phases.items():
+        results[f"{name}_accuracy"] = progress.history[-1]["accuracy"]
+        results[f"{name}_seconds_per_step"] = seconds_per_step(progress)
+        results[f"{name}_compile_seconds"] = progress.compile_seconds
+    results["settings"] = experiment.settings()
+    results |= {f: results["settings"][f] for f in ("config", "data", "seed", "epochs")}
+    results["batch_size"] = experiment.batch_size
+    results["device"] = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
+    results["versions"] = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "simqat_jax": sq.__version__,
+    }
+    results["history"] = {name: list(progress.history) for name, progress in phases.items()}
+    path = run / "results.json"
+    _write_json(path, results)
+    return path
+
+
+def seconds_per_step(progress: Progress) -> float:
+    """Return the median over the epochs, seconds; compilation is not in it."""
+    times = sorted(record["seconds_per_step"] for record in progress.history)
+    middle = len(times) // 2
+    return times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2
+
+
+def _create(run: Path, experiment: Experiment) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if any(run.iterdir()):
+            raise ExperimentError(
+                f"{run} already holds another run. Continue it with --resume, choose another "
+                "--name, or delete the directory."
+            )
+        _write_json(run / "config.json", experiment.settings())
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write the run directory {run}: {error.strerror}. Choose another --runs-dir."
+        ) from error
+
+
+def _check_settings(run: Path, experiment: Experiment) -> None:
+    if not (run / "config.json").is_file():
+        raise ExperimentError(
+            f"nothing to resume: {run} holds no run. Leave out --resume to start one, or give the "
+            "--name and --runs-dir of the run to continue."
+        )
+    if differences := _differences(_read_settings(run), experiment.settings()):
+        raise ExperimentError(
+            f"run {run} was started with other settings:\n{differences}\n"
+            "Resume with the settings of the run, or start another with another --name."
+        )
+    if not os.access(run, os.W_OK):
+        raise ExperimentError(f"cannot write the run directory {run}: permission denied.")
+
+
+def _differences(stored: dict, given: dict) -> str:
+    """Return one line for each field that differs, empty if none does."""
+    absent = "(absent)"
+    return "\n".join(
+        f"  {field}: {stored.get(field, absent)!r} in the run, {given.get(field, absent)!r} now"
+        for field in sorted(stored.keys() | given.keys())
+        if stored.get(field, absent) != given.get(field, absent)
+    )
+
+
+def _read_settings(run: Path) -> dict:
+    path = run / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not a JSON object")
+    except FileNotFoundError as error:
+        raise ExperimentError(f"{run} is no run: it has no config.json.") from error
+    except (OSError, ValueError) as error:
+        raise ExperimentError(
+            f"{path} cannot be read: {error}. Restore it, or start again under another --name."
+        ) from error
+    return settings
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Write beside the target and rename: a reader never sees half of it."""
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)

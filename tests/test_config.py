@@ -1,0 +1,101 @@
+"""Every wrong value of every field is refused at construction, and named."""
+
+import dataclasses
+
+import pytest
+
+import simqat_jax as sq
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("num_bits", 1, ValueError),
+        ("num_bits", 17, ValueError),
+        ("num_bits", True, TypeError),
+        ("num_bits", 8.0, TypeError),
+        ("num_bits", "8", TypeError),
+        ("symmetric", 1, TypeError),
+        ("symmetric", None, TypeError),
+        ("per_channel", 0, TypeError),
+        ("narrow_range", "yes", TypeError),
+        ("observer", "mean", ValueError),
+        ("observer", None, TypeError),
+        ("ema_decay", 1.0, ValueError),
+        ("ema_decay", -0.1, ValueError),
+        ("ema_decay", float("nan"), ValueError),
+        ("ema_decay", 1, TypeError),
+        ("ema_decay", True, TypeError),
+        ("quant_delay", -1, ValueError),
+        ("quant_delay", True, TypeError),
+        ("quant_delay", 2.5, TypeError),
+    ],
+)
+def test_spec_refuses(field, value, error):
+    with pytest.raises(error, match=rf"QuantSpec\.{field}.*{value}"):
+        sq.QuantSpec(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("weight", None, TypeError),
+        ("weight", {"num_bits": 8}, TypeError),
+        ("weight", sq.QuantSpec(), ValueError),
+        ("activation", 8, TypeError),
+        ("bn_fold", "three_conv", ValueError),
+        ("bn_fold", True, TypeError),
+        ("freeze_bn", -1, ValueError),
+        ("freeze_bn", True, TypeError),
+        ("freeze_bn", 1.5, TypeError),
+        ("exclude", ["Dense_0"], TypeError),
+        ("exclude", "Dense_0", TypeError),
+        ("exclude", ("",), TypeError),
+        ("exclude", (3,), TypeError),
+        ("strict", 1, TypeError),
+    ],
+)
+def test_config_refuses(field, value, error):
+    with pytest.raises(error, match=rf"SimQATConfig\.{field}"):
+        sq.SimQATConfig(**{field: value})
+
+
+@pytest.mark.parametrize("cls", [sq.QuantSpec, sq.SimQATConfig])
+def test_unknown_keys_and_positions_are_refused(cls):
+    with pytest.raises(TypeError, match="bits"):
+        cls(bits=8)
+    with pytest.raises(TypeError, match="positional"):
+        cls(8)
+
+
+@pytest.mark.parametrize("config", [sq.QuantSpec(), sq.SimQATConfig()])
+def test_frozen_hashable_replaceable(config):
+    field = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, field, getattr(config, field))
+    assert hash(config) == hash(dataclasses.replace(config))
+    assert config == dataclasses.replace(config)
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_limits_of_the_grid(bits):
+    def limits(**kwargs):
+        spec = sq.QuantSpec(num_bits=bits, **kwargs)
+        return spec.qmin, spec.qmax
+
+    assert limits() == (0, 2**bits - 1)
+    assert limits(narrow_range=True) == (1, 2**bits - 1)
+    assert limits(symmetric=True) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert limits(symmetric=True, narrow_range=True) == (
+        -(2 ** (bits - 1)) + 1,
+        2 ** (bits - 1) - 1,
+    )
+
+
+def test_defaults():
+    config = sq.SimQATConfig()
+    weight, activation = config.weight, config.activation
+    assert (weight.symmetric, weight.per_channel, weight.narrow_range) == (True, True, True)
+    assert (activation.symmetric, activation.per_channel) == (False, False)
+    assert (weight.num_bits, activation.num_bits, activation.ema_decay) == (8, 8, 0.99)
+    assert config.strict and config.bn_fold == "one_conv" and config.freeze_bn is None

@@ -1,0 +1,229 @@
+"""Training end to end: the three phases, resume after a kill, evaluation, wrong input."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import checkpoints, data, errors, evaluate, phases, runs, train
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = train.Arguments(
+    config="lenet5_mnist",
+    data="mnist5k",
+    epochs=2,
+    batch_size=100,
+    learning_rate=0.05,
+    checkpoint_every=15,
+)
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory of runs; the decoded data is cached beside it."""
+    base = tmp_path_factory.mktemp("experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMQAT_CACHE_DIR", str(base / "cache"))
+        yield base / "runs"
+
+
+@pytest.fixture(scope="module")
+def finished(runs_dir: Path) -> Path:
+    """A run that nothing has interrupted."""
+    arguments = dataclasses.replace(ARGUMENTS, runs_dir=runs_dir, name="finished")
+    train.run_experiment(arguments, Console(quiet=True))
+    return runs_dir / "finished"
+
+
+def _results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def _command(runs_dir: Path, name: str) -> list[str]:
+    options = f"--config lenet5_mnist --data mnist5k --epochs 2 --batch-size 100 --name {name}"
+    options += f" --learning-rate 0.05 --checkpoint-every 15 --runs-dir {runs_dir}"
+    return [sys.executable, "-m", "experiments.train", *options.split()]
+
+
+def _kill_when(path: Path, command: list[str]) -> None:
+    """Start the command and end it with SIGKILL as soon as `path` exists."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None, f"ended before {path} was written"
+            assert time.monotonic() < deadline, f"{path} was not written"
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def _final_state(run: Path, name: str) -> phases.TrainState:
+    experiment = runs.load_experiment(run)
+    phase = phases.build(name, experiment, data.load(experiment.data), run)
+    assert checkpoints.latest(phase.directory) == STEPS
+    return checkpoints.restore(phase.directory, STEPS, phases.init_state(phase))[0]
+
+
+def _without_times(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if "seconds" not in k} for record in history]
+
+
+def test_resume_after_kills_equals_an_uninterrupted_run(finished: Path, runs_dir: Path) -> None:
+    killed = runs_dir / "killed"
+    _kill_when(killed / "float" / "15", _command(runs_dir, "killed"))
+    assert checkpoints.latest(killed / "float") != STEPS
+    _kill_when(killed / "qat" / "55", [*_command(runs_dir, "killed"), "--resume"])
+    assert checkpoints.latest(killed / "qat") != STEPS
+    assert not (killed / "results.json").exists()
+    float_directory = killed / "float" / str(STEPS)
+    written = float_directory.stat().st_mtime_ns
+    arguments = dataclasses.replace(ARGUMENTS, runs_dir=runs_dir, name="killed", resume=True)
+    train.run_experiment(arguments, Console(quiet=True))
+    assert float_directory.stat().st_mtime_ns == written, "a finished phase was trained again"
+
+    for name in phases.NAMES:
+        one, other = _final_state(finished, name), _final_state(killed, name)
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+            found = dict(jax.tree_util.tree_leaves_with_path(other))[path]
+            assert np.asarray(leaf).tobytes() == np.asarray(found).tobytes(), (name, path)
+        assert ("quant_stats" in one.collections) == (name != "float")
+        history = _results(finished)["history"][name]
+        assert _without_times(history) == _without_times(_results(killed)["history"][name])
+
+
+def test_results_and_what_is_kept(finished: Path) -> None:
+    results = _results(finished)
+    for name in phases.NAMES:
+        assert results[f"{name}_accuracy"] > 0.5
+        assert 0 < results[f"{name}_seconds_per_step"] < 1
+        assert [record["epoch"] for record in results["history"][name]] == [1, 2]
+        losses = [record["loss"] for record in results["history"][name]]
+        assert losses[1] < losses[0]
+        assert sorted(int(p.name) for p in (finished / name).iterdir()) == [70, 80]
+    # Fine-tuning starts from what the float phase has learned.
+    assert results["history"]["qat_finetune"][0]["loss"] < results["history"]["qat"][0]["loss"] / 2
+    expected = {"seed": 0, "epochs": 2, "data": "mnist5k", "batch_size": 100}
+    assert {key: results[key] for key in expected} == expected
+    assert set(results["versions"]) == {"python", "jax", "flax", "simqat_jax"}
+
+
+def test_evaluate_finds_the_trained_accuracy(finished: Path) -> None:
+    results = _results(finished)
+    found = evaluate.evaluate(finished)
+    assert [(e.phase, e.step) for e in found] == [(name, STEPS) for name in phases.NAMES]
+    assert [e.accuracy for e in found] == [results[f"{n}_accuracy"] for n in phases.NAMES]
+    assert evaluate.evaluate(finished / "qat") == [found[1]]
+    assert evaluate.evaluate(finished / "qat" / "80") == [found[1]]
+
+
+def test_evaluate_refuses_what_is_no_run(finished: Path, tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "absent", "no such directory"),
+        (tmp_path, "give a run, such as runs/NAME"),
+        (finished / "qat" / "70000", "no such directory"),
+    ):
+        with pytest.raises(errors.ExperimentError, match=message):
+            evaluate.evaluate(path)
+    shutil.copytree(finished / "qat", tmp_path / "qat")
+    with pytest.raises(errors.ExperimentError, match=r"it has no config\.json"):
+        evaluate.evaluate(tmp_path)
+    for content in ("{", "[]", '{"config": "lenet6"}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(errors.ExperimentError, match=r"cannot be read|unknown config"):
+            evaluate.evaluate(tmp_path)
+
+
+def _expect(message: str, **options: object) -> None:
+    arguments = dataclasses.replace(ARGUMENTS, **options)
+    with pytest.raises(errors.ExperimentError, match=message):
+        train.run_experiment(arguments, Console(quiet=True))
+
+
+def test_run_directories_are_never_overwritten(finished: Path, runs_dir: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    _expect("already holds another run.*--resume.*--name", runs_dir=runs_dir, name="finished")
+    _expect(
+        r"(?s)epochs: 2 in the run, 3 now.*learning_rate: 0.05 in the run, 0.02 now",
+        runs_dir=runs_dir,
+        name="finished",
+        epochs=3,
+        learning_rate=0.02,
+        resume=True,
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+
+
+def test_resume_refuses_a_corrupt_checkpoint(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    (run / "qat" / "80" / "state" / "_METADATA").write_text("{")
+    message = re.escape(f"{run / 'qat' / '80'} is corrupt")
+    _expect(message, runs_dir=tmp_path, name="copy", resume=True)
+
+
+def test_unfit_directories(runs_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _expect("cannot write the run directory", runs_dir=tmp_path / "file")
+    _expect("cannot write the run directory", runs_dir=tmp_path, name="file")
+    _expect("nothing to resume", runs_dir=tmp_path, name="absent", resume=True)
+    for name in ("", "..", "a/b", "/a"):
+        _expect("plain directory name", runs_dir=tmp_path, name=name)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("config", "lenet6", "unknown config 'lenet6'; known: lenet5_mnist"),
+        ("data", "svhn", "unknown data set 'svhn'; known: mnist, mnist5k"),
+        ("epochs", 0, "--epochs must be 1 or more, got 0"),
+        ("batch_size", -1, "--batch-size must be 1 or more, got -1"),
+        ("batch_size", 4001, "--batch-size 4001 .* more than the 4000 training images"),
+        ("learning_rate", -0.1, "--learning-rate must be a finite number above 0, got -0.1"),
+        ("learning_rate", float("nan"), "--learning-rate must be a finite number above 0"),
+        ("seed", -1, "--seed must be 0 to"),
+        ("steps_per_dispatch", 0, "--steps-per-dispatch must be 1 or more"),
+        ("checkpoint_every", 0, "--checkpoint-every must be 1 or more, got 0"),
+        ("keep", 0, "--keep must be 1 or more, got 0"),
+    ],
+)
+def test_wrong_values(
+    runs_dir: Path, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    _expect(message, **{"runs_dir": tmp_path, field: value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_shows_a_message_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.train", "--config", "lenet6"]
+    environment = os.environ | {"SIMQAT_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: unknown config 'lenet6'; known: lenet5_mnist.\n"
+
+
+def test_evaluate_command(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(finished / "float")])
+    errors.run_or_exit(evaluate.main)
+    assert f"{_results(finished)['float_accuracy']:.2%}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(finished / "absent")])
+    with pytest.raises(SystemExit, match="error: no checkpoint at"):
+        errors.run_or_exit(evaluate.main)

@@ -1,0 +1,156 @@
+"""The training loop on models and data of a few values."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+import simqat_jax as sq
+from experiments import checkpoints, configs, phases, training
+from experiments.data import Dataset
+from experiments.errors import ExperimentError
+
+
+class Tiny(nn.Module):
+    """A convolution with BatchNorm and dropout: every kind of collection and a random key."""
+
+    num_classes: int = 2
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(self.width, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x)).mean((1, 2))
+        x = nn.Dropout(0.1, deterministic=not train)(x)
+        return nn.Dense(self.num_classes)(x)
+
+
+def _dataset(train: int = 48, test: int = 10) -> Dataset:
+    """Dark images of class 0, bright images of class 1."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, train + test).astype(np.int32)
+    images = (
+        rng.random((train + test, 6, 6, 1), np.float32) * 0.5 + 0.5 * labels[:, None, None, None]
+    )
+    images = images.astype(np.float32)
+    return Dataset(
+        name="tiny",
+        train_images=images[:train],
+        train_labels=labels[:train],
+        test_images=images[train:],
+        test_labels=labels[train:],
+        num_classes=2,
+    )
+
+
+def _phase(directory: Path, name: str = "float", **options: object) -> phases.Phase:
+    dataset = options.pop("dataset", _dataset())
+    experiment = configs.Experiment(
+        **{
+            "config": "tiny",
+            "model": Tiny,
+            "data": "mnist5k",
+            "batch_size": 8,
+            "epochs": 2,
+            "learning_rate": 0.1,
+            "test_batch_size": 4,
+        }
+        | options
+    )
+    return phases.build(name, experiment, dataset, directory, keep=2, checkpoint_every=4)
+
+
+def _train(phase: phases.Phase) -> tuple[phases.TrainState, checkpoints.Progress]:
+    return training.train(phase, phases.init_state(phase), lambda progress: None)
+
+
+@pytest.mark.parametrize("name", ["float", "qat"])
+def test_every_collection_is_trained_saved_and_evaluated(tmp_path: Path, name: str) -> None:
+    phase = _phase(tmp_path, name)
+    first = jax.tree.map(np.asarray, phases.init_state(phase))
+    state, progress = _train(phase)
+    assert int(state.step) == 12
+    assert set(state.collections) == {"batch_stats"} | ({"quant_stats"} if name == "qat" else set())
+    changed = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), first.collections, state.collections
+    )
+    assert all(jax.tree.leaves(changed["batch_stats"]))
+    if name == "qat":
+        assert int(state.collections["quant_stats"]["step"]) == 12
+    restored, again = checkpoints.restore(phase.directory, 12, phases.init_state(phase))
+    assert again == progress
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    # Counted one image at a time, without padding or mask.
+    variables = {"params": state.params, **state.collections}
+    images, labels = phase.dataset.test_images, phase.dataset.test_labels
+    logits = phase.model.apply(variables, images, train=False)
+    correct = sum(int(np.argmax(row)) == label for row, label in zip(logits, labels, strict=True))
+    assert progress.history[-1]["accuracy"] == correct / len(labels)
+
+
+def test_several_steps_in_a_dispatch_train_the_same(tmp_path: Path) -> None:
+    one, _ = _train(_phase(tmp_path / "one"))
+    phase = _phase(tmp_path / "three", steps_per_dispatch=3)
+    three, progress = _train(phase)
+    assert progress.epoch == 2
+    assert checkpoints.latest(phase.directory) == 12
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        one.params,
+        three.params,
+    )
+
+
+def test_start_from_float_parameters(tmp_path: Path) -> None:
+    trained, _ = _train(_phase(tmp_path))
+    fresh = phases.init_state(_phase(tmp_path, "qat_finetune"))
+    started = phases.start_from(fresh, trained)
+    jax.tree.map(np.testing.assert_array_equal, started.params, trained.params)
+    expected = trained.collections["batch_stats"]
+    jax.tree.map(np.testing.assert_array_equal, started.collections["batch_stats"], expected)
+    assert int(started.collections["quant_stats"]["step"]) == 0
+
+
+def test_start_from_another_architecture_lists_the_keys(tmp_path: Path) -> None:
+    fresh = phases.init_state(_phase(tmp_path, "qat_finetune"))
+    other = phases.init_state(_phase(tmp_path))
+    params = dict(other.params)
+    params["Dense_7"] = params.pop("Dense_0")
+    with pytest.raises(ExperimentError) as error:
+        phases.start_from(fresh, dataclasses.replace(other, params=params))
+    for line in ("missing: params/Dense_0/kernel (4, 2)", "extra:   params/Dense_7/bias (2,)"):
+        assert line in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["float", "qat"])
+def test_non_finite_loss_stops_and_says_where(tmp_path: Path, name: str) -> None:
+    dataset = _dataset()
+    images = dataset.train_images.copy()
+    images[17] = np.nan
+    phase = _phase(tmp_path, name, dataset=dataclasses.replace(dataset, train_images=images))
+    order = np.random.default_rng((0, 0)).permutation(48).tolist()
+    step = order.index(17) // 8 + 1
+    with pytest.raises(ExperimentError, match=f"phase {name}, epoch 1, step {step} of 6") as error:
+        _train(phase)
+    assert ("input: " in str(error.value)) == (name == "qat")
+    assert (checkpoints.latest(phase.directory) or 0) < step
+
+
+def test_phases_share_their_first_parameters(tmp_path: Path) -> None:
+    states = [phases.init_state(_phase(tmp_path, name)) for name in phases.NAMES]
+    for state in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, states[0].params, state.params)
+
+
+def test_settings_hold_every_field_and_survive_json() -> None:
+    experiment = configs.get("lenet5_mnist", seed=4, epochs=None)
+    settings = experiment.settings()
+    assert set(settings) == {field.name for field in dataclasses.fields(experiment)}
+    assert (settings["model"], settings["seed"], settings["epochs"]) == ("LeNet5", 4, 10)
+    assert settings["quant"]["activation"]["num_bits"] == 8
+    assert not re.search("object at", str(settings))
+    assert isinstance(experiment.quant, sq.SimQATConfig)

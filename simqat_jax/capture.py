@@ -21,7 +21,11 @@ _PATH_MARK = "simqat_path_"
 # traces made without the interceptor, or made for another module of the same class.
 _trace_context = jax.make_user_context()
 
-_QUANTIZED = {nn.Conv: "conv", nn.Dense: "dense", nn.DenseGeneral: "dense"}
+_QUANTIZED: dict[type[nn.Module], Kind] = {
+    nn.Conv: "conv",
+    nn.Dense: "dense",
+    nn.DenseGeneral: "dense",
+}
 _UNSUPPORTED = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum)
 _FLOAT_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
 _KINDS: dict[str, Kind] = {
@@ -328,33 +332,38 @@ def _only_elementwise(jaxpr: core.Jaxpr) -> bool:
 
 
 def _scalar_value(operand: Any) -> float | None:
-    value = operand.val if isinstance(operand, core.Literal) else None
+    value = operand.value if isinstance(operand, Constant) else None
     return None if value is None or np.size(value) != 1 else float(np.asarray(value).item())
 
 
-def _clamp_bounds(eqn: core.JaxprEqn) -> tuple[float, float] | None:
+def _clamp_bounds(
+    eqn: core.JaxprEqn, inputs: Sequence[Operand | None]
+) -> tuple[float, float] | None:
     """Return what the operation clamps its one tensor to, or None if it does anything else."""
     subs = list(core.jaxprs_in_params(eqn.params))
     if subs:
         lo, hi = -np.inf, np.inf
         for inner in subs[0].eqns:
-            bounds = _clamp_bounds(inner)
+            literals = [
+                Constant(v.val) if isinstance(v, core.Literal) else None for v in inner.invars
+            ]
+            bounds = _clamp_bounds(inner, literals)
             if bounds is None:
                 return None
             lo, hi = (min(max(b, bounds[0]), bounds[1]) for b in (lo, hi))
         return lo, hi
-    name, scalars = eqn.primitive.name, [_scalar_value(v) for v in eqn.invars]
-    known = [s for s in scalars if s is not None]
-    if name == "max" and known:
-        return known[0], np.inf
-    if name == "min" and known:
-        return -np.inf, known[0]
-    if name == "clamp" and len(known) == 2:
-        return known[0], known[1]
+    known = [value for value in map(_scalar_value, inputs) if value is not None]
+    match eqn.primitive.name, known:
+        case "max", [bound]:
+            return bound, np.inf
+        case "min", [bound]:
+            return -np.inf, bound
+        case "clamp", [lo, hi]:
+            return lo, hi
     return None
 
 
-def _classify(eqn: core.JaxprEqn) -> Kind:
+def _classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> Kind:
     """Return the kind of one operation."""
     name = eqn.primitive.name
     subs = list(core.jaxprs_in_params(eqn.params))
@@ -362,7 +371,7 @@ def _classify(eqn: core.JaxprEqn) -> Kind:
         return "elementwise" if _only_elementwise(subs[0]) else "float"
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return "elementwise" if name in _ELEMENTWISE else "float"
-    if name in _PASS or (name == "pad" and _scalar_value(eqn.invars[1]) == 0.0):
+    if name in _PASS or (name == "pad" and _scalar_value(inputs[1]) == 0.0):
         return "pass" if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating) else "float"
     return _KINDS.get(name, "elementwise" if name in _ELEMENTWISE else "float")
 
@@ -410,8 +419,10 @@ class _Flattener:
             params = {k: eqn.params[k] for k in ("policy", "prevent_cse")}
             inner = remat or (self.remats, params)
             return self.inline(eqn.params["jaxpr"], (), inputs, path, inner)
-        bounds = _clamp_bounds(eqn)
-        kind: Kind = "clamp" if bounds else _classify(eqn)
+        if primitive == "convert_element_type" and isinstance(inputs[0], Constant):
+            return (Constant(np.asarray(inputs[0].value, eqn.params["new_dtype"])),)
+        bounds = _clamp_bounds(eqn, inputs)
+        kind: Kind = "clamp" if bounds else _classify(eqn, inputs)
         if primitive in _INLINED_CALLS and not (
             name in _NAMED_FUNCTIONS and kind in ("clamp", "elementwise")
         ):

@@ -565,7 +565,7 @@ def capture(
         outputs=outputs,
         avals=flattener.avals,
         data=_data_tensors(flattener.nodes, inputs[fixed:]),
-        unquantizable=tuple(dict.fromkeys(flattener.unquantizable)),
+        unquantizable=tuple(dict(flattener.unquantizable).items()),
     )
     out_tree, statics = trees[-1]
 

@@ -38,6 +38,7 @@ class QuantSpec:
     Example:
       >>> QuantSpec(num_bits=4, symmetric=True, narrow_range=True).qmin
       -7
+
     Source: Jacob et al., arXiv:1712.05877; Krishnamoorthi, arXiv:1806.08342.
     """
 

@@ -75,6 +75,7 @@ def fold_batch_norm(
       ...     {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}, 0.0)
       >>> kernel[:, 0], bias
       (Array([1.5, 1.5], dtype=float32), Array([-1.5], dtype=float32))
+
     Source: Jacob et al., arXiv:1712.05877, section 3.2.
     """
     missing = [name for name in ("mean", "var") if name not in bn_stats]

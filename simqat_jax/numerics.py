@@ -94,6 +94,7 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
     Example:
       >>> quant_params(-1.0, 1.0, QuantSpec(symmetric=True, narrow_range=True)).zero_point
       Array(0, dtype=int32)
+
     Source: Jacob et al., arXiv:1712.05877, section 3. The source system clips the largest
       positive symmetric weight and divides by zero for a dead channel; this does neither.
     """
@@ -146,8 +147,9 @@ def quantize(
     Raises: ValueError: shapes that do not fit.
     Example:
       >>> spec = QuantSpec()
-      >>> quantize([0.0, 0.5, 1.0], *quant_params(0.0, 1.0, spec), spec)
-      Array([  0, 128, 255], dtype=int32)
+      >>> quantize([0.0, 0.2, 1.0], *quant_params(0.0, 1.0, spec), spec)
+      Array([  0,  51, 255], dtype=int32)
+
     Source: ONNX operator QuantizeLinear.
     """
     x = jnp.asarray(x, jnp.float32)
@@ -178,6 +180,7 @@ def dequantize(
     Example:
       >>> dequantize([0, 128, 255], 0.5, 128)
       Array([-64. ,   0. ,  63.5], dtype=float32)
+
     Source: ONNX operator DequantizeLinear.
     """
     codes = jnp.asarray(codes).astype(jnp.int32)
@@ -237,6 +240,7 @@ def fake_quant(
     Example:
       >>> fake_quant(jnp.array([-1.0, 0.3, 9.0]), 0.0, 3.0, QuantSpec(num_bits=2))
       Array([0., 0., 3.], dtype=float32)
+
     Source: Krishnamoorthi, arXiv:1806.08342, section 2.4.
     """
     x = jnp.asarray(x)

@@ -72,6 +72,7 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
     Example:
       >>> update_range(init_range(), -1.0, 2.0, QuantSpec()).hi
       Array(2., dtype=float32)
+
     Source: Krishnamoorthi, arXiv:1806.08342, section 3. The source system weighs old and new the
       other way round.
     """

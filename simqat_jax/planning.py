@@ -224,7 +224,7 @@ class _Planner:
     def is_quantized(self, step: Step) -> bool:
         node, data = step.node, self.data(step)
         if node.kind in LAYER_KINDS:
-            return True
+            return self.place_kernel(step)
         if not data or not self.floating(step.output) or not all(map(self.floating, data)):
             return False
         if node.kind == "batch_norm":
@@ -239,8 +239,6 @@ class _Planner:
 
     def visit(self, step: Step) -> Step:
         node, data = step.node, self.data(step)
-        if node.kind in LAYER_KINDS and not self.visit_layer(step):
-            return step
         if self.carries_grid(step):
             for v in node.outputs:
                 self.grids[v] = self.grids[data[0]]
@@ -259,18 +257,14 @@ class _Planner:
                 self.place(v, self.output_name(step), nonnegative and v == step.output)
         return step
 
-    def visit_layer(self, step: Step) -> bool:
+    def place_kernel(self, step: Step) -> bool:
         """Place the kernel's quantizer; return False for a layer that stays float."""
-        layer, data = step.node.layer, self.data(step)
+        layer, x = step.node.layer, step.node.inputs[0]
         assert layer is not None
-        if not data or data[0] != step.node.inputs[0] or data[0] not in self.grids:
-            dtype = self.graph.avals[step.node.outputs[0]].dtype
-            self.unquantizable.append(
-                (
-                    "/".join(layer.path),
-                    f"its input is no floating-point tensor of the data ({dtype})",
-                )
-            )
+        if not isinstance(x, int) or x not in self.grids:
+            dtype = self.graph.avals[x].dtype if isinstance(x, int) else "a constant"
+            reason = f"its input ({dtype}) is no floating-point tensor that depends on the data"
+            self.unquantizable.append(("/".join(layer.path), reason))
             return False
         kernel = self.graph.avals[step.node.inputs[1]]  # type: ignore[index]
         channels = kernel_channels(layer.module, kernel.shape)

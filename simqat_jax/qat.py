@@ -40,7 +40,7 @@ class SimQAT:
             )
         self.config = config
 
-    def apply(self, module: nn.Module) -> "QuantizedModule":
+    def apply(self, module: nn.Module, *, name: str | None = None) -> "QuantizedModule":
         """Return a module that computes `module` with simulated quantization.
 
         Its `params` (and `batch_stats`) have the tree, the names and, for one key, the initial
@@ -48,6 +48,7 @@ class SimQAT:
 
         Args:
           module: any linen module; it is not changed.
+          name: its name inside a surrounding module's compact method.
         Raises: TypeError: `module` is no linen Module instance. ValueError: it is bound to
           variables, or is already quantization-aware.
         """
@@ -60,9 +61,10 @@ class SimQAT:
         if module.scope is not None:
             raise ValueError(
                 f"SimQAT.apply takes an unbound module, and this {type(module).__name__} is bound "
-                "to variables. Apply it to the module as constructed, before bind or setup."
+                "to variables. Apply it to the module as constructed, before bind or setup; inside "
+                "a compact method, construct the module with parent=None."
             )
-        return QuantizedModule(module, self.config)
+        return QuantizedModule(module, self.config, name=name)
 
 
 SimulatedQuantizationAwareTraining = SimQAT
@@ -74,7 +76,9 @@ class QuantizedModule(nn.Module):
 
     Made by `SimQAT.apply`. Where `quant_stats` is mutable, a call observes ranges and counts as a
     training step; where it is not, it uses the ranges and computes what an integer implementation
-    computes, code for code.
+    computes, code for code. Only what has no exact integer form is rounded from real values:
+    elementwise functions, per-channel activations, BatchNorm on batch statistics, and sums beyond
+    32 bits.
 
     Attributes:
       module: the float module.

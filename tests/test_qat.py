@@ -1,0 +1,435 @@
+"""SimQAT as a user meets it: one call, a plan, training, delays, and every wrong input."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+import simqat_jax as sq
+from experiments.models import LeNet5
+
+KEY = jax.random.key(0)
+
+
+class Net(nn.Module):
+    """Two layers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        del train
+        x = nn.relu(nn.Dense(8)(x))
+        return nn.Dense(3)(x)
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(1), (16, 5))
+
+
+def qat(model, x, **config):
+    qmodel = sq.SimQAT(sq.SimQATConfig(**config)).apply(model)
+    return qmodel, qmodel.init(KEY, x)
+
+
+def step(qmodel, variables, x):
+    y, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
+    return y, {**variables, **updates}
+
+
+# The plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_of_lenet5():
+    x = jnp.ones((2, 32, 32, 1))
+    qmodel, variables = qat(LeNet5(), x)
+    plan = qmodel.plan(variables, x, train=False)
+    outputs = [row.output.name for row in plan.rows if row.output]
+    weights = [row.weight.name for row in plan.rows if row.weight]
+    layers = ["Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2"]
+    assert outputs == [f"{name}/output" for name in layers]
+    assert weights == [f"{name}/kernel" for name in layers]
+    assert set(plan.quantizers) == {"input", *outputs, *weights}
+    assert not plan.floats
+    notes = [(row.op, row.note) for row in plan.rows if row.note]
+    assert notes == [
+        ("max_pool", "on the grid of Conv_0/output"),
+        ("max_pool", "on the grid of Conv_1/output"),
+        ("reshape", "on the grid of Conv_1/output"),
+    ]
+    kernel = plan.quantizers["Conv_1/kernel"]
+    assert (kernel.channel_axis, kernel.num_channels) == (-1, 16)
+    assert plan.quantizers["input"].num_channels is None
+    text = str(plan)
+    for part in (
+        "Conv(features=6, kernel_size=(5, 5), padding=VALID, use_bias=False) + relu",
+        "8 bits, symmetric, narrow, per channel (axis -1, 16), batch",
+        "8 bits, asymmetric, per tensor, ema 0.99",
+        "training steps so far: 0",
+    ):
+        assert part in text
+
+
+def test_plan_shows_ranges_delays_and_what_stays_float(x):
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.LayerNorm()(nn.Dense(4)(x))
+            return nn.softmax(nn.Dense(3)(x))
+
+    spec = sq.QuantSpec(quant_delay=7)
+    qmodel, variables = qat(Mixed(), x, activation=spec, exclude=("Dense_1",))
+    _, variables = step(qmodel, variables, x)
+    plan = qmodel.plan(variables, x)
+    assert plan.quantizers["input"].lo == float(x.min())
+    reasons = dict(plan.floats)
+    assert reasons["LayerNorm_0"].startswith("float: no integer form")
+    assert "excluded" in reasons["Dense_1/dot_general"]
+    assert "activations quantizes from step 7" in str(plan)
+    assert "training steps so far: 1" in str(plan)
+
+
+def test_plan_computes_nothing_and_takes_shapes(x):
+    qmodel, variables = qat(Net(), x)
+    shapes = jax.eval_shape(lambda v: v, variables)
+    plan = qmodel.plan(shapes, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    assert str(plan).count("Dense(") == 2
+
+
+# Training and evaluation -------------------------------------------------------------------------
+
+
+def test_training_with_train_state_lowers_the_loss(x):
+    qmodel, variables = qat(Net(), x)
+    labels = jnp.argmax(x[:, :3], axis=-1)
+    state = TrainState.create(
+        apply_fn=qmodel.apply, params=variables["params"], tx=optax.adam(1e-2)
+    )
+
+    def one(carry, _):
+        state, stats = carry
+
+        def loss_fn(params):
+            logits, updates = state.apply_fn(
+                {"params": params, "quant_stats": stats}, x, mutable=["quant_stats"]
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+        (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return (state.apply_gradients(grads=grads), updates["quant_stats"]), loss
+
+    (state, stats), losses = jax.lax.scan(one, (state, variables["quant_stats"]), length=60)
+    assert losses[-1] < 0.5 * losses[0]
+    assert stats["step"] == 60
+    logits = qmodel.apply({"params": state.params, "quant_stats": stats}, x)
+    assert (jnp.argmax(logits, -1) == labels).mean() > 0.9
+
+
+def test_jit_equals_eager_in_training(x):
+    qmodel, variables = qat(Net(), x)
+    for _ in range(3):
+        eager, after = step(qmodel, variables, x)
+        jitted, jit_after = jax.jit(lambda v, x: step(qmodel, v, x))(variables, x)
+        np.testing.assert_allclose(eager, jitted, rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after, jit_after)
+        variables = after
+
+
+def test_vmap_over_the_whole(x):
+    qmodel, variables = qat(Net(), x)
+    _, variables = step(qmodel, variables, x)
+    xs = jnp.stack([x, 0.5 * x])
+    got = jax.vmap(lambda x: qmodel.apply(variables, x))(xs)
+    np.testing.assert_array_equal(got, jnp.stack([qmodel.apply(variables, x) for x in xs]))
+
+
+def integer_dense(codes, x_params, kernel, bias, y_params, relu):
+    """A quantized Dense in int64 NumPy."""
+    scale = np.abs(kernel).max(0) / np.float32(127)
+    w = np.clip(np.rint(kernel / scale), -127, 127).astype(np.int64)
+    unit = np.float32(x_params[0]) * scale
+    acc = (codes.astype(np.int64) - int(x_params[1])) @ w + np.rint(bias / unit).astype(np.int64)
+    y_scale, y_zero = np.float32(y_params[0]), int(y_params[1])
+    y = np.rint(acc.astype(np.float32) * (unit / y_scale)).astype(np.int64) + y_zero
+    return np.clip(y, y_zero if relu else 0, 255)
+
+
+def test_evaluation_is_the_integer_computation(x):
+    qmodel, variables = qat(Net(), x)
+    for seed in range(4):
+        _, variables = step(qmodel, variables, jax.random.normal(jax.random.key(seed), x.shape))
+    stats, params = variables["quant_stats"], jax.tree.map(np.asarray, variables["params"])
+    spec = sq.QuantSpec()
+    grids = {k: sq.quant_params(s.lo, s.hi, spec) for k, s in stats.items() if k != "step"}
+    codes = np.asarray(sq.quantize(x, *grids["input"], spec))
+    for name, source, relu in (("Dense_0", "input", True), ("Dense_1", "Dense_0/output", False)):
+        layer = params[name]
+        target = grids[f"{name}/output"]
+        codes = integer_dense(codes, grids[source], layer["kernel"], layer["bias"], target, relu)
+    scale, zero_point = map(np.asarray, grids["Dense_1/output"])
+    want = (codes - zero_point).astype(np.float32) * scale
+    np.testing.assert_array_equal(qmodel.apply(variables, x), want)
+
+
+def test_evaluation_changes_nothing(x):
+    qmodel, variables = qat(Net(), x)
+    _, variables = step(qmodel, variables, x)
+    before = jax.tree.map(np.array, variables)
+    _, updates = qmodel.apply(variables, 100 * x, mutable=["batch_stats"])
+    assert not updates
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+
+
+@pytest.mark.parametrize("role", ["activation", "weight"])
+def test_delay(role, x):
+    specs = {
+        "activation": sq.QuantSpec(num_bits=3, quant_delay=2),
+        "weight": sq.QuantSpec(
+            num_bits=3, symmetric=True, per_channel=True, observer="batch", quant_delay=2
+        ),
+    }
+    other = "weight" if role == "activation" else "activation"
+    fine = sq.QuantSpec(num_bits=16, symmetric=True, observer="batch")
+    qmodel, variables = qat(Net(), x, **{role: specs[role], other: fine})
+    floats = Net().apply({"params": variables["params"]}, x)
+    for done in range(4):
+        y, variables = step(qmodel, variables, x)
+        close = np.allclose(y, floats, atol=2e-3)
+        assert close is (done < 2)
+        evaluated = qmodel.apply(variables, x)
+        assert np.allclose(evaluated, floats, atol=2e-3) is (done + 1 < 2)
+    assert variables["quant_stats"]["input"].hi == x.max()
+
+
+@pytest.mark.parametrize("observer", ["ema", "minmax"])
+def test_weight_observers_keep_state(observer, x):
+    spec = sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True, observer=observer)
+    qmodel, variables = qat(Net(), x, weight=spec)
+    _, variables = step(qmodel, variables, x)
+    state, kernel = (
+        variables["quant_stats"]["Dense_0/kernel"],
+        variables["params"]["Dense_0"]["kernel"],
+    )
+    np.testing.assert_array_equal(state.hi, kernel.max(0))
+    plan = qmodel.plan(variables, x)
+    assert plan.quantizers["Dense_0/kernel"].hi == float(kernel.max())
+    assert np.isfinite(qmodel.apply(variables, x)).all()
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_nonfinite_batch_is_reported_and_poisons_nothing(bad, x):
+    qmodel, variables = qat(Net(), x)
+    _, variables = step(qmodel, variables, x)
+    before = variables["quant_stats"]
+    _, variables = step(qmodel, variables, x.at[3, 2].set(bad))
+    after = variables["quant_stats"]
+    assert sq.nonfinite_ranges(before) == {}
+    assert sq.nonfinite_ranges(after)["input"] == 1
+    assert (after["input"].lo, after["input"].hi) == (before["input"].lo, before["input"].hi)
+    assert "NaN or Inf was seen" in str(qmodel.plan(variables, x))
+    assert np.isfinite(qmodel.apply(variables, x)).all()
+
+
+def test_state_restored_as_dictionaries_works(x):
+    qmodel, variables = qat(Net(), x)
+    _, variables = step(qmodel, variables, x)
+    want = qmodel.apply(variables, x)
+    plain = {k: s._asdict() if k != "step" else s for k, s in variables["quant_stats"].items()}
+    np.testing.assert_array_equal(qmodel.apply({**variables, "quant_stats": plain}, x), want)
+
+
+# Composition -------------------------------------------------------------------------------------
+
+
+class Outer(nn.Module):
+    """A float model with a quantization-aware part."""
+
+    def setup(self):
+        self.inner = sq.SimQAT().apply(Net())
+        self.head = nn.Dense(2)
+
+    def __call__(self, x):
+        return self.head(self.inner(x))
+
+
+class OuterCompact(nn.Module):
+    """The same in compact style."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(sq.SimQAT().apply(Net(parent=None), name="inner")(x))
+
+
+@pytest.mark.parametrize("outer", [Outer(), OuterCompact()])
+def test_inside_another_module(outer, x):
+    variables = outer.init(KEY, x)
+    assert set(variables["params"]["inner"]) == {"Dense_0", "Dense_1"}
+    assert "input" in variables["quant_stats"]["inner"]
+    y, updates = outer.apply(variables, x, mutable=["quant_stats"])
+    assert y.shape == (16, 2) and updates["quant_stats"]["inner"]["step"] == 1
+
+
+def test_sown_intermediates_and_dropout_masks_are_those_of_the_float_model(x):
+    class Sown(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4)(x)
+            self.sow("intermediates", "hidden", x)
+            return nn.Dropout(0.5, deterministic=False)(x)
+
+    rngs = {"params": KEY, "dropout": jax.random.key(3)}
+    qmodel = sq.SimQAT().apply(Sown())
+    variables = qmodel.init(rngs, x)
+    y, updates = qmodel.apply(variables, x, rngs=rngs, mutable=["quant_stats", "intermediates"])
+    want = Sown().apply({"params": variables["params"]}, x, rngs=rngs)
+    np.testing.assert_array_equal(y == 0, want == 0)
+    assert updates["intermediates"]["hidden"][0].shape == (16, 4)
+
+
+def test_a_function_that_is_only_named_relu_is_not_taken_for_one(x):
+    @jax.jit
+    def relu(x):
+        return jnp.abs(x)
+
+    class Liar(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return relu(nn.Dense(4)(x))
+
+    qmodel, variables = qat(Liar(), x)
+    y, variables = step(qmodel, variables, x)
+    want = Liar().apply({"params": variables["params"]}, x)
+    assert jnp.abs(y - want).max() < 0.05
+
+
+def test_float_parts_by_exclusion(x):
+    _, variables = qat(Net(), x, exclude=("Dense_1",))
+    assert set(variables["quant_stats"]) == {"input", "Dense_0/output", "step"}
+
+
+# Wrong input -------------------------------------------------------------------------------------
+
+
+class Scanned(nn.Module):
+    """A Dense under nn.scan."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return nn.Dense(5)(carry), None
+
+        body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(3)(body(name="body")(x, None)[0])
+
+
+class Mapped(nn.Module):
+    """A Dense under nn.vmap."""
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
+        return nn.Dense(3)(dense(4, name="many")(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "inside"),
+    [(Scanned(), "body/Dense_0", "scan"), (Mapped(), "many", "vmap")],
+)
+def test_layers_out_of_reach(model, path, inside, x):
+    with pytest.raises(ValueError, match=rf"{path}.*{inside}[\s\S]*exclude=\('{path}',\)"):
+        qat(model, x)
+    qmodel, variables = qat(model, x, strict=False)
+    _, variables = step(qmodel, variables, x)
+    assert np.isfinite(qmodel.apply(variables, x)).all()
+    assert inside in str(qmodel.plan(variables, x))
+    qat(model, x, exclude=(path,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (nn.ConvTranspose(3, (3, 3)), (2, 4, 4, 2), "ConvTranspose"),
+        (nn.ConvLocal(3, (3, 3)), (2, 4, 4, 2), "ConvLocal"),
+        (nn.Einsum((5, 3), "ab,bc->ac"), (2, 5), "Einsum"),
+        (nn.DenseGeneral(3, batch_dims=(0,), axis=-1), (2, 4, 5), "batch_dims"),
+        (nn.Dense(3, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)), (2, 5), "dot_gen"),
+    ],
+)
+def test_layers_without_a_quantized_form(layer, shape, reason):
+    class Wrapped(nn.Module):
+        inner: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(self.inner(x))
+
+    with pytest.raises(ValueError, match=rf"inner: .*{reason}[\s\S]*exclude=\('inner',\)"):
+        qat(Wrapped(layer), jnp.ones(shape))
+    qat(Wrapped(layer), jnp.ones(shape), exclude=("inner",))
+
+
+def test_integers_into_a_dense():
+    with pytest.raises(ValueError, match=r"Dense_0.*int32"):
+        qat(Net(), jnp.ones((2, 5), jnp.int32))
+
+
+def test_applied_twice(x):
+    once = sq.SimQAT().apply(Net())
+    with pytest.raises(ValueError, match="applied twice"):
+        sq.SimQAT().apply(once)
+    with pytest.raises(ValueError, match="applied twice: inner"):
+        qat(Outer(), x)
+
+
+@pytest.mark.parametrize("wrong", [Net, lambda x: x, None])
+def test_no_module(wrong):
+    with pytest.raises(TypeError, match="instance of a flax"):
+        sq.SimQAT().apply(wrong)
+
+
+def test_bound_module(x):
+    bound = Net().bind(Net().init(KEY, x))
+    with pytest.raises(ValueError, match=r"unbound.*Net"):
+        sq.SimQAT().apply(bound)
+
+
+def test_no_config():
+    with pytest.raises(TypeError, match="SimQATConfig, got 8"):
+        sq.SimQAT(8)
+
+
+def test_nothing_to_quantize(x):
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        qat(nn.LayerNorm(), x)
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        qat(Net(), x, exclude=("Dense_*",))
+
+
+def test_exclusion_that_matches_nothing(x):
+    with pytest.raises(ValueError, match=r"'Dense_7'.*Dense_0.*Dense_1"):
+        qat(Net(), x, exclude=("Dense_7",))
+
+
+def test_per_channel_activations_without_a_channel_axis():
+    spec = sq.QuantSpec(per_channel=True)
+    with pytest.raises(ValueError, match=r"input: .*shape \(5,\) has no channel axis"):
+        qat(nn.Dense(3), jnp.ones(5), activation=spec)
+    qmodel, variables = qat(Net(), jnp.ones((2, 5)), activation=spec)
+    assert variables["quant_stats"]["input"].lo.shape == (5,)
+    y, variables = step(qmodel, variables, jnp.ones((2, 5)))
+    np.testing.assert_array_equal(qmodel.apply(variables, jnp.ones((2, 5))).shape, y.shape)
+
+
+def test_missing_and_unobserved_ranges(x):
+    qmodel, variables = qat(Net(), x)
+    with pytest.raises(ValueError, match="no quant_stats for step, input, Dense_0/output"):
+        qmodel.apply({"params": variables["params"]}, x)
+    with pytest.raises(ValueError, match="input, Dense_0/output, Dense_1/output were never"):
+        qmodel.apply(variables, x)
+    assert np.isnan(jax.jit(qmodel.apply)(variables, x)).all()
+    _, updates = qmodel.apply({"params": variables["params"]}, x, mutable=["quant_stats"])
+    assert set(updates["quant_stats"]) == set(variables["quant_stats"])

@@ -11,7 +11,8 @@ venv: .venv/.installed
 	touch $@
 
 quickstart: venv  ## float LeNet5, its quantization-aware twin, both accuracies, on embedded digits
-	$(RUN) -m experiments.train --config lenet5_mnist --data mnist5k --name quickstart --overwrite
+	rm -rf runs/quickstart
+	$(RUN) -m experiments.train --config lenet5_mnist --data mnist5k --epochs 15 --name quickstart
 
 test: venv
 	$(RUN) -m pytest -n 2

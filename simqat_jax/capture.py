@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
+from jax.core import eval_jaxpr
 from jax.extend import core
 
 from simqat_jax.graph import LAYER_KINDS, Constant, Graph, Kind, Layer, Node, Operand, simplify
@@ -71,6 +72,12 @@ _INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
 _REMAT = ("remat2", "remat", "checkpoint")
 
 
+def excluded(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the module path or a module around it."""
+    prefixes = ["/".join(path[:depth]) for depth in range(1, len(path) + 1)]
+    return any(fnmatch.filter(prefixes, pattern) for pattern in patterns)
+
+
 class _LayerCall(NamedTuple):
     layer: Layer
     kind: Kind
@@ -89,13 +96,6 @@ class _Recorder:
     paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     unquantizable: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
     inside_layer: bool = False
-
-    def excluded(self, path: tuple[str, ...]) -> bool:
-        return any(
-            fnmatch.fnmatchcase("/".join(path[:depth]), pattern)
-            for depth in range(1, len(path) + 1)
-            for pattern in self.exclude
-        )
 
     def module_names(self) -> list[str]:
         return ["/".join(path) for path in dict.fromkeys(self.paths) if path]
@@ -119,7 +119,7 @@ class _Recorder:
         marker = jax.named_scope(f"{_PATH_MARK}{len(self.paths) - 1}")
         with _trace_context((self.token, path)), marker:
             base = _base_of(module, context)
-            if base is None or self.excluded(path):
+            if base is None or excluded(path, self.exclude):
                 return next_fun(*args, **kwargs)
             if base in _QUANTIZED:
                 return self._call_linear(base, next_fun, module, args, kwargs)
@@ -244,7 +244,8 @@ def batch_norm(
     )
     if use_running_average:
         return (y,)
-    return y, updates["batch_stats"]["mean"], updates["batch_stats"]["var"]
+    stats: Any = updates["batch_stats"]
+    return y, stats["mean"], stats["var"]
 
 
 def _base_of(module: nn.Module, context) -> type[nn.Module] | None:
@@ -315,7 +316,7 @@ def _bind_eqn(eqn: core.JaxprEqn) -> Callable[..., tuple]:
 
 def _inlined(eqn: core.JaxprEqn) -> Callable[..., tuple]:
     closed = eqn.params["jaxpr"]
-    return lambda *values: tuple(jax.core.eval_jaxpr(closed.jaxpr, closed.consts, *values))
+    return lambda *values: tuple(eval_jaxpr(closed.jaxpr, closed.consts, *values))
 
 
 def _only_elementwise(jaxpr: core.Jaxpr) -> bool:
@@ -363,16 +364,20 @@ def _clamp_bounds(
     return None
 
 
+def _is_floating(v: Any) -> bool:
+    return bool(jnp.issubdtype(v.aval.dtype, jnp.floating))
+
+
 def _classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> Kind:
     """Return the kind of one operation."""
     name = eqn.primitive.name
     subs = list(core.jaxprs_in_params(eqn.params))
     if subs:
         return "elementwise" if _only_elementwise(subs[0]) else "float"
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    if not _is_floating(eqn.outvars[0]):
         return "elementwise" if name in _ELEMENTWISE else "float"
     if name in _PASS or (name == "pad" and _scalar_value(inputs[1]) == 0.0):
-        return "pass" if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating) else "float"
+        return "pass" if _is_floating(eqn.invars[0]) else "float"
     return _KINDS.get(name, "elementwise" if name in _ELEMENTWISE else "float")
 
 
@@ -430,7 +435,7 @@ class _Flattener:
             return self.inline(closed.jaxpr, closed.consts, inputs, path, remat)
         for number in _layers_inside(eqn):
             self.unreachable(number, primitive)
-        if self.recorder.excluded(path) and kind not in ("pass", "clamp"):
+        if excluded(path, self.recorder.exclude) and kind not in ("pass", "clamp"):
             kind = "float"
         op = name if name in _NAMED_FUNCTIONS or "call" in primitive else primitive
         op = "relu" if bounds == (0.0, np.inf) else "clip" if bounds and not name else op

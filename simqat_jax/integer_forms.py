@@ -84,10 +84,10 @@ def deployed_layer(
     slope, shift = running_affine(norm)
     shift = shift if bias is None else shift + rounded_product(bias, slope)
     if bn_fold == "none":
-        codes, (scale, zero_point), spec = quantize(kernel)
-        signed = codes * along_channel(jnp.sign(slope), codes.ndim, -1)
-        scale = jnp.where(slope == 0, scale, scale * jnp.abs(slope))
-        return Codes(signed, QuantParams(scale, zero_point), spec), shift
+        plain = quantize(kernel)
+        signed = plain.codes * along_channel(jnp.sign(slope), kernel.ndim, -1)
+        scale = jnp.where(slope == 0, plain.params.scale, plain.params.scale * jnp.abs(slope))
+        return Codes(signed, plain.params._replace(scale=scale), plain.spec), shift
     folded = quantize(kernel * along_channel(folding_scale(norm), kernel.ndim, -1))
     alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
     return folded._replace(codes=jnp.where(alive, folded.codes, 0.0)), shift
@@ -104,10 +104,10 @@ def _linear(
         return None
     unit = x.params.scale * kernel.params.scale
     rank = 1 if isinstance(module.features, int) else len(module.features)
-    channels = acc.shape[acc.ndim - rank :]
+    shape = (1,) * (acc.ndim - rank) + acc.shape[acc.ndim - rank :]
 
-    def per_channel(v):
-        return v if v.ndim == 0 else v.reshape((1,) * (acc.ndim - rank) + channels)
+    def per_channel(v: jax.Array) -> jax.Array:
+        return v if v.ndim == 0 else v.reshape(shape)
 
     if bias is not None:
         acc = acc + per_channel(integer.integer_bias(bias.reshape(-1), unit))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core.scope import subtract_filters
+from jax.core import Tracer
 
 from simqat_jax.capture import Capture, capture
 from simqat_jax.config import SimQATConfig
@@ -113,6 +114,7 @@ class QuantizedModule(nn.Module):
     def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
         variables = {k: v for k, v in self.variables.items() if k != COLLECTION}
         assert self.scope is not None
+        rngs: Mapping[str, Any] = dict(self.scope.rngs)
         if self.is_initializing():
             mutable: Any = list(variables)  # the updates are dropped
         else:
@@ -122,7 +124,7 @@ class QuantizedModule(nn.Module):
             variables,
             args,
             kwargs,
-            rngs={name: rng.as_jax_rng() for name, rng in self.scope.rngs.items()},
+            rngs={name: rng.as_jax_rng() for name, rng in rngs.items()},
             mutable=mutable,
             exclude=self.config.exclude,
             forbidden=QuantizedModule,
@@ -197,7 +199,7 @@ def check_observed(placement: Placement, stats: Mapping[str, Any], missing: list
     concrete = {
         name: state
         for name, state in stats.items()
-        if isinstance(state, RangeState) and not isinstance(state.lo, jax.core.Tracer)
+        if isinstance(state, RangeState) and not isinstance(state.lo, Tracer)
     }
     empty = [name for name, s in concrete.items() if np.any(np.asarray(s.lo) > np.asarray(s.hi))]
     if empty:

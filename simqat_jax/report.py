@@ -1,13 +1,14 @@
 """The printed plan: what is quantized and how, what stays float and why."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
+from simqat_jax.capture import excluded
 from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Node
 from simqat_jax.planning import Placement, Quantizer, Step
@@ -101,11 +102,10 @@ class Plan:
         )
 
     def _info(self, q: Quantizer) -> QuantizerInfo:
-        state = self._stats.get(q.name)
-        known = state is not None and not isinstance(
-            state[0], (jax.core.Tracer, jax.ShapeDtypeStruct)
-        )
-        lo, hi = (np.min(state[0]), np.max(state[1])) if known else (np.inf, -np.inf)
+        lo, hi, nonfinite = self._stats.get(q.name, (np.inf, -np.inf, 0))
+        if not _is_concrete(lo):
+            lo, hi, nonfinite = np.inf, -np.inf, 0
+        lo, hi = np.min(lo), np.max(hi)
         seen = bool(lo <= hi)
         return QuantizerInfo(
             name=q.name,
@@ -115,7 +115,7 @@ class Plan:
             num_channels=q.num_channels,
             lo=float(lo) if seen else None,
             hi=float(hi) if seen else None,
-            nonfinite=int(state[2]) if known else 0,
+            nonfinite=int(nonfinite),
         )
 
     def _row(self, step: Step) -> Row:
@@ -150,7 +150,7 @@ class Plan:
         for name, reason in self._placement.unquantizable:
             if name == path:
                 return reason
-        if any(excluded_by(node.path, pattern) for pattern in self._config.exclude):
+        if excluded(node.path, self._config.exclude):
             return "excluded"
         if node.kind == "float":
             return _GRID_LOST
@@ -159,7 +159,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [_header(self._config)]
         step = self._stats.get("step")
-        if step is not None and not isinstance(step, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        if step is not None and _is_concrete(step):
             lines.append(f"training steps so far: {int(step)}{self._delays(int(step))}")
         table = [("layer or operation", "what it is", "weight", "output", "")]
         for name in dict.fromkeys(
@@ -194,11 +194,8 @@ class Plan:
         return "".join(f"; {text}, until then values pass unquantized" for text in pending)
 
 
-def excluded_by(path: Sequence[str], pattern: str) -> bool:
-    """Whether the pattern matches the module path or a module around it."""
-    return any(
-        fnmatch.fnmatchcase("/".join(path[:depth]), pattern) for depth in range(1, len(path) + 1)
-    )
+def _is_concrete(value: Any) -> bool:
+    return not isinstance(value, (Tracer, jax.ShapeDtypeStruct))
 
 
 def _describe(node: Node) -> str:

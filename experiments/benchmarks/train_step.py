@@ -1,57 +1,84 @@
-"""Time of a SimQAT training step against the float one.
+"""Time of SimQAT training steps against the float one.
 
-python -m experiments.benchmarks.train_step --batch-size 32
+python -m experiments.benchmarks.train_step --model lenet5
+python -m experiments.benchmarks.train_step --model resnet20
 """
 
-import argparse
+import dataclasses
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import optax
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 import simqat_jax as sq
 from experiments.benchmarks.timing import interleaved
-from experiments.models.lenet import LeNet5
+from experiments.models import LeNet5, ResNet20
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+      model: the float model.
+      image: shape of one image.
+      batch_sizes: images in a step.
+      bn_folds: the modes of BatchNorm folding to compare; without BatchNorm all are the same.
+    """
+
+    model: Callable[[], nn.Module]
+    image: tuple[int, int, int]
+    batch_sizes: tuple[int, ...]
+    bn_folds: tuple[Literal["none", "one_conv", "two_conv"], ...]
+
+
+WORKLOADS = {
+    "lenet5": Workload(LeNet5, (32, 32, 1), (32, 128), ("one_conv",)),
+    "resnet20": Workload(ResNet20, (32, 32, 3), (64,), ("none", "one_conv", "two_conv")),
+}
 
 
 class Trainer:
-    """A model with momentum SGD, whose jitted step is called again and again."""
+    """A model with momentum SGD, whose compiled step is called again and again."""
 
-    def __init__(self, model: Any, batch_size: int):
+    def __init__(self, model: nn.Module, image: tuple[int, int, int], batch_size: int):
         self.model = model
         keys = jax.random.split(jax.random.key(0), 3)
         self.batch = (
-            jax.random.uniform(keys[0], (batch_size, 32, 32, 1)),
+            jax.random.normal(keys[0], (batch_size, *image)),
             jax.random.randint(keys[1], (batch_size,), 0, 10),
         )
-        variables = dict(model.init(keys[2], self.batch[0]))
-        self.params, self.rest = variables.pop("params"), variables
+        variables = dict(jax.jit(model.init)(keys[2], self.batch[0]))
+        params = variables.pop("params")
         self.optimizer = optax.sgd(0.01, momentum=0.9)
-        self.state = (self.params, self.rest, self.optimizer.init(self.params))
+        self.state = (params, variables, self.optimizer.init(params))
 
-    def step(self, state, batch):
-        params, rest, opt_state = state
+    def step(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        params, collections, opt_state = state
         images, labels = batch
 
-        def loss_fn(params):
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
             logits, updates = self.model.apply(
-                {"params": params, **rest}, images, train=True, mutable=list(rest)
+                {"params": params, **collections}, images, train=True, mutable=list(collections)
             )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            return loss, updates
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates
 
         (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         deltas, opt_state = self.optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, deltas), {**rest, **updates}, opt_state), loss
+        return (optax.apply_updates(params, deltas), {**collections, **updates}, opt_state), loss
 
     def compile(self) -> float:
         """Trace and compile the step; return the seconds it took."""
+        jax.clear_caches()
         start = time.perf_counter()
-        jitted = jax.jit(self.step, donate_argnums=0)
-        self.compiled = jitted.lower(self.state, self.batch).compile()
+        self.compiled = jax.jit(self.step, donate_argnums=0).lower(self.state, self.batch).compile()
         return time.perf_counter() - start
 
     def __call__(self) -> jax.Array:
@@ -59,44 +86,44 @@ class Trainer:
         return loss
 
 
-def main() -> None:
-    """Print step and compile times, and their ratios to the float model's."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--calls", type=int, default=10)
-    arguments = parser.parse_args()
-    table = Table(
-        title="LeNet5 training step", caption=f"jax {jax.__version__}, {jax.devices()[0]}"
-    )
-    for column in (
-        "batch",
-        "float ms",
-        "SimQAT ms",
-        "ratio",
-        "compile float s",
-        "SimQAT s",
-        "ratio",
-    ):
-        table.add_column(column, justify="right")
-    for batch_size in arguments.batch_size:
-        models = {"float": LeNet5(), "simqat": sq.SimQAT().apply(LeNet5())}
-        trainers = {name: Trainer(model, batch_size) for name, model in models.items()}
-        compiling: dict[str, float] = {}
-        for _ in range(3):  # the first compilation also loads the compiler
-            for name, trainer in trainers.items():
-                jax.clear_caches()
-                compiling[name] = min(trainer.compile(), compiling.get(name, float("inf")))
-        step = interleaved(trainers, arguments.rounds, arguments.calls)
-        table.add_row(
-            str(batch_size),
-            *(f"{step[n] * 1e3:.2f}" for n in ("float", "simqat")),
-            f"{step['simqat'] / step['float']:.3f}",
-            *(f"{compiling[n]:.2f}" for n in ("float", "simqat")),
-            f"{compiling['simqat'] / compiling['float']:.2f}",
-        )
+def main(model: str = "lenet5", rounds: int = 40, calls: int = 5, compilations: int = 3) -> None:
+    """Print step times, compile times (the fastest of some) and bytes accessed, with ratios.
+
+    Args:
+      model: lenet5 or resnet20.
+      rounds: interleaved timings of each step.
+      calls: steps in one timing.
+      compilations: of each step.
+    """
+    workload = WORKLOADS[model]
+    title = f"{model}: training step on {jax.devices()[0]}, jax {jax.__version__}"
+    table = Table("batch", "step", "ms", "ratio", "compile s", "ratio", "GB", "ratio", title=title)
+    for batch_size in workload.batch_sizes:
+        models = {"float": workload.model()}
+        for fold in workload.bn_folds:
+            qat = sq.SimQAT(sq.SimQATConfig(bn_fold=fold))
+            models[f"SimQAT {fold}"] = qat.apply(workload.model())
+        trainers = {name: Trainer(m, workload.image, batch_size) for name, m in models.items()}
+        compiling = [{n: t.compile() for n, t in trainers.items()} for _ in range(compilations)]
+        seconds = interleaved(trainers, rounds, calls)
+        for name, trainer in trainers.items():
+            table.add_row(
+                str(batch_size),
+                name,
+                *_with_ratio(seconds[name] * 1e3, seconds["float"] * 1e3),
+                *_with_ratio(*(min(c[n] for c in compiling) for n in (name, "float"))),
+                *_with_ratio(_gigabytes(trainer), _gigabytes(trainers["float"])),
+            )
     Console().print(table)
 
 
+def _with_ratio(value: float, base: float) -> tuple[str, str]:
+    return f"{value:.2f}", f"{value / base:.3f}"
+
+
+def _gigabytes(trainer: Trainer) -> float:
+    return trainer.compiled.cost_analysis()["bytes accessed"] / 1e9
+
+
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

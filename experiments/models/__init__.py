@@ -1,5 +1,7 @@
 """Models in plain flax.linen: nothing in them knows of quantization."""
 
 from experiments.models.lenet import LeNet5
+from experiments.models.mobilenet import MobileNetV2
+from experiments.models.resnet import ResNet18, ResNet20, ResNet50
 
-__all__ = ["LeNet5"]
+__all__ = ["LeNet5", "MobileNetV2", "ResNet18", "ResNet20", "ResNet50"]

@@ -1,9 +1,11 @@
 """Quantization-aware training of Flax (linen) models.
 
+```python
 qmodel = SimQAT(SimQATConfig()).apply(model)
 variables = qmodel.init(key, x)
 logits, updates = qmodel.apply(variables, x, mutable=["batch_stats", "quant_stats"])
 print(qmodel.plan(variables, x))
+```
 """
 
 from importlib.metadata import version as _version

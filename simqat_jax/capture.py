@@ -170,6 +170,11 @@ class _Recorder:
         mask = kwargs.get("mask")
         params = _own_variables(module, "params", ("scale", "bias"))
         stats = _own_variables(module, "batch_stats", ("mean", "var"))
+        if len(stats) < 2:
+            raise ValueError(
+                f"{'/'.join(module.path)}: the variables hold no batch_stats 'mean' and 'var'. "
+                "Pass the batch_stats of init, or of the float checkpoint."
+            )
         layer = Layer(
             _unbound(nn.BatchNorm, module),
             module.path,

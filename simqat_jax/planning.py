@@ -1,8 +1,9 @@
 """Decide what is quantized: one quantizer per tensor, at its producer."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,6 @@ from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Graph, Node, consumers
 
 _FUSES_CLAMP = (*LAYER_KINDS, "batch_norm", "add", "mul", "mean")
-_ONE_TENSOR = ("elementwise", "clamp")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class _Planner:
             outs = {step.output, *step.node.outputs}
             demanded = not outs.isdisjoint(self.demanded)
             wanted = demanded or not outs.isdisjoint(self.wanted)
-            if kind in (*LAYER_KINDS, "batch_norm"):
+            if kind in LAYER_KINDS:
                 self.demanded.update(data[:1])
             elif kind == "pass":
                 self.demanded.update(data[:1] if demanded else ())
@@ -227,15 +227,21 @@ class _Planner:
             return self.place_kernel(step)
         if not data or not self.floating(step.output) or not all(map(self.floating, data)):
             return False
-        if node.kind == "batch_norm":
-            return _last_axis(self.graph, node)
+        if node.kind == "batch_norm" and not _last_axis(self.graph, node):
+            reason = "the feature axis of this BatchNorm is not the last one"
+            self.unquantizable.append(("/".join(node.path), reason))
+            return False
         on_grid = all(v in self.grids for v in data)
         demanded, wanted = step.output in self.demanded, step.output in self.wanted
         if node.kind == "concat" and self.config.activation.per_channel:
             return False
         if self.joins(step):
             return demanded or (wanted and on_grid)
-        return node.kind in ("add", "mul", *_ONE_TENSOR) and on_grid and (demanded or wanted)
+        return (
+            node.kind in ("add", "mul", "batch_norm", "elementwise", "clamp")
+            and on_grid
+            and (demanded or wanted)
+        )
 
     def visit(self, step: Step) -> Step:
         node, data = step.node, self.data(step)
@@ -326,7 +332,22 @@ def kernel_channels(module, shape: tuple[int, ...]) -> int:
     """Return the number of output channels of a Conv or Dense kernel of this shape."""
     features = module.features
     count = len(features) if isinstance(features, Sequence) else 1
-    return int(np.prod(shape[len(shape) - count :]))
+    return math.prod(shape[len(shape) - count :])
+
+
+def check_batch_statistics(graph: Graph) -> None:
+    """Raise ValueError for a BatchNorm that would take statistics of one value per channel."""
+    for node in graph.nodes:
+        if node.kind != "batch_norm" or node.layer is None or not node.layer.training:
+            continue
+        shape = graph.avals[node.outputs[0]].shape
+        module: Any = node.layer.module
+        if math.prod(shape) == shape[module.axis] and module.axis_name is None:
+            raise ValueError(
+                f"{'/'.join(node.path)}: its batch holds one value per channel (shape {shape}), "
+                "which has no variance. Train with a larger batch, or call the BatchNorm with "
+                "use_running_average=True."
+            )
 
 
 def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:

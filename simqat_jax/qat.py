@@ -14,7 +14,7 @@ from simqat_jax.capture import Capture, capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.evaluation import evaluate
 from simqat_jax.observers import RangeState, init_range
-from simqat_jax.planning import Placement, place_quantizers
+from simqat_jax.planning import Placement, check_batch_statistics, place_quantizers
 from simqat_jax.report import Plan
 
 COLLECTION = "quant_stats"
@@ -102,6 +102,7 @@ class QuantizedModule(nn.Module):
         stats = self._stats(placement)
         if self.is_initializing():
             return result
+        check_batch_statistics(captured.graph)
         training = self.is_mutable_collection(COLLECTION)
         values, stats = evaluate(placement, self.config, captured.inputs, stats, training=training)
         if training:

@@ -138,12 +138,20 @@ class Plan:
     def _note(self, step: Step) -> str:
         placement, node = self._placement, step.node
         if step.output in placement.at:
-            if step.quantized or node.kind in LAYER_KINDS:
-                return "table lookup" if node.kind in ("elementwise", "clamp") else ""
+            if step.quantized:
+                return self._form(step)
             return f"float: {self._reason(node)}; its result is quantized for an integer operation"
         if step.output in placement.grids:
             return f"on the grid of {placement.grids[step.output].name}"
         return f"float: {self._reason(node)}"
+
+    def _form(self, step: Step) -> str:
+        """Say what a quantized operation becomes, where its name does not."""
+        if step.batch_norm is not None:
+            return f"BatchNorm folded: {self._config.bn_fold}"
+        if step.node.kind == "batch_norm":
+            return "on its own: a 1x1 depthwise convolution"
+        return "table lookup" if step.node.kind in ("elementwise", "clamp") else ""
 
     def _reason(self, node: Node) -> str:
         path = "/".join(node.path)

@@ -122,7 +122,8 @@ def _with_ratio(value: float, base: float) -> tuple[str, str]:
 
 
 def _gigabytes(trainer: Trainer) -> float:
-    return trainer.compiled.cost_analysis()["bytes accessed"] / 1e9
+    analysis: Any = trainer.compiled.cost_analysis()
+    return analysis["bytes accessed"] / 1e9
 
 
 if __name__ == "__main__":

@@ -72,9 +72,23 @@ def restore(directory: Path, step: int, target: Any) -> tuple[Any, Progress]:
     Raises: ExperimentError: it cannot be read or its content is not what was written (another
       checkpoint is never taken instead); its tree differs from the target's.
     """
-    path = directory / str(step)
+    return _restore(directory / str(step), target)
+
+
+def read(directory: Path, step: int) -> tuple[dict[str, Any], Progress]:
+    """Read checkpoint `step` as nested dicts, whatever model wrote it, and verify every bit.
+
+    Raises: ExperimentError: it cannot be read or its content is not what was written.
+    """
+    return _restore(directory / str(step), None)
+
+
+def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
     try:
-        check_tree(leaf_shapes(target), _stored_shapes(path), str(path))
+        if target is None:
+            target = _stored(path)
+        else:
+            check_tree(leaf_shapes(target), leaf_shapes(_stored(path)), str(path))
         with ocp.StandardCheckpointer() as checkpointer:
             state = checkpointer.restore(path.absolute() / "state", target)
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -119,22 +133,26 @@ def check_tree(expected: Shapes, found: Shapes, source: str) -> None:
 def leaf_shapes(tree: Any) -> Shapes:
     """Return the shape of every leaf by its path, such as `params/Conv_0/kernel`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }
+    return {_key(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
-def _stored_shapes(path: Path) -> Shapes:
+def _stored(path: Path) -> Any:
+    """Return shape and dtype of every stored array, as nested dicts."""
     metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute() / "state"))
-    return leaf_shapes(metadata.tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata.tree)
 
 
 def _digest(state: Any) -> str:
+    """Return a hash of every array by its path, the same for a state and for nested dicts."""
+    leaves = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     sha = hashlib.sha256()
-    for leaf in jax.tree.leaves(state):
-        sha.update(np.ascontiguousarray(leaf).tobytes())
+    for key in sorted(leaves):
+        sha.update(key.encode() + np.ascontiguousarray(leaves[key]).tobytes())
     return sha.hexdigest()
+
+
+def _key(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _corrupt(path: Path, reason: str) -> str:

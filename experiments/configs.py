@@ -1,17 +1,23 @@
 """One frozen config for each experiment: everything that decides its figures."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
-import optax
+import jax.numpy as jnp
 
 import simqat_jax as sq
 from experiments import data
 from experiments.errors import ExperimentError
-from experiments.models import LeNet5
+from experiments.models import LeNet5, MobileNetV2, ResNet18, ResNet20, ResNet50
+from experiments.optimization import Schedule
+
+Dtype = Literal["float32", "bfloat16"]
+BatchNormFold = Literal["none", "one_conv", "two_conv"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,40 +30,95 @@ class Experiment:
     config: str
     """Name in CONFIGS."""
     model: Callable[..., nn.Module]
-    """Called with `num_classes`."""
+    """Called with `num_classes`, and with `dtype` where that is not float32."""
     data: str
     """Name of a data set, see experiments.data."""
+    image_size: int | None = None
+    """Side of the crops of ImageNet, pixels; None: 224. Other sets have their own."""
     batch_size: int
     """Images in a training batch; what is left over at an epoch's end is left out."""
     epochs: int
-    """Of each phase: float, SimQAT from scratch, SimQAT from the float parameters."""
+    """Of the float phase and of SimQAT from scratch."""
+    finetune_epochs: int | None = None
+    """Of SimQAT from the float parameters; None: `epochs`."""
     learning_rate: float
+    """Highest learning rate of the float phase and of SimQAT from scratch."""
+    finetune_learning_rate: float | None = None
+    """Of SimQAT from the float parameters; None: `learning_rate`."""
+    schedule: Schedule = "constant"
+    """How the learning rate falls, see experiments.optimization."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate rises to `learning_rate`; none in fine-tuning."""
     momentum: float = 0.9
+    weight_decay: float = 0.0
+    """L2, on kernels alone."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, in training."""
+    dtype: Dtype = "float32"
+    """Of the computation; parameters and statistics stay float32."""
     seed: int = 0
-    """Of the first parameters and the order of the images; all phases share it."""
+    """Of the first parameters, the order of the images and their augmentation, for all phases."""
     steps_per_dispatch: int = 1
     """Training steps compiled into one `lax.scan`. On CPU one is fastest by far: XLA runs
     convolutions inside a loop without its multi-threaded kernels."""
     test_batch_size: int = 500
     quant: sq.SimQATConfig = dataclasses.field(default_factory=sq.SimQATConfig)
+    freeze_bn_epoch: int | None = None
+    """Epochs of a SimQAT phase after which BatchNorm uses its running statistics and leaves them
+    alone; None: never."""
+    float_checkpoint: str | None = None
+    """Where fine-tuning starts, instead of this run's own float phase."""
 
     def __post_init__(self) -> None:
         data.check_name(self.data)
         for field in ("batch_size", "epochs", "steps_per_dispatch", "test_batch_size"):
             _require(self, field, getattr(self, field) >= 1, "1 or more")
+        for field in ("finetune_epochs", "image_size"):
+            value = getattr(self, field)
+            _require(self, field, value is None or value >= 1, "1 or more")
         _require(self, "seed", 0 <= self.seed < 2**31, "0 to 2**31 - 1")
-        valid = math.isfinite(self.learning_rate) and self.learning_rate > 0
-        _require(self, "learning_rate", valid, "a finite number above 0")
-        _require(self, "momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        for field in ("learning_rate", "finetune_learning_rate"):
+            rate = self.learning_rate if getattr(self, field) is None else getattr(self, field)
+            _require(self, field, math.isfinite(rate) and rate > 0, "a finite number above 0")
+        _require(self, "schedule", self.schedule in get_args(Schedule), _one_of(Schedule))
+        warm = self.warmup_epochs == 0 or 0 < self.warmup_epochs < self.epochs
+        _require(self, "warmup_epochs", warm, f"0 or more and below --epochs {self.epochs}")
+        for field in ("momentum", "label_smoothing"):
+            _require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
+        valid = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        _require(self, "weight_decay", valid, "a finite number, 0 or more")
+        _require(self, "dtype", self.dtype in get_args(Dtype), _one_of(Dtype))
+        if self.dtype != "float32" and "dtype" not in _fields(self.model):
+            raise ExperimentError(f"--dtype: {_describe(self.model)} computes in float32 only.")
+        _require(self, "freeze_bn_epoch", (self.freeze_bn_epoch or 0) >= 0, "0 or more")
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """Return the optimizer of a phase."""
-        return optax.sgd(self.learning_rate, momentum=self.momentum)
+    def build_model(self, num_classes: int) -> nn.Module:
+        """Return the float model."""
+        options = {} if self.dtype == "float32" else {"dtype": jnp.dtype(self.dtype)}
+        return self.model(num_classes=num_classes, **options)
 
     def settings(self) -> dict:
         """Return every field as JSON values: what `--resume` compares."""
-        fields = dataclasses.asdict(self) | {"model": self.model.__name__}
+        fields = dataclasses.asdict(self) | {"model": _describe(self.model)}
         return json.loads(json.dumps(fields))
+
+
+def _one_of(choices: Any) -> str:
+    return "one of " + ", ".join(get_args(choices))
+
+
+def _fields(model: Any) -> set[str]:
+    while isinstance(model, functools.partial):
+        model = model.func
+    return {field.name for field in dataclasses.fields(model)}
+
+
+def _describe(value: Any) -> str:
+    """Return the name of a class, or of a partial one with its arguments."""
+    if isinstance(value, functools.partial):
+        options = (f"{name}={_describe(given)}" for name, given in value.keywords.items())
+        return f"{_describe(value.func)}({', '.join(options)})"
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def _require(experiment: Experiment, field: str, valid: bool, wanted: str) -> None:
@@ -85,19 +146,135 @@ def lenet5_mnist() -> Experiment:
     )
 
 
-CONFIGS: dict[str, Callable[[], Experiment]] = {"lenet5_mnist": lenet5_mnist}
+def resnet20_cifar10() -> Experiment:
+    """ResNet-20 on CIFAR-10, short enough for two CPU cores.
+
+    python -m experiments.train --config resnet20_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    return Experiment(
+        config="resnet20_cifar10",
+        model=ResNet20,
+        data="cifar10",
+        batch_size=64,
+        epochs=12,
+        learning_rate=0.05,
+        finetune_learning_rate=0.005,
+        schedule="cosine",
+        warmup_epochs=1,
+        weight_decay=5e-4,
+    )
 
 
-OVERRIDABLE = ("data", "batch_size", "epochs", "learning_rate", "seed", "steps_per_dispatch")
-"""Fields that the command line may replace."""
+def _cifar10_on_gpu(config: str, model: Callable[..., nn.Module]) -> Experiment:
+    return Experiment(
+        config=config,
+        model=model,
+        data="cifar10",
+        batch_size=128,
+        epochs=100,
+        finetune_epochs=10,
+        learning_rate=0.1,
+        finetune_learning_rate=0.005,
+        schedule="cosine",
+        warmup_epochs=5,
+        weight_decay=5e-4,
+    )
 
 
-def get(name: str, **overrides: object) -> Experiment:
+def resnet18_cifar10() -> Experiment:
+    """ResNet-18 with the CIFAR stem on CIFAR-10; for a GPU.
+
+    python -m experiments.train --config resnet18_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    return _cifar10_on_gpu("resnet18_cifar10", ResNet18)
+
+
+def resnet50_cifar10() -> Experiment:
+    """ResNet-50 with the CIFAR stem on CIFAR-10; for a GPU.
+
+    python -m experiments.train --config resnet50_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    return _cifar10_on_gpu("resnet50_cifar10", ResNet50)
+
+
+def mobilenetv2_cifar10() -> Experiment:
+    """MobileNetV2 with the CIFAR stem on CIFAR-10; for a GPU.
+
+    python -m experiments.train --config mobilenetv2_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    return _cifar10_on_gpu("mobilenetv2_cifar10", MobileNetV2)
+
+
+def resnet50_imagenet() -> Experiment:
+    """ResNet-50 on ImageNet 2012, the source system's recipe on one device; for a GPU.
+
+    python -m experiments.train --config resnet50_imagenet --workers 16
+
+    Batch 32, momentum 0.9, weight decay 1e-4, 5 of 180 epochs of warm-up, polynomial decay. The
+    learning rate is ours: 0.1 for 256 images, in proportion to the batch.
+
+    Expected: see the table in experiments/README.md.
+    """
+    return Experiment(
+        config="resnet50_imagenet",
+        model=functools.partial(ResNet50, cifar_stem=False),
+        data="imagenet2012",
+        batch_size=32,
+        epochs=180,
+        finetune_epochs=10,
+        learning_rate=0.0125,
+        finetune_learning_rate=0.00125,
+        schedule="polynomial",
+        warmup_epochs=5,
+        weight_decay=1e-4,
+        test_batch_size=250,
+    )
+
+
+CONFIGS: dict[str, Callable[[], Experiment]] = {
+    "lenet5_mnist": lenet5_mnist,
+    "resnet20_cifar10": resnet20_cifar10,
+    "resnet18_cifar10": resnet18_cifar10,
+    "resnet50_cifar10": resnet50_cifar10,
+    "mobilenetv2_cifar10": mobilenetv2_cifar10,
+    "resnet50_imagenet": resnet50_imagenet,
+}
+
+
+OVERRIDABLE = (
+    *("data", "epochs", "finetune_epochs", "batch_size", "learning_rate"),
+    *("finetune_learning_rate", "schedule", "warmup_epochs", "weight_decay", "label_smoothing"),
+    *("dtype", "seed", "steps_per_dispatch", "bn_fold", "freeze_bn_epoch", "float_checkpoint"),
+)
+"""Fields that the command line may replace; `bn_fold` is one of `quant`."""
+
+
+def get(name: str, **overrides: Any) -> Experiment:
     """Return the named experiment with every override that is not None in place of its value.
 
     Raises: ExperimentError: unknown name; a value out of range.
     """
     if name not in CONFIGS:
         raise ExperimentError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}.")
+    experiment = CONFIGS[name]()
     given = {field: value for field, value in overrides.items() if value is not None}
-    return dataclasses.replace(CONFIGS[name](), **given)
+    if "bn_fold" in given:
+        bn_fold = given.pop("bn_fold")
+        if bn_fold not in get_args(BatchNormFold):
+            raise ExperimentError(f"--bn-fold must be {_one_of(BatchNormFold)}, got {bn_fold!r}.")
+        given["quant"] = dataclasses.replace(experiment.quant, bn_fold=bn_fold)
+    return dataclasses.replace(experiment, **given)
+
+
+def overrides(settings: dict) -> dict[str, Any]:
+    """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
+    flat = {"bn_fold": (settings.get("quant") or {}).get("bn_fold")} | settings
+    return {field: flat.get(field) for field in OVERRIDABLE}

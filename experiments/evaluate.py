@@ -21,6 +21,8 @@ class Arguments:
     checkpoint: tyro.conf.Positional[Path]
     """A run (newest checkpoint of every phase), one of its phases, or one checkpoint of a phase:
     runs/NAME, runs/NAME/qat, runs/NAME/qat/1250."""
+    workers: int = 0
+    """Processes that decode a streamed data set; 0: this one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,24 +32,26 @@ class Evaluation:
     phase: str
     step: int
     accuracy: float
+    top5_accuracy: float
 
 
-def evaluate(path: Path) -> list[Evaluation]:
+def evaluate(path: Path, workers: int = 0) -> list[Evaluation]:
     """Return the test accuracy of every checkpoint that `path` names.
 
     Args:
       path: a run, one of its phases, or one checkpoint of a phase.
+      workers: processes that decode a streamed data set; 0: this one.
     Raises: ExperimentError: none of these; a corrupt checkpoint, or one of another model.
     """
     run, chosen = _locate(path)
     experiment = runs.load_experiment(run)
-    dataset = data.load(experiment.data)
+    dataset = data.load(experiment.data, experiment.image_size, workers)
     evaluations = []
     for name, step in chosen:
         phase = phases.build(name, experiment, dataset, run)
         state, _ = checkpoints.restore(phase.directory, step, phases.init_state(phase))
-        accuracy = training.make_accuracy(phase)(state)
-        evaluations.append(Evaluation(phase=name, step=step, accuracy=accuracy))
+        metrics = training.make_evaluation(phase)(state)
+        evaluations.append(Evaluation(phase=name, step=step, **metrics._asdict()))
     return evaluations
 
 
@@ -56,10 +60,11 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="python -m experiments.evaluate", description=__doc__)
     path = arguments.checkpoint
     table = Table()
-    for column in ("phase", "steps", "accuracy"):
+    for column in ("phase", "steps", "top-1", "top-5"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for evaluation in evaluate(path):
-        table.add_row(evaluation.phase, str(evaluation.step), f"{evaluation.accuracy:.2%}")
+    for evaluation in evaluate(path, arguments.workers):
+        shares = f"{evaluation.accuracy:.2%}", f"{evaluation.top5_accuracy:.2%}"
+        table.add_row(evaluation.phase, str(evaluation.step), *shares)
     console = Console()
     console.print(table)
     console.print(f"test accuracy of {path}", soft_wrap=True, highlight=False)

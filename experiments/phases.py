@@ -8,11 +8,14 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 import simqat_jax as sq
-from experiments import checkpoints
+from experiments import checkpoints, optimization
+from experiments.checkpoints import Progress
 from experiments.configs import Experiment
-from experiments.data import Dataset
+from experiments.data import ImageData
+from experiments.errors import ExperimentError
 
 NAMES = ("float", "qat", "qat_finetune")
 """The float baseline; SimQAT from scratch; SimQAT from the float baseline's parameters."""
@@ -37,7 +40,7 @@ class Phase:
     name: str
     model: nn.Module
     experiment: Experiment
-    dataset: Dataset
+    dataset: ImageData
     directory: Path
     keep: int = 2
     """Number of checkpoints kept."""
@@ -47,16 +50,53 @@ class Phase:
     @property
     def steps_per_epoch(self) -> int:
         """Training steps in an epoch: whole batches in whole dispatches."""
-        per_dispatch = self.experiment.steps_per_dispatch
-        batches = len(self.dataset.train_labels) // self.experiment.batch_size
-        return batches // per_dispatch * per_dispatch
+        return steps_per_epoch(self.experiment, self.dataset)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs to train."""
+        if self.name == "qat_finetune":
+            return self.experiment.finetune_epochs or self.experiment.epochs
+        return self.experiment.epochs
+
+    @property
+    def learning_rate(self) -> float:
+        """Highest learning rate."""
+        if self.name == "qat_finetune":
+            return self.experiment.finetune_learning_rate or self.experiment.learning_rate
+        return self.experiment.learning_rate
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return the optimizer with the phase's schedule; fine-tuning has no warm-up."""
+        experiment, steps = self.experiment, self.steps_per_epoch
+        warmup = 0 if self.name == "qat_finetune" else experiment.warmup_epochs
+        rate = optimization.learning_rate(
+            experiment.schedule, self.learning_rate, self.epochs * steps, warmup * steps
+        )
+        return optimization.momentum_sgd(rate, experiment.momentum, experiment.weight_decay)
+
+    def finished(self) -> bool:
+        """Return whether the newest checkpoint is that of the last step."""
+        return checkpoints.latest(self.directory) == self.epochs * self.steps_per_epoch
 
 
-def build(name: str, experiment: Experiment, dataset: Dataset, run: Path, **options: Any) -> Phase:
+def steps_per_epoch(experiment: Experiment, dataset: ImageData) -> int:
+    """Return the training steps in an epoch: whole batches in whole dispatches."""
+    batches = dataset.train_size // experiment.batch_size
+    return batches // experiment.steps_per_dispatch * experiment.steps_per_dispatch
+
+
+def build(
+    name: str, experiment: Experiment, dataset: ImageData, run: Path, **options: Any
+) -> Phase:
     """Return the phase `name` of a run; `options` are further fields of Phase."""
-    model = experiment.model(num_classes=dataset.num_classes)
+    model = experiment.build_model(dataset.num_classes)
     if name != "float":
-        model = sq.SimQAT(experiment.quant).apply(model)
+        quant = experiment.quant
+        if experiment.freeze_bn_epoch is not None:
+            steps = experiment.freeze_bn_epoch * steps_per_epoch(experiment, dataset)
+            quant = dataclasses.replace(quant, freeze_bn=steps)
+        model = sq.SimQAT(quant).apply(model)
     return Phase(
         name=name,
         model=model,
@@ -70,7 +110,7 @@ def build(name: str, experiment: Experiment, dataset: Dataset, run: Path, **opti
 def init_state(phase: Phase) -> TrainState:
     """Return the first state; the same parameters for every phase of one seed."""
     key = jax.random.key(phase.experiment.seed)
-    sample = jnp.asarray(phase.dataset.train_images[:1])
+    sample = model_input(phase)
     # Not jitted: each operation is compiled once for all phases. Copied: a training step consumes
     # its state, in which no two leaves may share memory.
     variables = jax.tree.map(jnp.copy, dict(phase.model.init(key, sample, train=False)))
@@ -78,9 +118,14 @@ def init_state(phase: Phase) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=phase.experiment.optimizer().init(params),
+        opt_state=phase.optimizer().init(params),
         collections=variables,
     )
+
+
+def model_input(phase: Phase) -> jax.Array:
+    """Return one image as the model takes it in evaluation, with a batch axis."""
+    return phase.dataset.transform(jnp.asarray(phase.dataset.sample()), None)
 
 
 def start_from(state: TrainState, trained: TrainState) -> TrainState:
@@ -88,12 +133,48 @@ def start_from(state: TrainState, trained: TrainState) -> TrainState:
 
     Raises: ExperimentError: the trees differ; lists every missing and extra key.
     """
+    check_start(state, trained)
     shared = [name for name in trained.collections if name in state.collections]
-    expected = {"params": state.params} | {name: state.collections[name] for name in shared}
-    found = {"params": trained.params} | {name: trained.collections[name] for name in shared}
-    leaves = checkpoints.leaf_shapes
-    checkpoints.check_tree(leaves(expected), leaves(found), "the float checkpoint")
-    loaded = jax.tree.map(jnp.copy, found)
-    params = loaded.pop("params")
-    collections = {**state.collections, **loaded}
-    return dataclasses.replace(state, params=params, collections=collections)
+    copied = jax.tree.map(jnp.copy, {name: trained.collections[name] for name in shared})
+    return dataclasses.replace(
+        state,
+        params=jax.tree.map(jnp.copy, trained.params),
+        collections={**state.collections, **copied},
+    )
+
+
+def check_start(
+    state: TrainState, trained: TrainState, source: str = "the float checkpoint"
+) -> None:
+    """Raise ExperimentError unless `state`, arrays or their shapes, can start from `trained`.
+
+    Raises: ExperimentError: lists every missing and extra key and every other shape.
+    """
+
+    def shapes(of: TrainState) -> checkpoints.Shapes:
+        floats = {name: tree for name, tree in of.collections.items() if name != "quant_stats"}
+        return checkpoints.leaf_shapes({"params": of.params, **floats})
+
+    checkpoints.check_tree(shapes(state), shapes(trained), source)
+
+
+def read_float(path: Path) -> tuple[TrainState, Progress]:
+    """Read the float phase of a run, whatever its model.
+
+    Args:
+      path: a run, its phase `float`, or one checkpoint of that: runs/NAME, runs/NAME/float,
+        runs/NAME/float/3905.
+    Raises: ExperimentError: no such checkpoint; a corrupt one.
+    """
+    if path.name.isdigit() and path.parent.name == "float":
+        directory, step = path.parent, int(path.name)
+    else:
+        directory = path if path.name == "float" else path / "float"
+        step = checkpoints.latest(directory)
+    if step is None or not (directory / str(step)).is_dir():
+        raise ExperimentError(
+            f"no float checkpoint at {path}: give a run, such as runs/NAME, its float phase, or "
+            "one checkpoint, such as runs/NAME/float/3905."
+        )
+    tree, progress = checkpoints.read(directory, step)
+    return TrainState(**tree), progress

@@ -38,8 +38,7 @@ def load_experiment(run: Path) -> Experiment:
     Raises: ExperimentError: no or a damaged config.json; the config has changed since.
     """
     stored = _read_settings(run)
-    overrides = {f: stored.get(f) for f in configs.OVERRIDABLE}
-    experiment = configs.get(str(stored.get("config")), **overrides)
+    experiment = configs.get(str(stored.get("config")), **configs.overrides(stored))
     if differences := _differences(stored, experiment.settings()):
         raise ExperimentError(
             f"config {experiment.config!r} is no longer what run {run} was trained with:\n"
@@ -52,7 +51,8 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     """Write results.json: figures of every phase, settings, versions, history of every epoch."""
     results: dict[str, Any] = {}
     for name, progress in phases.items():
-        results[f"{name}_accuracy"] = progress.history[-1]["accuracy"]
+        for metric in ("accuracy", "top5_accuracy"):
+            results[f"{name}_{metric}"] = progress.history[-1][metric]
         results[f"{name}_seconds_per_step"] = seconds_per_step(progress)
         results[f"{name}_compile_seconds"] = progress.compile_seconds
     results["settings"] = experiment.settings()

@@ -3,14 +3,15 @@
     python -m experiments.train --config lenet5_mnist
 
 Three phases: `float`, the baseline; `qat`, SimQAT from scratch; `qat_finetune`, SimQAT from the
-baseline's parameters. All checkpoints, config.json and results.json go to RUNS_DIR/NAME.
+baseline's parameters, or from those of another run with --float-checkpoint. All checkpoints,
+config.json and results.json go to RUNS_DIR/NAME.
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -20,19 +21,39 @@ from rich.table import Table
 
 import simqat_jax as sq
 from experiments import checkpoints, configs, data, phases, runs, training
-from experiments.configs import Experiment
-from experiments.data import Dataset
+from experiments.configs import BatchNormFold, Dtype, Experiment
+from experiments.data import ImageData
 from experiments.errors import ExperimentError, run_or_exit
+from experiments.optimization import Schedule
 from experiments.phases import Phase
 from experiments.training import Report
 
 Results = dict[str, checkpoints.Progress]
+FloatStart = tuple[phases.TrainState, checkpoints.Progress]
 
 
 _CONFIGS = "(default: the config's)"
 _Text = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint=_CONFIGS)]
 _Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_CONFIGS)]
 _Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=_CONFIGS)]
+_Schedule = Annotated[Schedule | None, tyro.conf.arg(help_behavior_hint=_CONFIGS)]
+_Dtype = Annotated[Dtype | None, tyro.conf.arg(help_behavior_hint=_CONFIGS)]
+_BnFold = Annotated[
+    BatchNormFold | None,
+    tyro.conf.arg(metavar="{none,one_conv,two_conv}", help_behavior_hint=_CONFIGS),
+]
+_PhaseName = Literal["float", "qat", "qat_finetune"]
+_Phases = Annotated[
+    tuple[_PhaseName, ...] | None,
+    tyro.conf.arg(
+        metavar="{float,qat,qat_finetune} ...",
+        help_behavior_hint="(default: all; without float with --float-checkpoint)",
+    ),
+]
+_Path = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: this run's float phase)"),
+]
 _Steps = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: none)")]
 _Name = Annotated[
     str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: CONFIG-DATA-seedSEED)")
@@ -44,18 +65,44 @@ class Arguments:
     """Options of the command; what is not given is the config's."""
 
     config: Annotated[str, tyro.conf.arg(help=f"Experiment to run: {', '.join(configs.CONFIGS)}.")]
+    phases: _Phases = None
+    """Phases to train; what the run holds already is kept."""
     data: _Text = None
-    """Data set: mnist (full, through tensorflow-datasets) or mnist5k (installed already)."""
+    """Data set: mnist, cifar10 or imagenet2012 (through tensorflow-datasets), or mnist5k
+    (installed already)."""
     epochs: _Int = None
-    """Epochs of each phase."""
+    """Epochs of the phases float and qat."""
+    finetune_epochs: _Int = None
+    """Epochs of the phase qat_finetune."""
     batch_size: _Int = None
     """Images in a training batch."""
     learning_rate: _Float = None
-    """Learning rate of every phase."""
+    """Highest learning rate of the phases float and qat."""
+    finetune_learning_rate: _Float = None
+    """Highest learning rate of the phase qat_finetune."""
+    schedule: _Schedule = None
+    """How the learning rate falls."""
+    warmup_epochs: _Int = None
+    """Epochs in which the learning rate rises; none in qat_finetune."""
+    weight_decay: _Float = None
+    """L2 on kernels."""
+    label_smoothing: _Float = None
+    """Share of the target spread over all classes."""
+    dtype: _Dtype = None
+    """Of the computation; parameters stay float32."""
+    bn_fold: _BnFold = None
+    """How BatchNorm is folded in the SimQAT phases."""
+    freeze_bn_epoch: _Int = None
+    """Epochs of a SimQAT phase after which BatchNorm's statistics are frozen."""
+    float_checkpoint: _Path = None
+    """Start qat_finetune from another run's float phase: the run, its float directory, or one
+    checkpoint in it."""
     seed: _Int = None
-    """Seed of the first parameters and of the order of the images."""
+    """Seed of the first parameters, the order of the images and their augmentation."""
     steps_per_dispatch: _Int = None
     """Training steps in one compiled loop; 1 is fastest on CPU."""
+    workers: int = 0
+    """Processes that decode a streamed data set (imagenet2012); 0: this one."""
     name: _Name = None
     """Name of the run's directory."""
     runs_dir: Path = Path("runs")
@@ -80,18 +127,25 @@ def main() -> None:
 
 
 def run_experiment(arguments: Arguments, console: Console) -> Results:
-    """Train all phases, write results.json and print the table.
+    """Train the chosen phases, write results.json and print the table.
 
     Raises: ExperimentError: see experiments.runs, experiments.training and experiments.data.
     """
     experiment = _experiment(arguments)
-    dataset = data.load(experiment.data)
+    dataset = data.load(experiment.data, experiment.image_size, arguments.workers)
     _check_batch(experiment, dataset)
     name = arguments.name
     if name is None:
         name = f"{experiment.config}-{experiment.data}-seed{experiment.seed}"
+    options = {"keep": arguments.keep, "checkpoint_every": arguments.checkpoint_every}
+    built = {
+        phase: phases.build(phase, experiment, dataset, arguments.runs_dir / name, **options)
+        for phase in phases.NAMES
+    }
+    chosen = _chosen(arguments, built)
+    start = _float_start(experiment, built["float"])
     run = runs.open_run(arguments.runs_dir, name, experiment, arguments.resume)
-    results = _train_phases(arguments, experiment, dataset, run, console)
+    results = _train_phases(chosen, start, console)
     path = runs.write_results(run, experiment, results)
     console.print(_table(experiment, results))
     console.print(f"results: {path}", soft_wrap=True)
@@ -100,44 +154,77 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
 
 def _experiment(arguments: Arguments) -> Experiment:
     """Return the config with the given options; check those that are not part of it."""
-    for option in ("checkpoint_every", "keep"):
+    for option, least in (("checkpoint_every", 1), ("keep", 1), ("workers", 0)):
         value = getattr(arguments, option)
-        if value is not None and value < 1:
+        if value is not None and value < least:
             flag = "--" + option.replace("_", "-")
-            raise ExperimentError(f"{flag} must be 1 or more, got {value}.")
+            raise ExperimentError(f"{flag} must be {least} or more, got {value}.")
     overrides = {field: getattr(arguments, field) for field in configs.OVERRIDABLE}
     return configs.get(arguments.config, **overrides)
 
 
-def _check_batch(experiment: Experiment, dataset: Dataset) -> None:
+def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
     """Raise ExperimentError where an epoch would hold no training step."""
     images = experiment.batch_size * experiment.steps_per_dispatch
-    total = len(dataset.train_labels)
-    if images > total:
+    if images > dataset.train_size:
         raise ExperimentError(
             f"--batch-size {experiment.batch_size} times --steps-per-dispatch "
-            f"{experiment.steps_per_dispatch} is more than the {total} training images of "
-            f"{dataset.name}: no training step would be left in an epoch."
+            f"{experiment.steps_per_dispatch} is more than the {dataset.train_size} training "
+            f"images of {dataset.name}: no training step would be left in an epoch."
         )
 
 
-def _train_phases(
-    arguments: Arguments, experiment: Experiment, dataset: Dataset, run: Path, console: Console
-) -> Results:
-    options = {"keep": arguments.keep, "checkpoint_every": arguments.checkpoint_every}
+def _chosen(arguments: Arguments, built: dict[str, Phase]) -> list[Phase]:
+    """Return the phases to train and those that the run to resume has finished, in order.
+
+    Raises: ExperimentError: fine-tuning has nothing to start from, or two starts.
+    """
+    other = arguments.float_checkpoint is not None
+    names = arguments.phases or (phases.NAMES[1:] if other else phases.NAMES)
+    if other and "float" in names:
+        raise ExperimentError(
+            "--float-checkpoint takes the place of the float phase: leave float out of --phases."
+        )
+    if arguments.resume:
+        names = {*names, *(name for name, phase in built.items() if phase.finished())}
+    if "qat_finetune" in names and "float" not in names and not other:
+        raise ExperimentError(
+            "--phases qat_finetune has no float parameters to start from: add float to --phases, "
+            "give another run's with --float-checkpoint, or --resume a run that has them."
+        )
+    return [phase for name, phase in built.items() if name in names]
+
+
+def _float_start(experiment: Experiment, phase: Phase) -> FloatStart | None:
+    """Read --float-checkpoint, if there is one, and check that it fits the model.
+
+    Raises: ExperimentError: it cannot be read; lists every missing and extra key.
+    """
+    if experiment.float_checkpoint is None:
+        return None
+    trained, progress = phases.read_float(Path(experiment.float_checkpoint))
+    shapes = jax.eval_shape(lambda: phases.init_state(phase))
+    phases.check_start(shapes, trained, f"--float-checkpoint {experiment.float_checkpoint}")
+    return trained, progress
+
+
+def _train_phases(chosen: list[Phase], start: FloatStart | None, console: Console) -> Results:
     results: Results = {}
     float_state = None
-    for name in phases.NAMES:
-        phase = phases.build(name, experiment, dataset, run, **options)
+    if start is not None:
+        float_state, progress = start
+        if progress.history:
+            results["float"] = progress
+    for phase in chosen:
         state = phases.init_state(phase)
-        if name == "qat":
+        if phase.name != "float" and not results.keys() & {"qat", "qat_finetune"}:
             console.print(_plan(phase, state), highlight=False, markup=False, soft_wrap=True)
-        if name == "qat_finetune":
-            assert float_state is not None, "the float phase comes first"
+        if phase.name == "qat_finetune":
+            assert float_state is not None, "checked before"
             state = phases.start_from(state, float_state)
         with _reporting(phase, console) as report:
-            state, results[name] = training.train(phase, state, report)
-        if name == "float":
+            state, results[phase.name] = training.train(phase, state, report)
+        if phase.name == "float":
             float_state = state
     return results
 
@@ -145,13 +232,13 @@ def _train_phases(
 def _plan(phase: Phase, state: phases.TrainState) -> str:
     variables = {"params": state.params, **state.collections}
     assert isinstance(phase.model, sq.QuantizedModule)
-    return str(phase.model.plan(variables, phase.dataset.test_images[:1], train=False))
+    return str(phase.model.plan(variables, phases.model_input(phase), train=False))
 
 
 @contextlib.contextmanager
 def _reporting(phase: Phase, console: Console) -> Iterator[Report]:
     """Yield a report that moves a progress bar and prints one line for each finished epoch."""
-    steps, epochs = phase.steps_per_epoch, phase.experiment.epochs
+    steps, epochs = phase.steps_per_epoch, phase.epochs
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     printed = 0
     with Progress(
@@ -179,25 +266,30 @@ def _reporting(phase: Phase, console: Console) -> Iterator[Report]:
 def _line(name: str, record: dict, epochs: int) -> str:
     return (
         f"{name:12}  epoch {record['epoch']:3}/{epochs}  loss {record['loss']:.4f}  "
-        f"accuracy {record['accuracy']:.2%}  {record['epoch_seconds']:.1f} s  "
-        f"{record['seconds_per_step'] * 1e3:.2f} ms/step"
+        f"top-1 {record['accuracy']:.2%}  top-5 {record['top5_accuracy']:.2%}  "
+        f"{record['epoch_seconds']:.1f} s  {record['seconds_per_step'] * 1e3:.2f} ms/step"
     )
 
 
 def _table(experiment: Experiment, results: Results) -> Table:
     """Return the final comparison: last epoch's accuracy and the time of a step."""
     title = f"{experiment.config} on {experiment.data}, seed {experiment.seed}"
-    table = Table(title=title, caption=f"after {experiment.epochs} epochs on {jax.devices()[0]}")
+    table = Table(title=title, caption=f"on {jax.devices()[0]}")
     table.add_column("phase")
-    for column in ("accuracy", "against float", "ms/step", "compile s"):
+    for column in ("epochs", "top-1", "against float", "top-5", "ms/step", "compile s"):
         table.add_column(column, justify="right")
-    baseline = results["float"].history[-1]["accuracy"]
+    baseline = results["float"].history[-1]["accuracy"] if "float" in results else None
     for name, progress in results.items():
-        accuracy = progress.history[-1]["accuracy"]
+        last = progress.history[-1]
+        against = ""
+        if name != "float" and baseline is not None:
+            against = f"{(last['accuracy'] - baseline) * 100:+.2f} points"
         table.add_row(
             name,
-            f"{accuracy:.2%}",
-            "" if name == "float" else f"{(accuracy - baseline) * 100:+.2f} points",
+            str(last["epoch"]),
+            f"{last['accuracy']:.2%}",
+            against,
+            f"{last['top5_accuracy']:.2%}",
             f"{runs.seconds_per_step(progress) * 1e3:.2f}",
             f"{progress.compile_seconds:.1f}",
         )

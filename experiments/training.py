@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 import simqat_jax as sq
-from experiments import checkpoints, data
+from experiments import checkpoints, optimization
 from experiments.checkpoints import Progress
-from experiments.data import Batch
+from experiments.data import Batch, MaskedBatch
 from experiments.errors import ExperimentError
 from experiments.phases import Phase, TrainState
 
@@ -23,16 +23,28 @@ SYNC_STEPS = 50
 """Steps between two looks at the losses: each look waits for the device."""
 
 
+class Metrics(NamedTuple):
+    """Shares of the test images, 0 to 1."""
+
+    accuracy: float
+    """Top-1: the label has the highest logit."""
+    top5_accuracy: float
+    """The label is among the five highest; 1 where there are no more than five classes."""
+
+
 def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
     """Return the compiled `(state, (images, labels)) -> (state, loss)`; it consumes `state`.
 
     With `steps_per_dispatch` above 1 images, labels and losses have a leading axis of steps.
     """
-    optimizer = phase.experiment.optimizer()
-    dropout_key = jax.random.key(phase.experiment.seed + 1)
+    optimizer = phase.optimizer()
+    key = jax.random.key(phase.experiment.seed + 1)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        images, labels = batch
+        images, labels = (jnp.asarray(part) for part in batch)
+        # The step decides what is random: a continued run draws what the whole one would have.
+        step_key = jax.random.fold_in(key, state.step)
+        images = phase.dataset.transform(images, jax.random.fold_in(step_key, 1))
 
         def loss_fn(params: Any) -> tuple[jax.Array, dict]:
             logits, updates = phase.model.apply(
@@ -40,10 +52,10 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
                 images,
                 train=True,
                 mutable=list(state.collections),
-                rngs={"dropout": jax.random.fold_in(dropout_key, state.step)},
+                rngs={"dropout": step_key},
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), dict(updates)
+            smoothing = phase.experiment.label_smoothing
+            return optimization.cross_entropy(logits, labels, smoothing), dict(updates)
 
         (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         deltas, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -56,24 +68,40 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
     return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
 
 
-def make_accuracy(phase: Phase) -> Callable[[TrainState], float]:
-    """Return a function from a state to the share of test images classified correctly."""
+def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:
+    """Return a function from a state to its metrics on the test images."""
 
     @jax.jit
-    def count(
-        state: TrainState, images: jax.Array, labels: jax.Array, mask: jax.Array
-    ) -> jax.Array:
+    def count(state: TrainState, batch: MaskedBatch) -> tuple[jax.Array, jax.Array]:
+        images, labels, mask = batch
         logits: Any = phase.model.apply(
-            {"params": state.params, **state.collections}, images, train=False
+            {"params": state.params, **state.collections},
+            phase.dataset.transform(jnp.asarray(images), None),
+            train=False,
         )
-        return jnp.sum((jnp.argmax(logits, axis=-1) == labels) & mask)
+        top = in_top(logits, labels, 1), in_top(logits, labels, 5)
+        return jnp.sum(top[0] & mask), jnp.sum(top[1] & mask)
 
-    def accuracy(state: TrainState) -> float:
-        batches = data.eval_batches(phase.dataset, phase.experiment.test_batch_size)
-        correct = sum(int(count(state, *batch)) for batch in batches)
-        return correct / len(phase.dataset.test_labels)
+    def evaluate(state: TrainState) -> Metrics:
+        correct, correct5 = 0, 0
+        for batch in phase.dataset.test_batches(phase.experiment.test_batch_size):
+            first, five = count(state, batch)
+            correct, correct5 = correct + int(first), correct5 + int(five)
+        total = phase.dataset.test_size
+        return Metrics(accuracy=correct / total, top5_accuracy=correct5 / total)
 
-    return accuracy
+    return evaluate
+
+
+def in_top(logits: jax.Array, labels: jax.Array | np.ndarray, k: int) -> jax.Array:
+    """Return whether each label is among its row's `k` highest logits; of equal ones the first.
+
+    Args:
+      logits: shape (N, classes). labels: integers, shape (N,).
+    Returns: bool, shape (N,).
+    """
+    _, indices = jax.lax.top_k(logits, min(k, logits.shape[-1]))
+    return jnp.any(indices == jnp.asarray(labels)[:, None], axis=-1)
 
 
 def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, Progress]:
@@ -91,15 +119,15 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
     if newest is not None:
         state, progress = checkpoints.restore(phase.directory, newest, state)
     report(progress)
-    if progress.epoch == phase.experiment.epochs:
+    if progress.epoch == phase.epochs:
         return state, progress
-    train_step, accuracy = make_train_step(phase), make_accuracy(phase)
+    train_step, evaluate = make_train_step(phase), make_evaluation(phase)
     compile_seconds = _warm_up(phase, train_step, state)
     if progress.compile_seconds is None:
         progress = dataclasses.replace(progress, compile_seconds=compile_seconds)
-    while progress.epoch < phase.experiment.epochs:
+    while progress.epoch < phase.epochs:
         state, progress = _train_epoch(phase, train_step, state, progress, report)
-        progress = _close_epoch(phase, progress, accuracy(state))
+        progress = _close_epoch(phase, progress, evaluate(state))
         _save(phase, state, progress)
         report(progress)
     return state, progress
@@ -145,9 +173,7 @@ def _train_epoch(
 def _dispatches(phase: Phase, epoch: int, start: int) -> Iterator[Batch]:
     """Yield what one call of the compiled step takes: a batch, or a stack of batches."""
     experiment = phase.experiment
-    batches = data.train_batches(
-        phase.dataset, experiment.batch_size, experiment.seed, epoch, start
-    )
+    batches = phase.dataset.train_batches(experiment.batch_size, experiment.seed, epoch, start)
     count = experiment.steps_per_dispatch
     if count == 1:
         yield from batches
@@ -159,17 +185,21 @@ def _dispatches(phase: Phase, epoch: int, start: int) -> Iterator[Batch]:
 
 def _warm_up(phase: Phase, train_step: Callable, state: TrainState) -> float:
     """Compile the step by running it on a copy of the state; return the seconds it took."""
+    experiment = phase.experiment
+    stack = () if experiment.steps_per_dispatch == 1 else (experiment.steps_per_dispatch,)
+    labels = np.zeros((*stack, experiment.batch_size), np.int32)
+    image = phase.dataset.sample()[0]
+    batch = np.broadcast_to(image, (*labels.shape, *image.shape)).copy(), labels
     start = time.perf_counter()
-    batch = next(_dispatches(phase, 0, 0))
     jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), batch))
     return time.perf_counter() - start
 
 
-def _close_epoch(phase: Phase, progress: Progress, accuracy: float) -> Progress:
+def _close_epoch(phase: Phase, progress: Progress, metrics: Metrics) -> Progress:
     record = {
         "epoch": progress.epoch + 1,
         "loss": progress.loss_sum / progress.step,
-        "accuracy": accuracy,
+        **metrics._asdict(),
         "epoch_seconds": progress.seconds,
         "seconds_per_step": progress.seconds / progress.step,
     }
@@ -190,10 +220,12 @@ def _check_finite(phase: Phase, state: TrainState, progress: Progress, losses: n
     bad = np.flatnonzero(~np.isfinite(losses))
     if not bad.size:
         return
+    finetuning = phase.name == "qat_finetune"
+    option = "--finetune-learning-rate" if finetuning else "--learning-rate"
     message = (
         f"the loss became {losses[bad[0]]} in phase {phase.name}, epoch {progress.epoch + 1}, "
         f"step {progress.step + int(bad[0]) + 1} of {phase.steps_per_epoch}. "
-        f"Try a lower --learning-rate than {phase.experiment.learning_rate:g}, under another "
+        f"Try a lower {option} than {phase.learning_rate:g}, under another "
         "--name; the last checkpoint of this run is kept."
     )
     if "quant_stats" in state.collections:

@@ -1,5 +1,6 @@
 """Capture a call of a Flax model as a Graph: an interceptor marks layers, a jaxpr shows all."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import itertools
@@ -21,6 +22,7 @@ _PATH_MARK = "simqat_path_"
 # Part of the key of every jit cache while a model is captured: without it `nn.jit` would hand out
 # traces made without the interceptor, or made for another module of the same class.
 _trace_context = jax.make_user_context()
+_fresh = itertools.count(1)
 
 _QUANTIZED: dict[type[nn.Module], Kind] = {
     nn.Conv: "conv",
@@ -44,7 +46,7 @@ _BASES = (*_QUANTIZED, *_UNSUPPORTED, *_FLOAT_MODULES, nn.BatchNorm, nn.Dropout)
 _PASS = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice rev copy split "
     "tile convert_element_type stop_gradient gather reduce_max reduce_min reduce_window_max "
-    "sharding_constraint optimization_barrier".split()
+    "sharding_constraint optimization_barrier name".split()
 )
 _ELEMENTWISE = frozenset(
     "neg abs sign floor ceil round exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos "
@@ -65,9 +67,11 @@ _DISPLAY = {
 }
 # Kept whole, under their names, where the model calls them through jit.
 _NAMED_FUNCTIONS = frozenset(
-    "relu relu6 leaky_relu sigmoid silu hard_sigmoid hard_silu hard_tanh elu celu selu gelu glu "
+    "relu relu6 leaky_relu sigmoid silu hard_sigmoid hard_silu hard_tanh elu celu selu gelu "
     "softplus log_sigmoid soft_sign mish squareplus sparse_plus".split()
 )
+# Kept whole and float: eight bits of what they are made of are too few.
+_FLOAT_FUNCTIONS = frozenset("log_softmax standardize _var _std norm".split())
 _INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
 _REMAT = ("remat2", "remat", "checkpoint")
 
@@ -91,10 +95,10 @@ class _Recorder:
 
     exclude: tuple[str, ...]
     forbidden: type[nn.Module]
-    token: int = dataclasses.field(default_factory=itertools.count().__next__)
     calls: list[_LayerCall] = dataclasses.field(default_factory=list)
     paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     unquantizable: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
+    scopes: list[contextlib.ExitStack] = dataclasses.field(default_factory=list)
     inside_layer: bool = False
 
     def module_names(self) -> list[str]:
@@ -102,6 +106,17 @@ class _Recorder:
 
     def unmatched(self) -> list[str]:
         return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
+
+    @contextlib.contextmanager
+    def fresh_traces(self) -> Iterator[None]:
+        """In here, and behind it in the enclosing call, use no trace that was made before."""
+        with contextlib.ExitStack() as scope:
+            scope.enter_context(_trace_context(next(_fresh)))
+            self.scopes.append(scope)
+            yield
+            self.scopes.pop()
+        if self.scopes:
+            self.scopes[-1].enter_context(_trace_context(next(_fresh)))
 
     # The interceptor -------------------------------------------------------------------------
 
@@ -117,7 +132,7 @@ class _Recorder:
             )
         self.paths.append(path)
         marker = jax.named_scope(f"{_PATH_MARK}{len(self.paths) - 1}")
-        with _trace_context((self.token, path)), marker:
+        with self.fresh_traces(), marker:
             base = _base_of(module, context)
             if base is None or excluded(path, self.exclude):
                 return next_fun(*args, **kwargs)
@@ -311,10 +326,14 @@ def _layers_inside(eqn: core.JaxprEqn) -> Iterator[int]:
             yield from _layers_inside(inner)
 
 
+# Stands for the result of an operation without one, so that every node has an output.
+_NO_RESULT = (np.zeros((), bool),)
+
+
 def _bind_eqn(eqn: core.JaxprEqn) -> Callable[..., tuple]:
     def run(*values):
         result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        return tuple(result) if eqn.primitive.multiple_results else (result,)
+        return (tuple(result) or _NO_RESULT) if eqn.primitive.multiple_results else (result,)
 
     return run
 
@@ -325,6 +344,8 @@ def _inlined(eqn: core.JaxprEqn) -> Callable[..., tuple]:
 
 
 def _only_elementwise(jaxpr: core.Jaxpr) -> bool:
+    if any(v.aval.size != 1 for v in jaxpr.constvars):
+        return False
     for eqn in jaxpr.eqns:
         subs = list(core.jaxprs_in_params(eqn.params))
         name = eqn.primitive.name
@@ -348,16 +369,7 @@ def _clamp_bounds(
     """Return what the operation clamps its one tensor to, or None if it does anything else."""
     subs = list(core.jaxprs_in_params(eqn.params))
     if subs:
-        lo, hi = -np.inf, np.inf
-        for inner in subs[0].eqns:
-            literals = [
-                Constant(v.val) if isinstance(v, core.Literal) else None for v in inner.invars
-            ]
-            bounds = _clamp_bounds(inner, literals)
-            if bounds is None:
-                return None
-            lo, hi = (min(max(b, bounds[0]), bounds[1]) for b in (lo, hi))
-        return lo, hi
+        return _chain_bounds(subs[0])
     known = [value for value in map(_scalar_value, inputs) if value is not None]
     match eqn.primitive.name, known:
         case "max", [bound]:
@@ -369,6 +381,19 @@ def _clamp_bounds(
     return None
 
 
+def _chain_bounds(jaxpr: core.Jaxpr) -> tuple[float, float] | None:
+    """Return what a function of one tensor clamps it to, one operation behind the other."""
+    values, (lo, hi) = jaxpr.invars, (-np.inf, np.inf)
+    for eqn in jaxpr.eqns:
+        literals = [Constant(v.val) if isinstance(v, core.Literal) else None for v in eqn.invars]
+        bounds = _clamp_bounds(eqn, literals)
+        if bounds is None or [v for v in eqn.invars if not isinstance(v, core.Literal)] != values:
+            return None
+        lo, hi = (min(max(b, bounds[0]), bounds[1]) for b in (lo, hi))
+        values = eqn.outvars
+    return (lo, hi) if len(values) == 1 and jaxpr.outvars == values else None
+
+
 def _is_floating(v: Any) -> bool:
     return bool(jnp.issubdtype(v.aval.dtype, jnp.floating))
 
@@ -378,8 +403,9 @@ def _classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> Kind:
     name = eqn.primitive.name
     subs = list(core.jaxprs_in_params(eqn.params))
     if subs:
-        return "elementwise" if _only_elementwise(subs[0]) else "float"
-    if not _is_floating(eqn.outvars[0]):
+        table = len(eqn.outvars) == 1 and _only_elementwise(subs[0])
+        return "elementwise" if table else "float"
+    if not eqn.outvars or not _is_floating(eqn.outvars[0]):
         return "elementwise" if name in _ELEMENTWISE else "float"
     if name in _PASS or (name == "pad" and _scalar_value(inputs[1]) == 0.0):
         return "pass" if _is_floating(eqn.invars[0]) else "float"
@@ -433,16 +459,20 @@ class _Flattener:
             return (Constant(np.asarray(inputs[0].value, eqn.params["new_dtype"])),)
         bounds = _clamp_bounds(eqn, inputs)
         kind: Kind = "clamp" if bounds else _classify(eqn, inputs)
+        layers = list(_layers_inside(eqn))
         if primitive in _INLINED_CALLS and not (
-            name in _NAMED_FUNCTIONS and kind in ("clamp", "elementwise")
+            (name in _NAMED_FUNCTIONS and kind in ("clamp", "elementwise"))
+            or (name in _FLOAT_FUNCTIONS and not layers)
         ):
             closed = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             return self.inline(closed.jaxpr, closed.consts, inputs, path, remat)
-        for number in _layers_inside(eqn):
+        for number in layers:
             self.unreachable(number, primitive)
-        if excluded(path, self.recorder.exclude) and kind not in ("pass", "clamp"):
+        left_out = excluded(path, self.recorder.exclude) and kind not in ("pass", "clamp")
+        if left_out or name in _FLOAT_FUNCTIONS:
             kind = "float"
-        op = name if name in _NAMED_FUNCTIONS or "call" in primitive else primitive
+        is_call = primitive in _INLINED_CALLS or "call" in primitive
+        op = name.lstrip("_") if name and is_call else primitive
         op = "relu" if bounds == (0.0, np.inf) else "clip" if bounds and not name else op
         extra = {"bounds": bounds} if bounds else {}
         return self.emit(
@@ -458,18 +488,19 @@ class _Flattener:
         call = self.recorder.calls[number]
         path = call.layer.path
         if tuple(v.aval.shape for v in eqn.invars) != call.shapes:
-            self.unreachable(number, "vmap")
+            self.unreachable(number, "vmap or grad")
             return self.emit(eqn, "float", call.op, path, inputs, _bind_eqn(eqn), remat, {})
         extra = {"layer": call.layer}
         return self.emit(eqn, call.kind, call.op, path, inputs, _inlined(eqn), remat, extra)
 
     def emit(self, eqn, kind, op, path, inputs, run, remat, extra) -> tuple[int, ...]:
-        outputs = tuple(self.new(v.aval) for v in eqn.outvars)
+        avals = [v.aval for v in eqn.outvars] or _NO_RESULT
+        outputs = tuple(map(self.new, avals))
         effects = bool(eqn.effects)
         self.nodes.append(
             Node(kind, op, path, inputs, outputs, run, remat=remat, effects=effects, **extra)
         )
-        return outputs
+        return outputs[: len(eqn.outvars)]
 
 
 # Capture -----------------------------------------------------------------------------------------

@@ -72,6 +72,12 @@ def _read(v: Operand, env: Mapping[int, Value]) -> Value:
     return Value(v.value) if isinstance(v, Constant) else env[v]
 
 
+def _ends(quantizer: Quantizer, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the extremes that the quantizer's range asks for, without gradient."""
+    axis = None if quantizer.num_channels is None else -1
+    return extremes(jax.lax.stop_gradient(x), axis)
+
+
 def _flat_kernel(node: Node, kernel: jax.Array) -> jax.Array:
     """View a kernel as (inputs, output channels)."""
     assert node.layer is not None
@@ -127,11 +133,15 @@ class _Run:
 
     def step(self, step: Step, env: dict[int, Value], seen: Seen) -> None:
         operands = [self.operand(step, i, v, env, seen) for i, v in enumerate(step.node.inputs)]
-        results = self.simulate(step, operands, env, seen)
+        results, unclamped = self.simulate(step, operands, env, seen)
         for v, x in results.items():
             quantizer = self.placement.at.get(v)
             if quantizer is None:
                 env[v] = Value(x, self.moved_codes(step, v, operands))
+            elif self.training and step.clamp is not None and v == step.output:
+                ends = _ends(quantizer, unclamped)
+                ends = tuple(jnp.clip(end, *step.clamp.bounds) for end in ends)
+                env[v] = self.put_on_grid(quantizer, x, seen, ends)
             elif self.training:
                 env[v] = self.put_on_grid(quantizer, x, seen)
             else:
@@ -149,21 +159,35 @@ class _Run:
 
     def simulate(
         self, step: Step, operands: list[Value], env: dict[int, Value], seen: Seen
-    ) -> dict[int, jax.Array]:
-        """Run the step on real values, with fake-quantized kernel, before any output quantizer."""
+    ) -> tuple[dict[int, jax.Array], jax.Array]:
+        """Run the step on real values, with fake-quantized kernel, before any output quantizer.
+
+        Returns: the tensors that leave it, and its result before the clamp. The extremes of a
+          clamped tensor are the clamped extremes: taken from there, they need no pass of their own
+          over the clamped one, which a compiled step then never stores.
+        """
         values = [operand.real for operand in operands]
         if self.is_folded(step):
-            return self.simulate_folded(step, values, env, seen)
-        if self.is_quantized_layer(step.node):
-            values[1] = self.quantized_kernel(step.node, values[1], seen)
-        results: dict[int, jax.Array] = {}
-        last = None
-        for node in step.nodes:
-            if last is not None:
-                values = [results.pop(last), *(_read(v, env).real for v in node.inputs[1:])]
-            last = node.outputs[0]
-            results.update(zip(node.outputs, self.run_node(node, values), strict=True))
-        return results
+            results = self.simulate_folded(step, values, env, seen)
+        else:
+            if self.is_quantized_layer(step.node):
+                values[1] = self.quantized_kernel(step.node, values[1], seen)
+            results = dict(zip(step.node.outputs, self.run_node(step.node, values), strict=True))
+            if step.batch_norm is not None:
+                self.run_behind(step.batch_norm, results, env)
+        unclamped = results[(step.batch_norm or step.node).outputs[0]]
+        if step.clamp is not None:
+            self.run_behind(step.clamp, results, env)
+        return results, unclamped
+
+    def run_behind(
+        self, node: Node, results: dict[int, jax.Array], env: Mapping[int, Value]
+    ) -> None:
+        """Put the results of a fused node in the place of the one that it reads."""
+        first, *rest = node.inputs
+        assert isinstance(first, int)
+        values = [results.pop(first), *(_read(v, env).real for v in rest)]
+        results.update(zip(node.outputs, self.run_node(node, values), strict=True))
 
     def is_folded(self, step: Step) -> bool:
         return (
@@ -200,9 +224,6 @@ class _Run:
             new = module.momentum * old[name] + (1 - module.momentum) * getattr(result, name)
             frozen = self.frozen()
             results[v] = new if frozen is None else jnp.where(frozen, old[name], new)
-        if step.clamp is not None:
-            others = (_read(v, env).real for v in step.clamp.inputs[1:])
-            results[step.output] = step.clamp.run(results.pop(norm.outputs[0]), *others)[0]
         return results
 
     def frozen(self) -> jax.Array | None:
@@ -241,7 +262,7 @@ class _Run:
             magnitude = jnp.max(jnp.abs(jax.lax.stop_gradient(flat)), axis=axis)
             return -magnitude, magnitude
         if seen is not None:
-            return self.observe(quantizer, flat, seen)
+            return self.observe(quantizer, _ends(quantizer, flat), seen)
         return self.stats[quantizer.name].lo, self.stats[quantizer.name].hi
 
     def quantized_kernel(self, node: Node, kernel: jax.Array, seen: Seen) -> jax.Array:
@@ -263,10 +284,10 @@ class _Run:
         return quantized if delay == 0 else jnp.where(self.stats["step"] >= delay, quantized, real)
 
     def observe(
-        self, quantizer: Quantizer, x: jax.Array, seen: Seen
+        self, quantizer: Quantizer, ends: tuple[jax.Array, jax.Array], seen: Seen
     ) -> tuple[ArrayLike, ArrayLike]:
-        """Take a tensor into its range; tensors that share a range widen each other's batch."""
-        lo, hi = extremes(jax.lax.stop_gradient(x), None if quantizer.num_channels is None else -1)
+        """Take a tensor's extremes into its range; tensors that share one widen each other's."""
+        lo, hi = ends
         if quantizer.role == "constant":
             return lo, hi
         if quantizer.nonnegative:
@@ -283,16 +304,23 @@ class _Run:
     def grid(self, quantizer: Quantizer, x: jax.Array) -> QuantParams:
         """Return the grid that evaluation uses; NaN where the range was never observed."""
         if quantizer.role == "constant":
-            return quant_params(*extremes(jax.lax.stop_gradient(x)), quantizer.spec)
+            return quant_params(*_ends(quantizer, x), quantizer.spec)
         state = self.stats[quantizer.name]
         params = quant_params(state.lo, state.hi, quantizer.spec)
         return params._replace(scale=jnp.where(observed(state), params.scale, jnp.nan))
 
-    def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
-        """Quantize a tensor as it is: a model input, in training any tensor."""
+    def put_on_grid(
+        self,
+        quantizer: Quantizer,
+        x: jax.Array,
+        seen: Seen,
+        ends: tuple[jax.Array, ...] | None = None,
+    ) -> Value:
+        """Quantize a tensor as it is: a model input, in training any tensor; `ends`: extremes."""
         spec = quantizer.spec
         if self.training:
-            lo, hi = self.observe(quantizer, x, seen)
+            lo, hi = ends or _ends(quantizer, x)
+            lo, hi = self.observe(quantizer, (lo, hi), seen)
             return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))
         params = self.grid(quantizer, x)
         return self.evaluated(quantizer, Codes(centered_codes(x, params, spec), params, spec), x)

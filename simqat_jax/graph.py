@@ -26,7 +26,7 @@ Kind = Literal[
 LAYER_KINDS = ("conv", "dense")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
     """An operand that is a constant of the model."""
 
@@ -200,6 +200,7 @@ def _elementwise_outputs(graph: Graph) -> tuple[dict[int, int], set[int]]:
     producers = {v: node for node in graph.nodes for v in node.outputs}
     scalars = _scalars(graph)
     cuts = {v for v in graph.outputs if isinstance(v, int)}
+    whole = _roots(graph, scalars, cuts)
     # A clamp right behind a tensor that only it reads belongs to that tensor's producer.
     cuts |= {
         node.outputs[0]
@@ -207,7 +208,7 @@ def _elementwise_outputs(graph: Graph) -> tuple[dict[int, int], set[int]]:
         if node.kind == "clamp"
         for source in node.data_inputs(graph.data)
         if len(readers[source]) == 1
-        and (source not in producers or producers[source].kind not in ("elementwise", "clamp"))
+        and source not in whole
         and any(reader.kind != "clamp" for reader in readers[node.outputs[0]])
     }
     while True:

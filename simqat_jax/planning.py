@@ -99,7 +99,7 @@ def _group(graph: Graph) -> list[Step]:
     """Fuse BatchNorm and clamp behind the operation whose only reader they are."""
     readers = consumers(graph.nodes)
     taken: set[Node] = set()
-    steps = []
+    steps: dict[Node, Step] = {}
 
     def only_reader(node: Node, kinds: Sequence[str]) -> Node | None:
         out = node.outputs[0]
@@ -117,8 +117,9 @@ def _group(graph: Graph) -> list[Step]:
         clamp = only_reader(last, ("clamp",)) if node.kind in _FUSES_CLAMP else None
         step = Step(node, norm, clamp, (clamp or last).outputs[0])
         taken.update(step.nodes)
-        steps.append(step)
-    return steps
+        steps[step.nodes[-1]] = step
+    # A step runs where its last node did: by then every operand of its nodes is known.
+    return [steps[node] for node in graph.nodes if node in steps]
 
 
 def _last_axis(graph: Graph, norm: Node) -> bool:
@@ -131,12 +132,14 @@ class _Namer:
     """Gives each quantizer a name of its own."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.used: set[str] = set()
 
     def unique(self, stem: str, leaf: str = "") -> str:
-        """Return `stem/leaf`, with a number behind `stem` from the second time on."""
-        count = self.counts[stem + leaf] = self.counts.get(stem + leaf, -1) + 1
-        return f"{stem}_{count}{leaf}" if count else stem + leaf
+        """Return `stem` and `leaf`, with a number behind `stem` from the second time on."""
+        numbers = ("", *(f"_{n}" for n in range(1, len(self.used) + 1)))
+        name = next(n for n in (stem + k + leaf for k in numbers) if n not in self.used)
+        self.used.add(name)
+        return name
 
 
 class _Planner:

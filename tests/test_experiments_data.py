@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,6 +74,25 @@ def test_mnist_has_its_70000_digits() -> None:
     assert np.bincount(dataset.test_labels).tolist() == test
 
 
+def test_cifar10_has_its_60000_images() -> None:
+    cached = data.cache_dir() / "cifar10-3.0.2.npz"
+    if "TFDS_DATA_DIR" not in os.environ and not cached.exists():
+        pytest.skip("TFDS_DATA_DIR is not set: no prepared cifar10")
+    dataset = data.load("cifar10")
+    assert isinstance(dataset, data.Dataset)
+    for images, labels, count in (
+        (dataset.train_images, dataset.train_labels, 50000),
+        (dataset.test_images, dataset.test_labels, 10000),
+    ):
+        assert (images.shape, images.dtype) == ((count, 32, 32, 3), np.uint8)
+        assert labels.dtype == np.int32
+        assert (np.bincount(labels) == count // 10).all()
+    # Mean and deviation that the compiled step takes away; a copy as JPEG has a smaller deviation.
+    normal = np.asarray(dataset.transform(jnp.asarray(dataset.train_images[:20000]), None))
+    np.testing.assert_allclose(normal.mean((0, 1, 2)), 0, atol=0.02)
+    np.testing.assert_allclose(normal.std((0, 1, 2)), 1, atol=0.05)
+
+
 def test_split_stratified_is_a_partition_fixed_by_its_seed() -> None:
     labels = np.repeat(np.arange(3), 20)
     train, test = data.split_stratified(labels, test_per_class=5, seed=1)
@@ -85,7 +105,7 @@ def test_split_stratified_is_a_partition_fixed_by_its_seed() -> None:
 
 def test_train_batches_shuffle_by_seed_and_epoch_and_drop_the_remainder() -> None:
     def order(seed: int, epoch: int, start: int = 0) -> list[list[int]]:
-        batches = list(data.train_batches(_tiny(), 3, seed, epoch, start))
+        batches = list(_tiny().train_batches(3, seed, epoch, start))
         for images, labels in batches:
             np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
         return [labels.tolist() for _, labels in batches]
@@ -99,8 +119,8 @@ def test_train_batches_shuffle_by_seed_and_epoch_and_drop_the_remainder() -> Non
     assert order(0, 0, start=2) == first[2:]
 
 
-def test_eval_batches_cover_every_image_once() -> None:
-    batches = list(data.eval_batches(_tiny(test=5), 3))
+def test_test_batches_cover_every_image_once() -> None:
+    batches = list(_tiny(test=5).test_batches(3))
     assert [images.shape for images, _, _ in batches] == [(3, 2, 2, 1)] * 2
     seen = np.concatenate([labels[mask] for _, labels, mask in batches])
     np.testing.assert_array_equal(seen, np.arange(5))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import checkpoints, data, errors, evaluate, phases, runs, train
+from experiments import checkpoints, configs, data, errors, evaluate, phases, runs, train
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = train.Arguments(
@@ -79,6 +79,13 @@ def _final_state(run: Path, name: str) -> phases.TrainState:
     return checkpoints.restore(phase.directory, STEPS, phases.init_state(phase))[0]
 
 
+def _assert_same_state(one: phases.TrainState, other: phases.TrainState) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    found = dict(jax.tree_util.tree_leaves_with_path(other))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+        assert np.asarray(leaf).tobytes() == np.asarray(found[path]).tobytes(), path
+
+
 def _without_times(history: list[dict]) -> list[dict]:
     return [{k: v for k, v in record.items() if "seconds" not in k} for record in history]
 
@@ -98,10 +105,7 @@ def test_resume_after_kills_equals_an_uninterrupted_run(finished: Path, runs_dir
 
     for name in phases.NAMES:
         one, other = _final_state(finished, name), _final_state(killed, name)
-        assert jax.tree.structure(one) == jax.tree.structure(other)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(one):
-            found = dict(jax.tree_util.tree_leaves_with_path(other))[path]
-            assert np.asarray(leaf).tobytes() == np.asarray(found).tobytes(), (name, path)
+        _assert_same_state(one, other)
         assert ("quant_stats" in one.collections) == (name != "float")
         history = _results(finished)["history"][name]
         assert _without_times(history) == _without_times(_results(killed)["history"][name])
@@ -121,6 +125,86 @@ def test_results_and_what_is_kept(finished: Path) -> None:
     expected = {"seed": 0, "epochs": 2, "data": "mnist5k", "batch_size": 100}
     assert {key: results[key] for key in expected} == expected
     assert set(results["versions"]) == {"python", "jax", "flax", "simqat_jax"}
+
+
+def test_fine_tuning_from_another_runs_float_phase(finished: Path, runs_dir: Path) -> None:
+    arguments = dataclasses.replace(
+        ARGUMENTS,
+        runs_dir=runs_dir,
+        name="tuned",
+        phases=("qat_finetune",),
+        float_checkpoint=str(finished),
+    )
+    train.run_experiment(arguments, Console(quiet=True))
+    run = runs_dir / "tuned"
+    _assert_same_state(_final_state(finished, "qat_finetune"), _final_state(run, "qat_finetune"))
+    assert not (run / "float").exists()
+    results = _results(run)
+    assert results["settings"]["float_checkpoint"] == str(finished)
+    for phase in ("float", "qat_finetune"):
+        assert results[f"{phase}_accuracy"] == _results(finished)[f"{phase}_accuracy"]
+
+
+def test_a_float_checkpoint_is_a_run_a_phase_or_one_checkpoint(finished: Path) -> None:
+    expected = _final_state(finished, "float")
+    for path in (finished, finished / "float", finished / "float" / str(STEPS)):
+        trained, progress = phases.read_float(path)
+        jax.tree.map(np.testing.assert_array_equal, trained.params, expected.params)
+        assert progress.epoch == 2
+    assert phases.read_float(finished / "float" / "70")[1].step == 30
+
+
+def test_phases_can_be_trained_one_by_one(finished: Path, runs_dir: Path) -> None:
+    arguments = dataclasses.replace(ARGUMENTS, runs_dir=runs_dir, name="parts", phases=("float",))
+    train.run_experiment(arguments, Console(quiet=True))
+    assert set(_results(runs_dir / "parts")["history"]) == {"float"}
+    later = dataclasses.replace(arguments, phases=("qat_finetune",), resume=True)
+    train.run_experiment(later, Console(quiet=True))
+    run = runs_dir / "parts"
+    assert list(_results(run)["history"]) == ["float", "qat_finetune"]
+    _assert_same_state(_final_state(finished, "qat_finetune"), _final_state(run, "qat_finetune"))
+
+
+def test_float_checkpoint_of_another_architecture(finished: Path, tmp_path: Path) -> None:
+    arguments = dataclasses.replace(
+        ARGUMENTS,
+        config="resnet20_cifar10",
+        warmup_epochs=0,
+        float_checkpoint=str(finished),
+        runs_dir=tmp_path,
+    )
+    with pytest.raises(
+        errors.ExperimentError, match=r"--float-checkpoint .* does not fit"
+    ) as error:
+        train.run_experiment(arguments, Console(quiet=True))
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    for line in (
+        "missing: params/BasicBlock_0/Conv_0/kernel (3, 3, 16, 16)",
+        "missing: batch_stats/norm_stem/mean (16,)",
+        "extra:   params/Conv_1/kernel (5, 5, 6, 16)",
+        "extra:   params/Dense_2/bias (10,)",
+        "shape:   params/Dense_0/kernel is (400, 120), the model has (64, 10)",
+    ):
+        assert line in lines
+    assert sum(line.startswith("extra:") for line in lines) == 6
+    assert not list(tmp_path.iterdir())
+
+
+def test_unfit_starts_of_fine_tuning(finished: Path, tmp_path: Path) -> None:
+    place = {"runs_dir": tmp_path, "name": "x"}
+    _expect("has no float parameters to start from", phases=("qat_finetune",), **place)
+    _expect(
+        "takes the place of the float phase",
+        phases=("float", "qat_finetune"),
+        float_checkpoint=str(finished),
+        **place,
+    )
+    for path in (tmp_path, tmp_path / "absent", finished / "qat", finished / "float" / "7"):
+        _expect(re.escape(f"no float checkpoint at {path}"), float_checkpoint=str(path), **place)
+    shutil.copytree(finished / "float", tmp_path / "float")
+    (tmp_path / "float" / str(STEPS) / "state" / "_METADATA").write_text("{")
+    _expect(f"{STEPS} is corrupt", float_checkpoint=str(tmp_path), **place)
+    assert [p.name for p in tmp_path.iterdir()] == ["float"]
 
 
 def test_evaluate_finds_the_trained_accuracy(finished: Path) -> None:
@@ -200,6 +284,7 @@ def test_unfit_directories(runs_dir: Path, tmp_path: Path) -> None:
         ("seed", -1, "--seed must be 0 to"),
         ("steps_per_dispatch", 0, "--steps-per-dispatch must be 1 or more"),
         ("checkpoint_every", 0, "--checkpoint-every must be 1 or more, got 0"),
+        ("workers", -1, "--workers must be 0 or more, got -1"),
         ("keep", 0, "--keep must be 1 or more, got 0"),
     ],
 )
@@ -215,7 +300,8 @@ def test_command_shows_a_message_and_no_traceback(tmp_path: Path) -> None:
     environment = os.environ | {"SIMQAT_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: unknown config 'lenet6'; known: lenet5_mnist.\n"
+    known = ", ".join(configs.CONFIGS)
+    assert done.stderr == f"error: unknown config 'lenet6'; known: {known}.\n"
 
 
 def test_evaluate_command(

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import simqat_jax as sq
-from experiments import checkpoints, configs, phases, training
+from experiments import augmentation, checkpoints, configs, phases, training
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 
@@ -124,6 +125,113 @@ def test_start_from_another_architecture_lists_the_keys(tmp_path: Path) -> None:
         phases.start_from(fresh, dataclasses.replace(other, params=params))
     for line in ("missing: params/Dense_0/kernel (4, 2)", "extra:   params/Dense_7/bias (2,)"):
         assert line in str(error.value)
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+def _colour_dataset() -> Dataset:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 34).astype(np.int32)
+    images = rng.integers(0, 128, (34, 6, 6, 3)) + 127 * labels[:, None, None, None]
+    return Dataset(
+        name="colour",
+        train_images=images[:24].astype(np.uint8),
+        train_labels=labels[:24],
+        test_images=images[24:].astype(np.uint8),
+        test_labels=labels[24:],
+        num_classes=2,
+        transform=augmentation.cifar10,
+    )
+
+
+def test_resume_with_augmentation_and_schedule_is_bit_identical(tmp_path: Path) -> None:
+    options = {
+        "dataset": _colour_dataset(),
+        "batch_size": 2,
+        "schedule": "cosine",
+        "warmup_epochs": 1,
+        "weight_decay": 1e-3,
+        "label_smoothing": 0.1,
+    }
+    whole, expected = _train(_phase(tmp_path / "whole", "qat", **options))
+    phase = _phase(tmp_path / "stopped", "qat", **options)
+
+    def stop(progress: checkpoints.Progress) -> None:
+        if progress.epoch == 1 and progress.step == 8:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        training.train(phase, phases.init_state(phase), stop)
+    assert checkpoints.latest(phase.directory) == 20
+    state, progress = _train(phase)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    for one, other in zip(expected.history, progress.history, strict=True):
+        for figure in ("loss", "accuracy", "top5_accuracy"):
+            assert one[figure] == other[figure]
+
+
+def test_each_step_augments_differently_and_evaluation_not_at_all(tmp_path: Path) -> None:
+    keys = []
+
+    def transform(images: jax.Array, key: jax.Array | None) -> jax.Array:
+        if key is not None:
+            jax.debug.callback(lambda data: keys.append(data.tobytes()), jax.random.key_data(key))
+        return images
+
+    dataset = dataclasses.replace(_dataset(), transform=transform)
+    _train(_phase(tmp_path, dataset=dataset))
+    jax.effects_barrier()
+    # Once more in the warm-up, with the first step's key.
+    assert len(keys) == 13
+    assert len(set(keys)) == 12
+
+
+@pytest.mark.parametrize("classes", [2, 5, 6, 30])
+def test_top_k_equals_numpy(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    # Few values: many logits are equal, as they are after quantization.
+    logits = rng.integers(0, 4, (200, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, 200)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    for k in (1, 5):
+        expected = [label in row[:k] for label, row in zip(labels, order, strict=True)]
+        np.testing.assert_array_equal(training.in_top(jnp.asarray(logits), labels, k), expected)
+    top1 = training.in_top(jnp.asarray(logits), labels, 1)
+    np.testing.assert_array_equal(top1, np.argmax(logits, axis=-1) == labels)
+
+
+def test_metrics_count_every_test_image_once(tmp_path: Path) -> None:
+    class Given(nn.Module):
+        """The logits are the image."""
+
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            return (
+                nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros)(x[:, 0, 0])
+                + (x[:, 0, 0])
+            )
+
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(11, 1, 1, 9)).astype(np.float32)
+    labels = rng.integers(0, 9, 11).astype(np.int32)
+    dataset = Dataset(
+        name="given",
+        train_images=logits,
+        train_labels=labels,
+        test_images=logits,
+        test_labels=labels,
+        num_classes=9,
+    )
+    phase = _phase(tmp_path, dataset=dataset, model=Given)
+    metrics = training.make_evaluation(phase)(phases.init_state(phase))
+    rank = (logits[:, 0, 0] > logits[np.arange(11), 0, 0, labels][:, None]).sum(-1)
+    assert metrics == (np.mean(rank == 0), np.mean(rank < 5))
+    assert 0 < metrics.accuracy < metrics.top5_accuracy < 1
 
 
 @pytest.mark.parametrize("name", ["float", "qat"])

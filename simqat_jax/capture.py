@@ -98,7 +98,8 @@ class _Recorder:
     calls: list[_LayerCall] = dataclasses.field(default_factory=list)
     paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     unquantizable: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
-    scopes: list[contextlib.ExitStack] = dataclasses.field(default_factory=list)
+    traces: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    states: list[Any] = dataclasses.field(default_factory=list)
     inside_layer: bool = False
 
     def module_names(self) -> list[str]:
@@ -107,16 +108,19 @@ class _Recorder:
     def unmatched(self) -> list[str]:
         return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
 
+    def forget_traces(self) -> None:
+        """From here on, until `traces` closes, use no trace that was made before."""
+        self.traces.enter_context(_trace_context(next(_fresh)))
+
     @contextlib.contextmanager
-    def fresh_traces(self) -> Iterator[None]:
-        """In here, and behind it in the enclosing call, use no trace that was made before."""
-        with contextlib.ExitStack() as scope:
-            scope.enter_context(_trace_context(next(_fresh)))
-            self.scopes.append(scope)
-            yield
-            self.scopes.pop()
-        if self.scopes:
-            self.scopes[-1].enter_context(_trace_context(next(_fresh)))
+    def forget_if_lifted(self) -> Iterator[None]:
+        """Forget the trace of a module that runs in another trace than its caller (`nn.jit`)."""
+        state = core.get_opaque_trace_state(convention="simqat")
+        self.states.append(state)
+        yield
+        self.states.pop()
+        if self.states and self.states[-1] != state:
+            self.forget_traces()
 
     # The interceptor -------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class _Recorder:
             )
         self.paths.append(path)
         marker = jax.named_scope(f"{_PATH_MARK}{len(self.paths) - 1}")
-        with self.fresh_traces(), marker:
+        with self.forget_if_lifted(), marker:
             base = _base_of(module, context)
             if base is None or excluded(path, self.exclude):
                 return next_fun(*args, **kwargs)
@@ -344,7 +348,8 @@ def _inlined(eqn: core.JaxprEqn) -> Callable[..., tuple]:
 
 
 def _only_elementwise(jaxpr: core.Jaxpr) -> bool:
-    if any(v.aval.size != 1 for v in jaxpr.constvars):
+    avals: list[Any] = [v.aval for v in jaxpr.constvars]
+    if any(aval.size != 1 for aval in avals):
         return False
     for eqn in jaxpr.eqns:
         subs = list(core.jaxprs_in_params(eqn.params))
@@ -550,7 +555,7 @@ def capture(
     args: tuple,
     kwargs: Mapping[str, Any],
     *,
-    rngs: Mapping[str, jax.Array],
+    rngs: Mapping[str, Any],
     mutable: Any,
     exclude: tuple[str, ...],
     forbidden: type[nn.Module],
@@ -562,7 +567,7 @@ def capture(
       variables: its variables; arrays, tracers or ShapeDtypeStructs.
       args: positional arguments; arrays are inputs of the graph, everything else is part of it.
       kwargs: keyword arguments, likewise.
-      rngs: one key per random stream.
+      rngs: one key, or Flax's own LazyRng, per random stream.
       mutable: the collections that the call may update.
       exclude: patterns of module paths to leave float.
       forbidden: a module class that must not occur inside.
@@ -578,7 +583,8 @@ def capture(
         for i, array in zip(dynamic, arrays, strict=True):
             merged[i] = array
         args, kwargs = jax.tree.unflatten(in_tree, merged)
-        with nn.intercept_methods(recorder.intercept):
+        with recorder.traces, nn.intercept_methods(recorder.intercept):
+            recorder.forget_traces()
             result = module.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
         out_leaves, out_tree = jax.tree.flatten(result)
         trees.append((out_tree, [None if _is_array(v) else v for v in out_leaves]))

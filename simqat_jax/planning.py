@@ -12,6 +12,7 @@ from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Graph, Node, consumers
 
 _FUSES_CLAMP = (*LAYER_KINDS, "batch_norm", "add", "mul", "mean")
+_MOVES_CHANNELS = ("transpose", "rev", "gather", "broadcast", "max", "min")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +88,15 @@ class Placement:
     weights: dict[tuple[str, ...], Quantizer]
     constants: dict[tuple[Step, int], Quantizer]
     unquantizable: tuple[tuple[str, str], ...]
+
+    @property
+    def numbered(self) -> frozenset[str]:
+        """The names of quantizers that count operations: "Block_0/add/output", the first add."""
+        return frozenset(
+            self.grids[step.output].name
+            for step in self.steps
+            if step.node.layer is None and (step.quantized or step.output in self.at)
+        )
 
     @property
     def stateful(self) -> dict[str, Quantizer]:
@@ -222,7 +232,7 @@ class _Planner:
         if not self.config.activation.per_channel:
             return True
         before, after = self.graph.avals[data[0]].shape, self.graph.avals[step.output].shape
-        return before[-1:] == after[-1:] and node.op not in ("transpose", "rev", "gather")
+        return before[-1:] == after[-1:] and node.op not in _MOVES_CHANNELS
 
     def is_quantized(self, step: Step) -> bool:
         node, data = step.node, self.data(step)

@@ -1,5 +1,6 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,7 +116,6 @@ class QuantizedModule(nn.Module):
     def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
         variables = {k: v for k, v in self.variables.items() if k != COLLECTION}
         assert self.scope is not None
-        rngs: Mapping[str, Any] = dict(self.scope.rngs)
         if self.is_initializing():
             mutable: Any = list(variables)  # the updates are dropped
         else:
@@ -125,7 +125,7 @@ class QuantizedModule(nn.Module):
             variables,
             args,
             kwargs,
-            rngs={name: rng.as_jax_rng() for name, rng in rngs.items()},
+            rngs=dict(self.scope.rngs),
             mutable=mutable,
             exclude=self.config.exclude,
             forbidden=QuantizedModule,
@@ -149,6 +149,7 @@ class QuantizedModule(nn.Module):
         }
         missing = [name for name in fresh if name not in stats]
         if not self.is_mutable_collection(COLLECTION):
+            check_numbers(placement, self.variables.get(COLLECTION, {}))
             check_observed(placement, stats, missing)
         for name in missing:
             self.put_variable(COLLECTION, name, fresh[name])
@@ -186,6 +187,25 @@ class QuantizedModule(nn.Module):
 def _range_state(state: Any) -> Any:
     """Restore the type of a state that a checkpoint library returned as a dictionary."""
     return RangeState(**state) if isinstance(state, Mapping) else state
+
+
+def check_numbers(placement: Placement, stats: Mapping[str, Any]) -> None:
+    """Raise ValueError if training counted more operations of one kind than this call has.
+
+    The first add of a module in training need not be its first add here.
+    """
+    kinds = {_unnumbered(name) for name in placement.numbered}
+    extra = [k for k in stats if k not in placement.stateful and _unnumbered(k) in kinds]
+    if extra:
+        raise ValueError(
+            f"quant_stats holds {', '.join(extra)}, and this call makes fewer operations of that "
+            "kind, so that their ranges cannot be told apart. Put what only training computes "
+            "into a module of its own, or make the same operations in training and evaluation."
+        )
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+(?=/output$)", "", name)
 
 
 def check_observed(placement: Placement, stats: Mapping[str, Any], missing: list[str]) -> None:

@@ -1,0 +1,356 @@
+"""Evaluation: exactly the integer computation, here once more in int64 NumPy; and training."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import Model
+
+import simqat_jax as sq
+
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+IMAGE = jax.random.normal(jax.random.key(2), (3, 7, 7, 4)) + 0.3
+SPEC = sq.QuantSpec()
+WIDE = sq.SimQATConfig(
+    weight=sq.QuantSpec(
+        num_bits=16, symmetric=True, per_channel=True, narrow_range=True, observer="batch"
+    ),
+    activation=sq.QuantSpec(num_bits=16, observer="minmax"),
+    bn_fold="none",
+)
+
+
+def calibrated(model, x, config=None, **kwargs):
+    """Observe two batches; return the quantized model and its variables."""
+    qmodel = sq.SimQAT(config).apply(model)
+
+    @jax.jit
+    def observe(variables, x):
+        _, updates = qmodel.apply(variables, x, **kwargs, rngs=RNGS, mutable=["quant_stats"])
+        return {**variables, **updates}
+
+    variables = jax.jit(lambda: qmodel.init(RNGS, x, **kwargs))()
+    return qmodel, observe(observe(variables, x), 0.8 * x)
+
+
+def evaluated(qmodel, variables, x, **kwargs):
+    """Evaluate eagerly and under jit: the same bits."""
+    eager = qmodel.apply(variables, x, **kwargs)
+    jitted = jax.jit(lambda v, x: qmodel.apply(v, x, **kwargs))(variables, x)
+    jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+    return jax.tree.map(np.asarray, jitted)
+
+
+# An independent implementation in integers -------------------------------------------------------
+
+
+class Oracle:
+    """Integer operators on uint8 codes; a tensor is (codes, scale, zero point)."""
+
+    def __init__(self, variables):
+        self.params = jax.tree.map(np.asarray, variables["params"])
+        self.stats = variables["quant_stats"]
+
+    def grid(self, name):
+        lo, hi = min(float(self.stats[name].lo), 0.0), max(float(self.stats[name].hi), 0.0)
+        lo, hi = np.float32(lo), np.float32(hi)
+        scale = (hi - lo) / np.float32(255)
+        return scale, int(np.clip(np.rint(-lo / scale), 0, 255))
+
+    def input(self, x, name="input"):
+        scale, zero = self.grid(name)
+        return np.clip(np.rint(np.asarray(x) / scale) + zero, 0, 255).astype(np.int64), scale, zero
+
+    def requantize(self, acc, multiplier, name, relu):
+        scale, zero = self.grid(name)
+        codes = np.rint(acc.astype(np.float32) * multiplier).astype(np.int64) + zero
+        return np.clip(codes, zero if relu else 0, 255), scale, zero
+
+    def kernel(self, path):
+        w = self.params[path]["kernel"]
+        scale = np.abs(w).max(axis=tuple(range(w.ndim - 1))) / np.float32(127)
+        return np.clip(np.rint(w / scale), -127, 127).astype(np.int64), scale
+
+    def conv(self, x, path, *, strides=1, pads=((1, 1), (1, 1)), groups=1, relu=False):
+        codes, scale, zero = x
+        w, w_scale = self.kernel(path)
+        padded = np.pad(codes - zero, ((0, 0), *pads, (0, 0)))
+        height, width, depth, features = w.shape
+        shape = [(n - k) // strides + 1 for n, k in zip(padded.shape[1:3], w.shape, strict=False)]
+        acc = np.zeros((len(codes), *shape, features), np.int64)
+        for i, j, f in itertools.product(*map(range, (height, width, features))):
+            first = f // (features // groups) * depth
+            part = padded[:, i:, j:, first : first + depth][:, ::strides, ::strides]
+            acc[..., f] += part[:, : shape[0], : shape[1]] @ w[i, j, :, f]
+        return self.linear(acc, scale * w_scale, path, relu)
+
+    def dense(self, x, path, *, relu=False):
+        w, w_scale = self.kernel(path)
+        return self.linear((x[0] - x[2]) @ w, x[1] * w_scale, path, relu)
+
+    def linear(self, acc, unit, path, relu):
+        if "bias" in self.params[path]:
+            acc = acc + np.rint(self.params[path]["bias"] / unit).astype(np.int64)
+        name = f"{path}/output"
+        return self.requantize(acc, unit / self.grid(name)[0], name, relu)
+
+    def add(self, a, b, name, relu=False):
+        scale = self.grid(name)[0]
+        ra, rb = a[1] / scale, b[1] / scale
+        shift = 20 - int(np.floor(np.log2(max(ra, rb))))
+        ma, mb = (int(np.rint(np.float64(r) * 2**shift)) for r in (ra, rb))
+        total = (a[0] - a[2]) * ma + (b[0] - b[2]) * mb + 2 ** (shift - 1) >> shift
+        return self.requantize(total, np.float32(1), name, relu)
+
+    def mean(self, x, name):
+        count = np.float32(x[0].shape[1] * x[0].shape[2])
+        unit = x[1] / (self.grid(name)[0] * count)
+        return self.requantize((x[0] - x[2]).sum((1, 2)), unit, name, relu=False)
+
+    def mul(self, a, b, name):
+        unit = a[1] * b[1] / self.grid(name)[0]
+        return self.requantize((a[0] - a[2]) * (b[0] - b[2]), unit, name, relu=False)
+
+    def max_pool(self, x):
+        codes = x[0][:, :6, :6].reshape(len(x[0]), 3, 2, 3, 2, -1).max((2, 4))
+        return codes, *x[1:]
+
+
+def real(x):
+    return (x[0] - x[2]).astype(np.float32) * x[1]
+
+
+CONVS = {
+    "plain": ({}, {}),
+    "valid": ({"padding": "VALID"}, {"pads": ((0, 0), (0, 0))}),
+    "strided": ({"strides": 2, "padding": 1}, {"strides": 2}),
+    "uneven": ({"padding": ((2, 0), (0, 1))}, {"pads": ((2, 0), (0, 1))}),
+    "grouped": ({"feature_group_count": 2}, {"groups": 2}),
+    "depthwise": ({"feature_group_count": 4}, {"groups": 4}),
+    "no bias": ({"use_bias": False}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_conv(case, relu):
+    attributes, kwargs = CONVS[case]
+
+    def body(x):
+        x = nn.Conv(8, (3, 3), name="c", bias_init=nn.initializers.normal(0.5), **attributes)(x)
+        return nn.relu(x) if relu else x
+
+    qmodel, variables = calibrated(Model(body), IMAGE)
+    oracle = Oracle(variables)
+    want = oracle.conv(oracle.input(IMAGE), "c", relu=relu, **kwargs)
+    np.testing.assert_array_equal(evaluated(qmodel, variables, IMAGE), real(want))
+    assert len(np.unique(want[0])) > 50
+
+
+def test_network():
+    """Every operator, one behind the other."""
+
+    def body(x):
+        x = nn.relu(nn.Conv(6, (3, 3), name="a")(x))
+        y = nn.relu(nn.Conv(6, (3, 3), name="b")(x))
+        x = nn.relu(x + nn.Conv(6, (1, 1), name="c")(y))
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        gate = nn.Dense(6, name="d")(x.mean(axis=(1, 2)))
+        return nn.Dense(5, name="e")((x * gate[:, None, None, :]).reshape(3, -1))
+
+    qmodel, variables = calibrated(Model(body), IMAGE)
+    o = Oracle(variables)
+    x = o.conv(o.input(IMAGE), "a", relu=True)
+    y = o.conv(x, "b", relu=True)
+    none = ((0, 0), (0, 0))
+    x = o.max_pool(o.add(x, o.conv(y, "c", pads=none), "add/output", relu=True))
+    gate = o.dense(o.mean(x, "mean/output"), "d")
+    gate = gate[0][:, None, None, :], *gate[1:]
+    codes, *grid = o.mul(x, gate, "mul/output")
+    want = o.dense((codes.reshape(3, -1), *grid), "e")
+    np.testing.assert_array_equal(evaluated(qmodel, variables, IMAGE), real(want))
+
+
+def test_batch_norm_quantized_before_folding():
+    """`bn_fold="none"`: the integer kernel stays, the scale takes gamma / sigma."""
+
+    def body(x):
+        x = nn.Conv(6, (3, 3), name="c")(x)
+        return nn.relu(nn.BatchNorm(use_running_average=True, name="n", epsilon=1e-3)(x))
+
+    qmodel, variables = calibrated(Model(body), IMAGE, sq.SimQATConfig(bn_fold="none"))
+    keys = jax.random.split(jax.random.key(5), 4)
+    draw = [np.asarray(jax.random.normal(k, (6,))) for k in keys]
+    variables["params"]["n"] = {"scale": draw[0], "bias": draw[1]}
+    variables["batch_stats"] = {"n": {"mean": draw[2], "var": np.abs(draw[3]) + 0.1}}
+    _, updates = qmodel.apply(variables, IMAGE, mutable=["quant_stats"])
+    variables = {**variables, **updates}
+    o = Oracle(variables)
+    codes, scale, zero = o.input(IMAGE)
+    w, w_scale = o.kernel("c")
+    slope = draw[0] / np.sqrt(variables["batch_stats"]["n"]["var"] + np.float32(1e-3))
+    bias = np.asarray(variables["params"]["c"]["bias"]) * slope + (draw[1] - draw[2] * slope)
+    unit = scale * (w_scale * np.abs(slope))
+    padded = np.pad(codes - zero, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    acc = np.einsum("nhwcij,ijcf->nhwf", windows, w * np.sign(slope).astype(np.int64))
+    acc = acc + np.rint(bias / unit).astype(np.int64)
+    want = o.requantize(acc, unit / o.grid("c/output")[0], "c/output", True)
+    np.testing.assert_array_equal(evaluated(qmodel, variables, IMAGE), real(want))
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_bfloat16_computes_the_same_codes(num_bits):
+    """The codes do not depend on the float type of the layers, only the input and the output."""
+    spec = sq.QuantSpec(num_bits=num_bits)
+
+    def body(dtype):
+        def run(x):
+            x = nn.relu(nn.Conv(6, (3, 3), dtype=dtype, name="a")(x))
+            return nn.Conv(5, (1, 1), dtype=dtype, name="b")(nn.max_pool(x, (2, 2)))
+
+        return Model(run)
+
+    config = sq.SimQATConfig(activation=spec)
+    _, variables = calibrated(body(jnp.float32), IMAGE, config)
+    plain, half = (
+        evaluated(sq.SimQAT(config).apply(body(dtype)), variables, IMAGE)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(plain.astype(jnp.bfloat16), half)
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """BatchNorm behind a layer and on its own, told how at construction or at the call."""
+
+    at_call: bool
+
+    @nn.compact
+    def __call__(self, x, train):
+        own = {} if self.at_call else {"use_running_average": not train}
+        call = {"use_running_average": not train} if self.at_call else {}
+        x = nn.BatchNorm(momentum=0.8, **own)(nn.Conv(4, (3, 3))(x), **call)
+        x = nn.relu(x)
+        return nn.Dense(3)(nn.BatchNorm(momentum=0.8, **own)(x, **call).mean((1, 2)))
+
+
+@pytest.mark.parametrize("at_call", [False, True])
+def test_running_statistics_are_those_of_the_float_model(at_call):
+    model = Normed(at_call)
+    qmodel = sq.SimQAT(WIDE).apply(model)
+    variables = qmodel.init(RNGS, IMAGE, train=True)
+    floats = {k: v for k, v in variables.items() if k != "quant_stats"}
+    train = jax.jit(
+        lambda v, x: qmodel.apply(v, x, train=True, mutable=["quant_stats", "batch_stats"])
+    )
+    for factor in (1.0, 2.0):
+        y, updates = train(variables, factor * IMAGE)
+        variables = {**variables, **updates}
+        want, updates = model.apply(floats, factor * IMAGE, train=True, mutable=["batch_stats"])
+        floats = {**floats, **updates}
+        np.testing.assert_allclose(y, want, atol=2e-3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        variables["batch_stats"],
+        floats["batch_stats"],
+    )
+    y, updates = qmodel.apply(variables, IMAGE, train=False, mutable=["quant_stats", "batch_stats"])
+    want = model.apply(floats, IMAGE, train=False)
+    np.testing.assert_allclose(y, want, atol=2e-3)
+    np.testing.assert_allclose(
+        qmodel.apply({**variables, **updates}, IMAGE, train=False), want, atol=2e-3
+    )
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], variables["batch_stats"])
+
+
+class Block(nn.Module):
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(4, (3, 3))(x)))
+        return x + nn.Dropout(self.rate, deterministic=not train)(nn.Conv(4, (1, 1))(x))
+
+
+class Blocks(nn.Module):
+    lift: staticmethod
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train):
+        cls = self.lift(Block)
+        for i in range(2):
+            x = cls(self.rate, name=f"block_{i}")(x, train)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("lift", "rate"),  # nn.jit has random streams of its own
+    [
+        (lambda cls: nn.remat(cls, static_argnums=(2,)), 0.5),
+        (lambda cls: nn.jit(cls, static_argnums=(2,)), 0.0),
+    ],
+    ids=["remat", "jit"],
+)
+def test_remat_and_jit_change_no_number(lift, rate):
+    results = []
+    plain = sq.SimQAT().apply(Blocks(lambda cls: cls))
+    variables = jax.jit(lambda: plain.init(RNGS, IMAGE, True))()
+    for wrap in (lambda cls: cls, lift):
+        qmodel = sq.SimQAT().apply(Blocks(wrap, rate))
+
+        def loss(params, qmodel=qmodel):
+            y, updates = qmodel.apply(
+                {**variables, "params": params},
+                IMAGE,
+                True,
+                rngs=RNGS,
+                mutable=["quant_stats", "batch_stats"],
+            )
+            return jnp.sum(y**2), (y, updates)
+
+        grads, (y, updates) = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+        value = jax.jit(lambda v, q=qmodel: q.apply(v, IMAGE, False))({**variables, **updates})
+        results.append((y, updates, grads, value))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_dropout_masks_are_those_of_the_float_model():
+    """At the top, inside modules, and where a float model holds the quantized one."""
+
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(nn.Dense(64)(x))
+            return nn.Dropout(0.5, deterministic=False)(x), nn.Dropout(0.1)(x, deterministic=False)
+
+    x = jax.random.normal(jax.random.key(4), (4, 8))
+    for wrap in (lambda m: m, lambda m: nn.Sequential([m])):
+        model, qmodel = wrap(Dropping()), wrap(sq.SimQAT().apply(Dropping()))
+        variables = qmodel.init(RNGS, x)
+        got, _ = qmodel.apply(variables, x, rngs=RNGS, mutable=["quant_stats"])
+        want = model.apply({"params": variables["params"]}, x, rngs=RNGS)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a == 0, b == 0)
+
+
+def test_checkpoint_and_shapes_over_the_whole():
+    qmodel, variables = calibrated(Blocks(lambda cls: cls), IMAGE, train=False)
+
+    def loss(params, apply):
+        return jnp.sum(apply({**variables, "params": params}, IMAGE, False) ** 2)
+
+    plain, saved = (
+        jax.jit(jax.grad(loss), static_argnums=1)(variables["params"], apply)
+        for apply in (qmodel.apply, jax.checkpoint(qmodel.apply, static_argnums=(2,)))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, saved)
+    shapes = jax.eval_shape(lambda: qmodel.init(RNGS, IMAGE, False))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(lambda s: s.shape, shapes)

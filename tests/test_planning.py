@@ -1,0 +1,288 @@
+"""Planning: one quantizer for each tensor, at its producer, under a name of its own."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import Model
+
+import simqat_jax as sq
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 6))
+IMAGE = jax.random.normal(jax.random.key(2), (2, 6, 6, 4))
+
+
+def plan_of(body, x=X, config=None, **kwargs):
+    qmodel = sq.SimQAT(config).apply(body if isinstance(body, nn.Module) else Model(body))
+    variables = jax.eval_shape(lambda: qmodel.init(KEY, x, **kwargs))
+    return qmodel.plan(variables, x, **kwargs)
+
+
+def table(plan):
+    """Return (what, quantizer or the grid it keeps) of each row."""
+    return [
+        (" + ".join(part.split("(")[0] for part in row.op.split(" + ")), where(row))
+        for row in plan.rows
+    ]
+
+
+def where(row):
+    return row.output.name if row.output else row.note.removeprefix("on the grid of ")
+
+
+def activations(plan):
+    return [q.name for q in plan.quantizers.values() if q.role == "activation"]
+
+
+def dense(x, features=6, name=None):
+    return nn.Dense(features, name=name)(x)
+
+
+# Placement ---------------------------------------------------------------------------------------
+
+
+def test_relu_of_a_tensor_with_several_readers_keeps_its_grid():
+    plan = plan_of(lambda x: (lambda y: dense(nn.relu(y)) + y)(dense(x, name="a")))
+    assert table(plan) == [
+        ("Dense", "a/output"),
+        ("relu", "a/output"),
+        ("Dense", "Dense_0/output"),
+        ("add", "add/output"),
+    ]
+
+
+def test_clip_of_a_tensor_with_several_readers_has_a_grid_of_its_own():
+    plan = plan_of(lambda x: (lambda y: dense(jnp.clip(y, 0, 6)) + y)(dense(x, name="a")))
+    assert table(plan)[:2] == [("Dense", "a/output"), ("clip", "clip/output")]
+
+
+def test_an_output_that_is_also_read_inside():
+    def body(x):
+        y = dense(x, name="a")
+        return y, nn.relu(y), dense(nn.relu(y), name="b")
+
+    assert table(plan_of(body)) == [
+        ("Dense", "a/output"),
+        ("relu", "a/output"),
+        ("relu", "a/output"),
+        ("Dense", "b/output"),
+    ]
+
+
+def test_fused_behind_each_kind():
+    def body(x):
+        y = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(4, (1, 1), name="c")(x)))
+        y = nn.relu(y + nn.Conv(4, (1, 1), name="d")(y))
+        return nn.relu(nn.avg_pool(y, (2, 2)) * nn.max_pool(y, (2, 2), (1, 1)))
+
+    assert table(plan_of(body, IMAGE)) == [
+        ("Conv + BatchNorm + relu", "c/output"),
+        ("Conv", "d/output"),
+        ("add + relu", "add/output"),
+        ("avg_pool", "avg_pool/output"),
+        ("max_pool", "add/output"),
+        ("mul + relu", "mul/output"),
+    ]
+
+
+def test_batch_norm_is_folded_only_into_a_layer_that_nothing_else_reads():
+    def body(x):
+        y = dense(x, name="a")
+        return nn.BatchNorm(use_running_average=True)(y) + y
+
+    assert [op for op, _ in table(plan_of(body))] == ["Dense", "BatchNorm", "add"]
+
+
+def test_a_float_operation_between_layers_is_quantized_behind():
+    plan = plan_of(lambda x: dense(nn.LayerNorm()(dense(x, name="a")), name="b"))
+    assert table(plan)[1] == ("LayerNorm", "LayerNorm_0/output")
+    assert plan.rows[1].note == (
+        "float: no integer form; its result is quantized for an integer operation"
+    )
+
+
+def test_scalings_of_the_input_take_no_grid_before_they_are_done():
+    plan = plan_of(
+        lambda x: dense(
+            (x / 255 - jnp.arange(6.0).reshape(1, 6)) / jnp.arange(1.0, 7.0).reshape(1, 6)
+        ),
+        jnp.zeros((4, 6), jnp.uint8),
+    )
+    assert activations(plan) == ["div/output", "Dense_0/output"]
+
+
+# One grid for several tensors --------------------------------------------------------------------
+
+
+def test_concat_shares_one_grid():
+    def body(x):
+        a, b = nn.relu(dense(x, name="a")), dense(x, name="b")
+        c = jnp.concatenate([a, b], -1)
+        d = jnp.concatenate([c, dense(c, name="d"), jnp.ones((4, 1))], -1)
+        return dense(d, name="e") + dense(a, name="f")
+
+    plan = plan_of(body)
+    assert activations(plan) == [
+        "input",
+        "concat_1/output",
+        "e/output",
+        "f/output",
+        "add/output",
+    ]
+    assert dict(table(plan))["concat"] == "concat_1/output"
+
+
+def test_concat_of_a_tensor_with_itself_and_with_the_input():
+    plan = plan_of(lambda x: dense(jnp.concatenate([x, x], -1)))
+    assert activations(plan) == ["concat/output", "Dense_0/output"]
+    plan = plan_of(lambda x: dense(jnp.concatenate([dense(x, name="a"), x], -1), name="b"))
+    assert activations(plan) == ["concat/output", "b/output"]
+
+
+def test_the_shared_range_holds_all_tensors():
+    def body(x):
+        return jnp.concatenate([dense(x, name="a"), 9 * dense(x, name="b")], -1)
+
+    qmodel = sq.SimQAT().apply(Model(body))
+    variables = qmodel.init(KEY, X)
+    _, updates = qmodel.apply(variables, X, mutable=["quant_stats"])
+    floats = Model(body).apply({"params": variables["params"]}, X)
+    state = updates["quant_stats"]["concat/output"]
+    np.testing.assert_allclose([state.lo, state.hi], [floats.min(), floats.max()], rtol=0.02)
+    y = qmodel.apply({**variables, **updates}, X)
+    step = float(state.hi - state.lo) / 255
+    codes = np.asarray(y) / step
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3)
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+class Named(nn.Module):
+    """Layers that are named like the second call of another, and like functions."""
+
+    def setup(self):
+        self.conv, self.conv_1 = nn.Dense(6), nn.Dense(6)
+        self.add, self.add_1 = nn.Dense(6), nn.Dense(6)
+
+    def __call__(self, x):
+        x = self.conv_1(self.conv(self.conv(x)))
+        return self.add_1(self.add(x) + x) + x + self.add(x)
+
+
+def test_no_two_quantizers_have_one_name():
+    plan = plan_of(Named())
+    outputs = [row.output.name for row in plan.rows if row.output]
+    assert outputs == [
+        "conv/output",
+        "conv/output_1",
+        "conv_1/output",
+        "add/output",
+        "add_1/output",
+        "add_1/output_1",
+        "add_2/output",
+        "add/output_1",
+        "add_3/output",
+    ]
+    assert len([q for q in plan.quantizers.values() if q.role == "weight"]) == 4
+
+
+class Trained(nn.Module):
+    """Everything that differs between training and evaluation."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Dropout(0.3, deterministic=not train)(x) + 1.0
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x).mean((1, 2)))
+
+
+def test_training_and_evaluation_have_the_same_plan():
+    training, evaluation = (plan_of(Trained(), IMAGE, train=train) for train in (True, False))
+    assert list(training.quantizers) == list(evaluation.quantizers)
+    assert [q.spec for q in training.quantizers.values()] == [
+        q.spec for q in evaluation.quantizers.values()
+    ]
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training computes, in front of the mean of the first."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(4, (3, 3))(x)
+        aux = nn.Dense(3, name="aux")(x.mean((1, 2)) * 9) if train else None
+        return nn.Dense(3)(nn.Conv(4, (3, 3))(x).mean((1, 2))), aux
+
+
+def test_ranges_of_operations_that_only_training_counts_are_not_taken_for_others():
+    qmodel = sq.SimQAT().apply(Auxiliary())
+    variables = qmodel.init(KEY, IMAGE, train=True)
+    _, updates = qmodel.apply(variables, IMAGE, train=True, mutable=["quant_stats"])
+    with pytest.raises(ValueError, match=r"mean_1/output.*cannot be told apart.*module of its own"):
+        qmodel.apply({**variables, **updates}, IMAGE, train=False)
+
+
+# Per-channel activations -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "carried"),
+    [
+        (lambda x: nn.max_pool(x, (2, 2), (1, 1)), True),
+        (lambda x: x.reshape(2, -1, 4), True),
+        (lambda x: x[:, 1:3], True),
+        (lambda x: x[:, :, :4].transpose(0, 1, 3, 2), False),
+        (lambda x: x[:, :, :4].max(-1), False),
+        (lambda x: x[:, :, 0][..., None] * jnp.ones((1, 1, 1, 4)), False),
+        (lambda x: x[..., ::-1], False),
+    ],
+)
+def test_a_grid_for_each_channel_stays_with_its_channel(function, carried):
+    def body(x):
+        return dense(function(nn.Conv(4, (3, 3))(x)))
+
+    spec = sq.QuantSpec(per_channel=True)
+    config = sq.SimQATConfig(activation=spec)
+    plan = plan_of(body, IMAGE, config)
+    assert ("Dense", "Dense_0/output") in table(plan)
+    assert (len(activations(plan)) == 3) is carried
+    qmodel = sq.SimQAT(config).apply(Model(body))
+    variables = qmodel.init(KEY, IMAGE)
+    variables["params"]["Conv_0"]["kernel"] *= jnp.array([0.01, 1, 10, 0.1]).reshape(1, 1, 1, 4)
+    y, updates = qmodel.apply(variables, IMAGE, mutable=["quant_stats"])
+    floats = Model(body).apply({"params": variables["params"]}, IMAGE)
+    for got in (y, qmodel.apply({**variables, **updates}, IMAGE)):
+        assert jnp.abs(got - floats).max() < 0.03 * jnp.abs(floats).max()
+
+
+# Order -------------------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """One BatchNorm behind two layers, called in the reverse of their order; a late mask."""
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = dense(x, name="a"), dense(x, name="b")
+        norm = nn.BatchNorm(use_running_average=False, momentum=0.5)
+        second = norm(b)
+        return second + norm(a, mask=(second[:, :1] < 9))
+
+
+def test_a_fused_batch_norm_may_need_what_was_computed_after_its_layer():
+    qmodel = sq.SimQAT(sq.SimQATConfig(bn_fold="none")).apply(Shared())
+    variables = qmodel.init(KEY, X)
+    y, updates = qmodel.apply(variables, X, mutable=["quant_stats", "batch_stats"])
+    floats = {k: v for k, v in variables.items() if k != "quant_stats"}
+    want, want_updates = Shared().apply(floats, X, mutable=["batch_stats"])
+    assert jnp.abs(y - want).max() < 0.1
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(
+            updates["batch_stats"]["BatchNorm_0"][name],
+            want_updates["batch_stats"]["BatchNorm_0"][name],
+            atol=0.02,
+        )

@@ -10,11 +10,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax import folding
-from simqat_jax.capture import batch_norm
 from simqat_jax.config import SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Constant, Node, Operand
 from simqat_jax.integer_arithmetic import Codes, centered_codes, real_values
 from simqat_jax.integer_forms import deployed_layer, integer_form
+from simqat_jax.interception import batch_norm
 from simqat_jax.numerics import QuantParams, fake_quant, quant_params, straight_through
 from simqat_jax.observers import RangeState, extremes, observed, update_range
 from simqat_jax.planning import Placement, Quantizer, Step, kernel_channels

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from simqat_jax.capture import excluded
 from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Node
+from simqat_jax.interception import excluded
 from simqat_jax.planning import Placement, Quantizer, Step
 
 _ATTRIBUTES = {

@@ -1,4 +1,4 @@
-"""Every warning is an error, every silent rank promotion too."""
+"""Every silent rank promotion is an error, as is every warning (pyproject.toml)."""
 
 import os
 
@@ -6,7 +6,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -14,9 +13,3 @@ hypothesis.settings.register_profile(
     "simqat", deadline=None, max_examples=40, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("simqat")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Turn warnings into errors in every test, but for those of other packages' own imports."""
-    for item in items:
-        item.add_marker(pytest.mark.filterwarnings("error"), append=False)

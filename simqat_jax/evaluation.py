@@ -379,6 +379,8 @@ class _Run:
         node = step.node
         if self.training or v not in self.placement.grids or operands[0].codes is None:
             return None
+        if node.op == "dropout":  # active: it scales values off the grid
+            return None
         dtype = operands[0].real.dtype
         if not (dtype == jnp.float32 or codes_fit(dtype, self.placement.grids[v].spec)):
             return None

@@ -350,3 +350,19 @@ def test_checkpoint_and_shapes_over_the_whole():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, saved)
     shapes = jax.eval_shape(lambda: qmodel.init(RNGS, IMAGE, False))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(lambda s: s.shape, shapes)
+
+
+def test_dropout_that_is_active_in_evaluation_scales_values_off_the_grid():
+    class Sampled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.3, deterministic=False)(nn.Dense(16)(x))
+            return nn.Dense(8)(x)
+
+    x = jax.random.normal(jax.random.key(0), (500, 4))
+    rngs = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    qmodel = sq.SimQAT().apply(Sampled())
+    variables = qmodel.init(rngs, x)
+    y, updates = qmodel.apply(variables, x, rngs=rngs, mutable=["quant_stats"])
+    got = qmodel.apply({**variables, **updates}, x, rngs=rngs)
+    np.testing.assert_allclose(got, y, atol=1e-6)

@@ -26,7 +26,7 @@ _KINDS: dict[str, Kind] = {
 _PASS = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice rev copy split "
     "tile convert_element_type stop_gradient gather reduce_max reduce_min reduce_window_max "
-    "sharding_constraint optimization_barrier name".split()
+    "sharding_constraint name".split()
 )
 _ELEMENTWISE = frozenset(
     "neg abs sign floor ceil round exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos "
@@ -148,6 +148,8 @@ def _classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> Kind:
         return "elementwise" if table else "float"
     if not eqn.outvars or not _is_floating(eqn.outvars[0]):
         return "elementwise" if name in _ELEMENTWISE else "float"
+    if name == "gather" and eqn.params["fill_value"] not in (None, 0):
+        return "float"  # the fill need not lie on the grid
     if name in _PASS or (name == "pad" and _scalar_value(inputs[1]) == 0.0):
         return "pass" if _is_floating(eqn.invars[0]) else "float"
     return _KINDS.get(name, "elementwise" if name in _ELEMENTWISE else "float")

@@ -207,6 +207,7 @@ class _Run:
         rest = [_read(v, env).real for v in norm.inputs[1:]]
         old = dict(zip(norm.layer.names, rest, strict=True))
         no_bias = [jnp.zeros_like(v) for name, v in named.items() if name != "kernel"]
+        frozen = self.frozen()
         fold = folding.one_conv if self.config.bn_fold == "one_conv" else folding.two_conv
         result = fold(
             lambda kernel: node.run(x, kernel, *no_bias)[0],
@@ -216,13 +217,12 @@ class _Run:
             lambda kernel: self.quantized_kernel(node, kernel, seen),
             module.epsilon,
             _moments(module, old.get("mask")) if norm.layer.training else None,
-            self.frozen(),
+            frozen,
         )
         out = result.output.astype(self.placement.graph.avals[norm.outputs[0]].dtype)
         results = {norm.outputs[0]: out}
         for v, name in zip(norm.outputs[1:], ("mean", "var"), strict=False):
             new = module.momentum * old[name] + (1 - module.momentum) * getattr(result, name)
-            frozen = self.frozen()
             results[v] = new if frozen is None else jnp.where(frozen, old[name], new)
         return results
 
@@ -329,8 +329,8 @@ class _Run:
         self, quantizer: Quantizer, codes: Codes, x: jax.Array, kernel_delay: int = 0
     ) -> Value:
         """Return a tensor of known codes, with the gradient of fake quantization of `x`."""
-        state_or_x = self.stats.get(quantizer.name)
-        lo, hi = extremes(jax.lax.stop_gradient(x)) if state_or_x is None else state_or_x[:2]
+        constant = quantizer.role == "constant"
+        lo, hi = _ends(quantizer, x) if constant else self.stats[quantizer.name][:2]
         simulated = fake_quant(x, lo, hi, codes.spec)
         real = straight_through(real_values(codes).astype(x.dtype), simulated)
         real = self.after_delay(kernel_delay, real, simulated)

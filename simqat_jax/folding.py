@@ -198,7 +198,7 @@ def one_conv(
     s = folding_scale(norm)
     c = layer(quantize(kernel * along_channel(s, kernel.ndim, -1)))
     offset = jnp.zeros_like(norm.mean) if bias is None else bias.astype(jnp.float32)
-    slope, shift = _running_slope(norm), None
+    slope = _running_slope(norm)
     running = norm.beta + (offset - norm.mean) * true_divide(norm.gamma, norm.sigma)
     if moments is None:
         return Folded(_affine(c, slope, running))

@@ -134,7 +134,8 @@ def _group(graph: Graph) -> list[Step]:
 
 def _last_axis(graph: Graph, norm: Node) -> bool:
     assert norm.layer is not None
-    axis = norm.layer.module.axis  # type: ignore[attr-defined]
+    module: Any = norm.layer.module
+    axis = module.axis
     return axis in (-1, len(graph.avals[norm.outputs[0]].shape) - 1)
 
 
@@ -304,8 +305,9 @@ class _Planner:
         for position, v in enumerate(step.node.inputs):
             if v not in data:
                 name = self.namer.unique("/".join((*step.node.path, step.node.op)), "/constant")
-                spec = dataclasses.replace(self.config.activation, observer="batch", quant_delay=0)
-                spec = dataclasses.replace(spec, per_channel=False)
+                spec = dataclasses.replace(
+                    self.config.activation, observer="batch", quant_delay=0, per_channel=False
+                )
                 self.constants[step, position] = Quantizer(name, spec, None, "constant")
 
     def share(self, step: Step) -> None:

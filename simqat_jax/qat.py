@@ -114,19 +114,24 @@ class QuantizedModule(nn.Module):
         return output
 
     def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
-        variables = {k: v for k, v in self.variables.items() if k != COLLECTION}
         assert self.scope is not None
-        if self.is_initializing():
-            mutable: Any = list(variables)  # the updates are dropped
-        else:
+        mutable: Any = None  # all: the updates are dropped
+        if not self.is_initializing():
             mutable = subtract_filters(self.scope.mutable, COLLECTION)
+        return self._trace(self.variables, args, kwargs, dict(self.scope.rngs), mutable)
+
+    @nn.nowrap
+    def _trace(
+        self, variables: Mapping[str, Any], args: tuple, kwargs: Mapping, rngs: Any, mutable: Any
+    ) -> Capture:
+        floats = {k: v for k, v in variables.items() if k != COLLECTION}
         return capture(
             self.module.clone(parent=None, name=None),
-            variables,
+            floats,
             args,
             kwargs,
-            rngs=dict(self.scope.rngs),
-            mutable=mutable,
+            rngs=rngs,
+            mutable=list(floats) if mutable is None else mutable,
             exclude=self.config.exclude,
             forbidden=QuantizedModule,
         )
@@ -169,17 +174,8 @@ class QuantizedModule(nn.Module):
         Returns: a Plan; print it.
         Raises: ValueError: what the call itself would raise.
         """
-        floats = {k: v for k, v in variables.items() if k != COLLECTION}
-        captured = capture(
-            self.module.clone(parent=None, name=None),
-            floats,
-            args,
-            kwargs,
-            rngs={"params": jax.random.key(0)} if rngs is None else rngs,
-            mutable=list(floats),
-            exclude=self.config.exclude,
-            forbidden=QuantizedModule,
-        )
+        rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+        captured = self._trace(variables, args, kwargs, rngs, mutable=None)
         placement = place_quantizers(captured.graph, self.config)
         return Plan(placement, self.config, variables.get(COLLECTION, {}))
 

@@ -34,7 +34,6 @@ _ELEMENTWISE = frozenset(
     "div rem max min clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
 )
 _DISPLAY = {
-    "reduce_window_max": "max_pool",
     "reduce_max": "max",
     "reduce_min": "min",
     "reduce_sum": "sum",
@@ -216,6 +215,8 @@ class _Flattener:
             kind = "float"
         is_call = primitive in _INLINED_CALLS or "call" in primitive
         op = name.lstrip("_") if name and is_call else primitive
+        if primitive == "reduce_window_max" and eqn.params["window_dimensions"][-1] == 1:
+            op = "max_pool"
         op = "relu" if bounds == (0.0, np.inf) else "clip" if bounds and not name else op
         extra = {"bounds": bounds} if bounds else {}
         return self.emit(
@@ -293,18 +294,20 @@ def capture(
     args: tuple,
     kwargs: Mapping[str, Any],
     *,
+    method: Any,
     rngs: Mapping[str, Any],
     mutable: Any,
     exclude: tuple[str, ...],
     forbidden: type[nn.Module],
 ) -> Capture:
-    """Trace `module.apply(variables, *args, **kwargs)` into a graph, without running it.
+    """Trace `module.apply(variables, *args, method=method, **kwargs)` into a graph.
 
     Args:
       module: an unbound module.
       variables: its variables; arrays, tracers or ShapeDtypeStructs.
       args: positional arguments; arrays are inputs of the graph, everything else is part of it.
       kwargs: keyword arguments, likewise.
+      method: which of the module's methods, as Flax takes it.
       rngs: one key, or Flax's own LazyRng, per random stream.
       mutable: the collections that the call may update.
       exclude: patterns of module paths to leave float.
@@ -323,13 +326,16 @@ def capture(
         args, kwargs = jax.tree.unflatten(in_tree, merged)
         with recorder.traces, nn.intercept_methods(recorder.intercept):
             recorder.forget_traces()
-            result = module.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
+            result = module.apply(
+                variables, *args, rngs=rngs, mutable=mutable, method=method, **kwargs
+            )
         out_leaves, out_tree = jax.tree.flatten(result)
         trees.append((out_tree, [None if _is_array(v) else v for v in out_leaves]))
         return [v for v in out_leaves if _is_array(v)]
 
     operands = (variables, [leaves[i] for i in dynamic], rngs)
-    closed = jax.make_jaxpr(call)(*operands)
+    with jax.disable_jit(False):  # layers are marked as named jitted calls
+        closed = jax.make_jaxpr(call)(*operands)
     unmatched = recorder.unmatched()
     if unmatched:
         raise ValueError(
@@ -338,10 +344,13 @@ def capture(
         )
     flattener = _Flattener(recorder)
     inputs = tuple(flattener.new(v.aval) for v in closed.jaxpr.invars)
-    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, (), None)
+    # A method of its own has inputs of its own, whose ranges are not those of `__call__`.
+    start = () if method is None else (method if isinstance(method, str) else method.__name__,)
+    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, start, None)
     fixed = len(jax.tree.leaves(variables))
     arg_names = _input_names(args, kwargs, leaves)
-    names = [None] * fixed + [arg_names[i] for i in dynamic]
+    prefix = "".join(f"{name}/" for name in start)
+    names = [None] * fixed + [(name := arg_names[i]) and prefix + name for i in dynamic]
     names += [None] * (len(inputs) - len(names))
     graph = Graph(
         nodes=tuple(flattener.nodes),

@@ -55,12 +55,14 @@ def evaluate(
     Returns: the values of `placement.graph.outputs`, and the new `stats`.
     """
     run = _Run(placement, config, stats, training)
-    env = {v: Value(x) for v, x in zip(placement.graph.inputs, inputs, strict=True)}
+    raw = dict(zip(placement.graph.inputs, inputs, strict=True))
+    env = {v: Value(x) for v, x in raw.items()}
     seen: Seen = {}
     for v in placement.graph.inputs:
         if v in placement.at:
             env[v] = run.put_on_grid(placement.at[v], env[v].real, seen)
     run.steps(placement.steps, env, seen)
+    env.update({v: Value(x) for v, x in raw.items()})  # a model's own input leaves as it came
     outputs = [_read(v, env).real for v in placement.graph.outputs]
     if not training:
         return outputs, dict(stats)
@@ -100,6 +102,7 @@ class _Run:
         self.config = config
         self.stats = stats
         self.training = training
+        self.shared = placement.shared
 
     # Steps ------------------------------------------------------------------------------------
 
@@ -203,6 +206,7 @@ class _Run:
         node, norm = step.node, step.batch_norm
         assert node.layer is not None and norm is not None and norm.layer is not None
         x, named = values[0], dict(zip(node.layer.names, values[1:], strict=True))
+        kernel = named["kernel"]
         module: Any = norm.layer.module
         rest = [_read(v, env).real for v in norm.inputs[1:]]
         old = dict(zip(norm.layer.names, rest, strict=True))
@@ -210,11 +214,11 @@ class _Run:
         frozen = self.frozen()
         fold = folding.one_conv if self.config.bn_fold == "one_conv" else folding.two_conv
         result = fold(
-            lambda kernel: node.run(x, kernel, *no_bias)[0],
-            named["kernel"],
+            lambda folded: node.run(x, folded.astype(kernel.dtype), *no_bias)[0],
+            kernel,
             named.get("bias"),
             folding.batch_norm_state(old, module.epsilon),
-            lambda kernel: self.quantized_kernel(node, kernel, seen),
+            lambda folded: self.quantized_kernel(node, folded, seen),
             module.epsilon,
             _moments(module, old.get("mask")) if norm.layer.training else None,
             frozen,
@@ -286,7 +290,11 @@ class _Run:
     def observe(
         self, quantizer: Quantizer, ends: tuple[jax.Array, jax.Array], seen: Seen
     ) -> tuple[ArrayLike, ArrayLike]:
-        """Take a tensor's extremes into its range; tensors that share one widen each other's."""
+        """Take a tensor's extremes into its range, and return the range that it trains on.
+
+        Tensors that share a range widen each other's. The first of them come before it is known:
+        where it starts anew with each batch they train on what the last batch had, too.
+        """
         lo, hi = ends
         if quantizer.role == "constant":
             return lo, hi
@@ -299,7 +307,11 @@ class _Run:
         if quantizer.nonnegative:
             state = state._replace(lo=self.stats[quantizer.name].lo)
         seen[quantizer.name] = lo, hi, state
-        return np.zeros(hi.shape, np.float32) if quantizer.nonnegative else state.lo, state.hi
+        lo, hi = state.lo, state.hi
+        if quantizer.spec.observer == "batch" and quantizer.name in self.shared:
+            last = self.stats[quantizer.name]
+            lo, hi = jnp.minimum(lo, last.lo), jnp.maximum(hi, last.hi)
+        return np.zeros(hi.shape, np.float32) if quantizer.nonnegative else lo, hi
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> QuantParams:
         """Return the grid that evaluation uses; NaN where the range was never observed."""
@@ -319,6 +331,11 @@ class _Run:
         """Quantize a tensor as it is: a model input, in training any tensor; `ends`: extremes."""
         spec = quantizer.spec
         if self.training:
+            if x.size == 0:
+                raise ValueError(
+                    f"{quantizer.name}: an empty tensor of shape {x.shape} has no range. Train "
+                    "with at least one example in a batch."
+                )
             lo, hi = ends or _ends(quantizer, x)
             lo, hi = self.observe(quantizer, (lo, hi), seen)
             return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))

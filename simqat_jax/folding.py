@@ -91,7 +91,7 @@ def fold_batch_norm(
     slope, shift = running_affine(batch_norm_state({**bn_params, **bn_stats}, epsilon))
     if bias is not None:
         shift = shift + rounded_product(jnp.asarray(bias, jnp.float32), slope)
-    return kernel * along_channel(slope, kernel.ndim, -1), shift
+    return scaled_kernel(kernel, slope), shift
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -165,6 +165,11 @@ def _affine(c: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
     )
 
 
+def scaled_kernel(kernel: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiply each output channel of a kernel, in float32."""
+    return kernel.astype(jnp.float32) * along_channel(factor, kernel.ndim, -1)
+
+
 def _running_slope(norm: BatchNormState) -> jax.Array:
     """What is left to multiply `c` by on running statistics: 1, or 0 where gamma is 0."""
     return true_divide(norm.gamma, lax.stop_gradient(safe_gamma(norm)))
@@ -196,7 +201,7 @@ def one_conv(
       frozen: bool, shape (): use the running statistics after all; None: never.
     """
     s = folding_scale(norm)
-    c = layer(quantize(kernel * along_channel(s, kernel.ndim, -1)))
+    c = layer(quantize(scaled_kernel(kernel, s)))
     offset = jnp.zeros_like(norm.mean) if bias is None else bias.astype(jnp.float32)
     slope = _running_slope(norm)
     running = norm.beta + (offset - norm.mean) * true_divide(norm.gamma, norm.sigma)
@@ -231,7 +236,7 @@ def two_conv(
     Source: Krishnamoorthi, arXiv:1806.08342, section 3.2.2, figures 7 and 8.
     """
     slope = true_divide(norm.gamma, norm.sigma)
-    c = layer(quantize(kernel * along_channel(slope, kernel.ndim, -1)))
+    c = layer(quantize(scaled_kernel(kernel, slope)))
     offset = jnp.zeros_like(norm.mean) if bias is None else bias.astype(jnp.float32)
     running = norm.beta + (offset - norm.mean) * slope
     if moments is None:

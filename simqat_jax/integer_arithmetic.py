@@ -5,6 +5,7 @@ exactly, on every device, and zero padding pads with the zero point.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from simqat_jax.numerics import (
     QuantParams,
     along_channel,
     quantize,
+    rounded_product,
     true_divide,
 )
 
@@ -46,7 +48,7 @@ def centered_codes(
 
 def real_values(tensor: Codes) -> jax.Array:
     """Dequantize: `(code - zero_point) * scale`, float32."""
-    return tensor.codes * along_channel(tensor.params.scale, tensor.codes.ndim, -1)
+    return rounded_product(tensor.codes, along_channel(tensor.params.scale, tensor.codes.ndim, -1))
 
 
 def largest_code(spec: QuantSpec) -> int:
@@ -82,14 +84,39 @@ def linear(
     weight_bits, peak = w_spec.num_bits - 1, largest_code(x_spec) * fan_in
     if peak * 2**weight_bits >= _INT32 or peak * 2 > _EXACT:
         return None
-    digit_bits = int(math.log2(_EXACT / peak))
-    digits = _limbs(w, digit_bits, max(1, math.ceil(weight_bits / digit_bits)))
     plain: Any = layer.clone(use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    return _by_digits(
+        lambda digit: plain.apply({"params": {"kernel": digit}}, x),
+        w,
+        weight_bits,
+        int(math.log2(_EXACT / peak)),
+    )
+
+
+def _by_digits(
+    linear: Callable[[jax.Array], jax.Array], w: jax.Array, width: int, digit_bits: int
+) -> jax.Array:
+    """Apply a linear function to integers of `width` bits and a sign, digit by digit; int32."""
     total = jnp.zeros((), jnp.int32)
-    for place, digit in enumerate(digits):
-        part = plain.apply({"params": {"kernel": digit}}, x)
-        total = total + (part.astype(jnp.int32) << (place * digit_bits))
+    for place, digit in enumerate(_limbs(w, digit_bits, max(1, math.ceil(width / digit_bits)))):
+        total = total + (linear(digit).astype(jnp.int32) << (place * digit_bits))
     return total
+
+
+def exact_sum(
+    sums: Callable[[jax.Array], jax.Array], x: jax.Array, count: int, spec: QuantSpec
+) -> jax.Array | None:
+    """Sum centered codes exactly with a function that adds up float32 and divides and multiplies.
+
+    Args:
+      sums: adds up at most `count` elements; right up to 2^22, beyond it off by a few units.
+      x: centered codes.
+      spec: their width.
+    Returns: int32 sums, or None where int32 or float32 digits cannot hold them.
+    """
+    if count * largest_code(spec) >= _INT32 or count > _EXACT // 8:
+        return None
+    return _by_digits(sums, x, spec.num_bits, int(math.log2(_EXACT // 4 / count)))
 
 
 def requantize(
@@ -108,15 +135,16 @@ def requantize(
       spec: the output's width.
       bounds: what the fused activation clamps to, real units.
     """
+    zero_point = params.zero_point.astype(jnp.float32)
+    limits = spec.qmin, spec.qmax
     lo, hi = (
-        jnp.clip(jnp.round(true_divide(jnp.float32(b), params.scale)) + params.zero_point, *limits)
+        jnp.clip(jnp.round(true_divide(jnp.float32(b), params.scale)) + zero_point, *limits)
         if math.isfinite(b)
         else limits[end]
         for end, b in enumerate(bounds)
-        for limits in ((spec.qmin, spec.qmax),)
     )
-    codes = jnp.round(acc.astype(jnp.float32) * multiplier) + params.zero_point
-    return jnp.clip(codes, lo, hi) - params.zero_point
+    codes = jnp.round(acc.astype(jnp.float32) * multiplier) + zero_point
+    return jnp.clip(codes, lo, hi) - zero_point
 
 
 def integer_bias(bias: jax.Array, unit: jax.Array) -> jax.Array:

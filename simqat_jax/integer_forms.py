@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax.config import QuantSpec
-from simqat_jax.folding import batch_norm_state, folding_scale, running_affine
+from simqat_jax.folding import batch_norm_state, folding_scale, running_affine, scaled_kernel
 from simqat_jax.graph import LAYER_KINDS, Constant
 from simqat_jax.integer_arithmetic import Codes
 from simqat_jax.numerics import QuantParams, along_channel, rounded_product, true_divide
@@ -82,13 +83,14 @@ def deployed_layer(
     module: Any = step.batch_norm.layer.module
     norm = batch_norm_state(values[1], module.epsilon)
     slope, shift = running_affine(norm)
-    shift = shift if bias is None else shift + rounded_product(bias, slope)
+    if bias is not None:
+        shift = shift + rounded_product(bias.astype(jnp.float32), slope)
     if bn_fold == "none":
         plain = quantize(kernel)
         signed = plain.codes * along_channel(jnp.sign(slope), kernel.ndim, -1)
         scale = jnp.where(slope == 0, plain.params.scale, plain.params.scale * jnp.abs(slope))
         return Codes(signed, plain.params._replace(scale=scale), plain.spec), shift
-    folded = quantize(kernel * along_channel(folding_scale(norm), kernel.ndim, -1))
+    folded = quantize(scaled_kernel(kernel, folding_scale(norm)))
     alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
     return folded._replace(codes=jnp.where(alive, folded.codes, 0.0)), shift
 
@@ -140,9 +142,15 @@ def _mean(step: Step, x: Codes, output: _Output) -> jax.Array | None:
         divisor = divisor.value
     if jnp.result_type(divisor) != jnp.float32:
         return None
-    rest = (v.value for v in node.inputs[1:] if isinstance(v, Constant))
-    mean = node.run(x.codes, *rest)[0]
-    total = jnp.round(mean * divisor).astype(jnp.int32)  # undoes the division, exactly
+    rest = [v.value for v in node.inputs[1:] if isinstance(v, Constant)]
+    count = x.codes.size if node.divisor is None else int(np.max(divisor))
+
+    def layer(codes: jax.Array) -> jax.Array:
+        return jnp.round(node.run(codes, *rest)[0] * divisor)  # undoes the division
+
+    total = integer.exact_sum(layer, x.codes, count, x.spec)
+    if total is None:
+        return None
     unit = true_divide(x.params.scale, rounded_product(output[0].scale, divisor))
     return integer.requantize(total, unit, *output)
 

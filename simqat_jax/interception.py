@@ -54,6 +54,7 @@ class Recorder:
     exclude: tuple[str, ...]
     forbidden: type[nn.Module]
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
+    modules: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     unquantizable: list[tuple[tuple[str, ...], str]] = dataclasses.field(default_factory=list)
     traces: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
@@ -61,7 +62,7 @@ class Recorder:
     inside_layer: bool = False
 
     def module_names(self) -> list[str]:
-        return ["/".join(path) for path in dict.fromkeys(self.paths) if path]
+        return ["/".join(path) for path in dict.fromkeys(self.modules) if path]
 
     def unmatched(self) -> list[str]:
         return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
@@ -92,7 +93,10 @@ class Recorder:
                 f"SimQAT was applied twice: {'/'.join(path) or type(module).__name__} is already "
                 "quantization-aware. Apply it once, to the outermost model."
             )
-        self.paths.append(path)
+        self.modules.append(path)
+        name = context.method_name
+        # Operations of a method keep its name, whoever calls it.
+        self.paths.append(path if name in ("__call__", "setup") else (*path, name))
         marker = jax.named_scope(f"{PATH_MARK}{len(self.paths) - 1}")
         with self.forget_if_lifted(), marker:
             base = _base_of(module, context)

@@ -1,7 +1,7 @@
 """Range observers: pure `init` and `update` on a small state."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,18 @@ def init_range(num_channels: int | None = None, *, nonnegative: bool = False) ->
         hi=jnp.full(shape, -jnp.inf, jnp.float32),
         nonfinite=jnp.zeros((), jnp.int32),
     )
+
+
+def as_range_state(state: Any) -> RangeState:
+    """Restore the type of a state that a checkpoint library returned as a dictionary or list.
+
+    Raises: TypeError: it is none.
+    """
+    if isinstance(state, Mapping) and set(state) == set(RangeState._fields):
+        return RangeState(**state)
+    if isinstance(state, Sequence) and len(state) == len(RangeState._fields):
+        return RangeState(*state)
+    raise TypeError(f"{state!r} is no RangeState: it must hold {', '.join(RangeState._fields)}.")
 
 
 def observed(state: RangeState) -> jax.Array:

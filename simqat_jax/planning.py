@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Graph, Node, consumers
 
 _FUSES_CLAMP = (*LAYER_KINDS, "batch_norm", "add", "mul", "mean")
-_MOVES_CHANNELS = ("transpose", "rev", "gather", "broadcast", "max", "min")
+_MOVES_CHANNELS = ("transpose", "rev", "gather", "broadcast", "max", "min", "reduce_window_max")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,6 +100,12 @@ class Placement:
         )
 
     @property
+    def shared(self) -> frozenset[str]:
+        """The names of quantizers that several tensors have in common."""
+        counts = Counter(q.name for q in (*self.at.values(), *self.constants.values()))
+        return frozenset(name for name, count in counts.items() if count > 1)
+
+    @property
     def stateful(self) -> dict[str, Quantizer]:
         """Every quantizer with a range in `quant_stats`, by name, in order of evaluation."""
         everything = (*self.at.values(), *self.weights.values())
@@ -120,7 +127,9 @@ def _group(graph: Graph) -> list[Step]:
     for node in graph.nodes:
         if node in taken:
             continue
-        norm = only_reader(node, ("batch_norm",)) if node.kind in LAYER_KINDS else None
+        norm = None
+        if node.kind in LAYER_KINDS and _one_norm_channel_each(node):
+            norm = only_reader(node, ("batch_norm",))
         if norm is not None and (norm.inputs[0] != node.outputs[0] or not _last_axis(graph, norm)):
             norm = None
         last = norm or node
@@ -134,9 +143,18 @@ def _group(graph: Graph) -> list[Step]:
 
 def _last_axis(graph: Graph, norm: Node) -> bool:
     assert norm.layer is not None
-    module: Any = norm.layer.module
-    axis = module.axis
-    return axis in (-1, len(graph.avals[norm.outputs[0]].shape) - 1)
+    ndim = len(graph.avals[norm.outputs[0]].shape)
+    return [axis % ndim for axis in _feature_axes(norm.layer.module)] == [ndim - 1]
+
+
+def _feature_axes(module: Any) -> tuple[int, ...]:
+    return (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+
+
+def _one_norm_channel_each(node: Node) -> bool:
+    """Whether the output channels of a layer are the channels of a BatchNorm behind it."""
+    module: Any = node.layer and node.layer.module
+    return isinstance(module.features, int) or len(module.features) == 1
 
 
 class _Namer:
@@ -282,8 +300,8 @@ class _Planner:
         layer, x = step.node.layer, step.node.inputs[0]
         assert layer is not None
         if not isinstance(x, int) or x not in self.grids:
-            dtype = self.graph.avals[x].dtype if isinstance(x, int) else "a constant"
-            reason = f"its input ({dtype}) is no floating-point tensor that depends on the data"
+            what = f"of type {self.graph.avals[x].dtype}" if isinstance(x, int) else "a constant"
+            reason = f"its input is {what}, no floating-point array that depends on the model's"
             self.unquantizable.append(("/".join(layer.path), reason))
             return False
         kernel = self.graph.avals[step.node.inputs[1]]  # type: ignore[index]
@@ -357,7 +375,8 @@ def check_batch_statistics(graph: Graph) -> None:
             continue
         shape = graph.avals[node.outputs[0]].shape
         module: Any = node.layer.module
-        if math.prod(shape) == shape[module.axis] and module.axis_name is None:
+        features = math.prod(shape[axis] for axis in _feature_axes(module))
+        if math.prod(shape) == features and module.axis_name is None:
             raise ValueError(
                 f"{'/'.join(node.path)}: its batch holds one value per channel (shape {shape}), "
                 "which has no variance. Train with a larger batch, or call the BatchNorm with "
@@ -379,11 +398,12 @@ def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
     """
     placement = _Planner(graph, config).plan()
     if placement.unquantizable and config.strict:
-        listing = "\n".join(f"  {path}: {reason}" for path, reason in placement.unquantizable)
-        path = placement.unquantizable[0][0]
+        reasons = dict(placement.unquantizable)
+        listing = "\n".join(f"  {path or 'the model'}: {why}" for path, why in reasons.items())
         raise ValueError(
-            f"cannot quantize\n{listing}\nLeave such layers float with "
-            f"SimQATConfig(exclude=({path!r},)) or all of them with SimQATConfig(strict=False)."
+            f"cannot quantize\n{listing}\nLeave them float with "
+            f"SimQATConfig(exclude={tuple(reasons)!r}), or whatever cannot be quantized with "
+            "SimQATConfig(strict=False)."
         )
     if not placement.weights:
         raise ValueError(

@@ -1,7 +1,8 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jax.core import Tracer
 from simqat_jax.capture import Capture, capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.evaluation import evaluate
-from simqat_jax.observers import RangeState, init_range
+from simqat_jax.observers import RangeState, as_range_state, init_range
 from simqat_jax.planning import Placement, check_batch_statistics, place_quantizers
 from simqat_jax.report import Plan
 
@@ -95,10 +96,23 @@ class QuantizedModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; takes and returns what the float module does."""
+        return self._run(None, args, kwargs)
+
+    @nn.nowrap
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: Any = None, **kwargs: Any):
+        """Apply as any linen module; `method`: one of the float module's, by name or function."""
+        return super().apply(variables, *args, method=_quantized(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any):
+        """Initialize as any linen module, as does `init`; `method` as in `apply`."""
+        return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+
+    def _run(self, method: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         result = None
         if self.is_initializing():
-            result = self.module(*args, **kwargs)
-        captured = self._capture(args, kwargs)
+            result = _float_method(self.module, method)(*args, **kwargs)
+        captured = self._capture(method, args, kwargs)
         placement = place_quantizers(captured.graph, self.config)
         stats = self._stats(placement)
         if self.is_initializing():
@@ -113,16 +127,23 @@ class QuantizedModule(nn.Module):
             self._store(collection, tree)
         return output
 
-    def _capture(self, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
+    def _capture(self, method: Any, args: tuple, kwargs: Mapping[str, Any]) -> Capture:
         assert self.scope is not None
         mutable: Any = None  # all: the updates are dropped
         if not self.is_initializing():
             mutable = subtract_filters(self.scope.mutable, COLLECTION)
-        return self._trace(self.variables, args, kwargs, dict(self.scope.rngs), mutable)
+        rngs = dict(self.scope.rngs)
+        return self._trace(self.variables, method, args, kwargs, rngs, mutable)
 
     @nn.nowrap
     def _trace(
-        self, variables: Mapping[str, Any], args: tuple, kwargs: Mapping, rngs: Any, mutable: Any
+        self,
+        variables: Mapping[str, Any],
+        method: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        rngs: Any,
+        mutable: Any,
     ) -> Capture:
         floats = {k: v for k, v in variables.items() if k != COLLECTION}
         return capture(
@@ -130,6 +151,7 @@ class QuantizedModule(nn.Module):
             floats,
             args,
             kwargs,
+            method=method,
             rngs=rngs,
             mutable=list(floats) if mutable is None else mutable,
             exclude=self.config.exclude,
@@ -148,9 +170,9 @@ class QuantizedModule(nn.Module):
             for name, q in placement.stateful.items()
         }
         stats = {
-            name: _range_state(self.get_variable(COLLECTION, name))
+            name: state if name == "step" else as_range_state(state)
             for name in fresh
-            if self.has_variable(COLLECTION, name)
+            if (state := self.get_variable(COLLECTION, name)) is not None
         }
         missing = [name for name in fresh if name not in stats]
         if not self.is_mutable_collection(COLLECTION):
@@ -162,7 +184,12 @@ class QuantizedModule(nn.Module):
 
     @nn.nowrap
     def plan(
-        self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        rngs: Any = None,
+        method: Any = None,
+        **kwargs: Any,
     ) -> Plan:
         """Tell what is quantized and how, for a call with these arguments; computes nothing.
 
@@ -170,19 +197,32 @@ class QuantizedModule(nn.Module):
           variables: what `init` returned, or a trained version of it.
           args: the arguments of the call (arrays or ShapeDtypeStructs).
           rngs: keys of random streams, where the call needs any; by default dummies are used.
+          method: as in `apply`.
           kwargs: its keyword arguments.
         Returns: a Plan; print it.
         Raises: ValueError: what the call itself would raise.
         """
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
-        captured = self._trace(variables, args, kwargs, rngs, mutable=None)
+        captured = self._trace(variables, method, args, kwargs, rngs, mutable=None)
         placement = place_quantizers(captured.graph, self.config)
         return Plan(placement, self.config, variables.get(COLLECTION, {}))
 
 
-def _range_state(state: Any) -> Any:
-    """Restore the type of a state that a checkpoint library returned as a dictionary."""
-    return RangeState(**state) if isinstance(state, Mapping) else state
+def _quantized(method: Any) -> Any:
+    """Return what Flax is to call on a QuantizedModule for a method of the float module."""
+    if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
+        return None
+    return lambda qmodule, *args, **kwargs: qmodule._run(method, args, kwargs)
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _float_method(module: nn.Module, method: Any) -> Callable[..., Any]:
+    if callable(method):
+        return functools.partial(_function(method), module)
+    return module if method is None else getattr(module, method)
 
 
 def check_numbers(placement: Placement, stats: Mapping[str, Any]) -> None:
@@ -231,12 +271,21 @@ def nonfinite_ranges(quant_stats: Mapping[str, Any]) -> dict[str, int]:
     """Name the tensors that held NaN or Inf.
 
     Args:
-      quant_stats: the collection, after training steps.
+      quant_stats: the collection, after training steps; of a model inside another one as well.
     Returns: for each such tensor the number of steps in which it did. Those batches did not enter
       its range.
+    Raises: TypeError: an entry that is no range.
     Example:
       >>> nonfinite_ranges({"input": init_range()})
       {}
     """
-    states = {k: s for k, s in quant_stats.items() if isinstance(s, RangeState)}
-    return {name: int(s.nonfinite) for name, s in states.items() if int(s.nonfinite)}
+    counts = {name: int(state.nonfinite) for name, state in _ranges(quant_stats)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _ranges(stats: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, RangeState]]:
+    for name, value in stats.items():
+        if isinstance(value, Mapping) and set(value) != set(RangeState._fields):
+            yield from _ranges(value, f"{path}{name}/")
+        elif name != "step":
+            yield path + name, as_range_state(value)

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Node
 from simqat_jax.interception import excluded
+from simqat_jax.observers import as_range_state
 from simqat_jax.planning import Placement, Quantizer, Step
 
 _ATTRIBUTES = {
@@ -102,9 +103,10 @@ class Plan:
         )
 
     def _info(self, q: Quantizer) -> QuantizerInfo:
-        lo, hi, nonfinite = self._stats.get(q.name, (np.inf, -np.inf, 0))
+        empty = (np.inf, -np.inf, 0)
+        lo, hi, nonfinite = as_range_state(self._stats.get(q.name, empty))
         if not _is_concrete(lo):
-            lo, hi, nonfinite = np.inf, -np.inf, 0
+            lo, hi, nonfinite = empty
         lo, hi = np.min(lo), np.max(hi)
         seen = bool(lo <= hi)
         return QuantizerInfo(
@@ -140,7 +142,8 @@ class Plan:
         if step.output in placement.at:
             if step.quantized:
                 return self._form(step)
-            return f"float: {self._reason(node)}; its result is quantized for an integer operation"
+            reason = self._reason(node, "its input is float")
+            return f"float: {reason}; its result is quantized for an integer operation"
         if step.output in placement.grids:
             return f"on the grid of {placement.grids[step.output].name}"
         return f"float: {self._reason(node)}"
@@ -153,7 +156,7 @@ class Plan:
             return "on its own: a 1x1 depthwise convolution"
         return "table lookup" if step.node.kind in ("elementwise", "clamp") else ""
 
-    def _reason(self, node: Node) -> str:
+    def _reason(self, node: Node, otherwise: str = "no integer operation needs it") -> str:
         path = "/".join(node.path)
         for name, reason in self._placement.unquantizable:
             if name == path:
@@ -162,7 +165,7 @@ class Plan:
             return "excluded"
         if node.kind == "float":
             return _GRID_LOST
-        return "no integer operation needs it"
+        return otherwise
 
     def __str__(self) -> str:
         lines = [_header(self._config)]

@@ -321,6 +321,22 @@ def test_softmax_and_variance_stay_float(function):
     assert set(plan.quantizers) == {"input", "Dense_0/kernel", "Dense_0/output"}
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.at[:, jnp.array([0, 9])].get(mode="fill", fill_value=0.123),
+        lambda x: jax.lax.optimization_barrier((x, 0.3 * x[:, ::-1]))[1],
+    ],
+    ids=["fill value", "barrier"],
+)
+def test_operations_that_leave_the_grid_pass_none_on(function):
+    qmodel, variables, y, floats = trained(between(function), X)
+    assert qmodel.plan(variables, X).floats
+    largest = jnp.abs(floats).max()
+    assert jnp.abs(y - floats).max() < 0.03 * largest
+    assert jnp.abs(qmodel.apply(variables, X) - floats).max() < 0.03 * largest
+
+
 # Out of reach ------------------------------------------------------------------------------------
 
 

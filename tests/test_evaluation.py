@@ -220,6 +220,26 @@ def test_bfloat16_computes_the_same_codes(num_bits):
     np.testing.assert_array_equal(plain.astype(jnp.bfloat16), half)
 
 
+@pytest.mark.parametrize("size", [65_000, 300_001])
+def test_means_of_many_elements_are_exact(size):
+    x = jax.random.uniform(jax.random.key(0), (2, size, 1, 2))
+    qmodel, variables = calibrated(Model(lambda x: nn.Dense(3, name="d")(x.mean((1, 2)))), x)
+    oracle = Oracle(variables)
+    want = oracle.dense(oracle.mean(oracle.input(x), "mean/output"), "d")
+    np.testing.assert_array_equal(evaluated(qmodel, variables, x), real(want))
+
+
+def test_sixteen_bits_are_the_same_with_and_without_jit():
+    def body(x):
+        return nn.relu(nn.Conv(6, (1, 1))(x) + nn.Conv(6, (1, 1))(x))
+
+    x = jax.random.normal(jax.random.key(0), (16, 16, 16, 4))
+    qmodel, variables = calibrated(Model(body), x, WIDE)
+    np.testing.assert_array_equal(
+        evaluated(qmodel, variables, x), np.asarray(qmodel.apply(variables, x))
+    )
+
+
 # Training ----------------------------------------------------------------------------------------
 
 

@@ -349,6 +349,25 @@ def test_feature_axis_that_is_not_the_last_is_refused():
     rows(body, IMAGES, exclude=("BatchNorm_0",))
 
 
+@pytest.mark.parametrize("axis", [(-1,), (3,), (2, 3)])
+def test_feature_axes_as_a_tuple(axis):
+    def body(x):
+        return norm(axis=axis)(nn.Conv(6, (3, 3))(x))
+
+    plan = rows(body, IMAGES, strict=False)[2]
+    assert ("BatchNorm_0" in plan) == (len(axis) == 2)  # not folded, and float
+    assert "BatchNorm_0" not in plan or "not the last" in plan["BatchNorm_0"].note
+
+
+def test_a_dense_with_several_axes_of_features_is_not_folded():
+    def body(x):
+        return norm()(nn.DenseGeneral((2, 3))(x))
+
+    qmodel, variables, plan = rows(body, IMAGES)
+    assert plan["DenseGeneral_0"].output and plan["BatchNorm_0"].output
+    assert evaluated(qmodel, variables, IMAGES) < 0.05
+
+
 def test_statistics_that_cannot_be_are_refused():
     qmodel, variables = quantized(Net(), "one_conv", {}, jnp.ones((2, 8, 8, 3)))
     mutable = ["batch_stats", "quant_stats"]
@@ -442,6 +461,27 @@ def test_bfloat16_compute_keeps_float32_statistics(mode):
     trained = {**variables, **updates}
     eager, jitted = qmodel.apply(trained, x), jax.jit(qmodel.apply)(trained, x)
     np.testing.assert_array_equal(np.asarray(eager, np.float32), np.asarray(jitted, np.float32))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_parameters(mode):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Conv(6, (3, 3), param_dtype=jnp.bfloat16, bias_init=nn.initializers.ones)(x)
+            return nn.relu(nn.BatchNorm(not train, momentum=0.5, param_dtype=jnp.bfloat16)(x))
+
+    x = jax.random.normal(jax.random.key(0), (8, 6, 6, 3))
+    model = Half()
+    qmodel = sq.SimQAT(sq.SimQATConfig(bn_fold=mode)).apply(model)
+    variables = qmodel.init(jax.random.key(0), x, train=True)
+    for _ in range(12):
+        y, updates = qmodel.apply(variables, x, train=True, mutable=["batch_stats", "quant_stats"])
+        variables = {**variables, **updates}
+    floats = {k: variables[k] for k in ("params", "batch_stats")}
+    want, _ = model.apply(floats, x, train=True, mutable=["batch_stats"])
+    assert_close(y, want, 0.05)
+    assert_close(qmodel.apply(variables, x, train=False), want, 0.05)
 
 
 def test_one_conv_reads_and_writes_less_than_dividing_the_output():

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from zoo import Model
 
 import simqat_jax as sq
@@ -157,6 +158,29 @@ def test_the_shared_range_holds_all_tensors():
     np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3)
 
 
+@pytest.mark.parametrize("observer", ["batch", "ema", "minmax"])
+def test_training_shows_the_shared_range_that_evaluation_uses(observer):
+    def body(x):
+        for scale in (4, 8, 2):
+            x = jnp.concatenate([x, scale * dense(x)], -1)
+        return x
+
+    spec = sq.QuantSpec(observer=observer)
+    qmodel = sq.SimQAT(sq.SimQATConfig(activation=spec)).apply(Model(body))
+    variables = qmodel.init(KEY, X)
+    for _ in range(2):  # the first step meets ranges that have seen nothing
+        y, updates = qmodel.apply(variables, X, mutable=["quant_stats"])
+        variables = {**variables, **updates}
+    state = variables["quant_stats"]["concat_2/output"]
+    assert float(state.hi - state.lo) > 20 * float(X.max() - X.min())
+    floats = Model(body).apply({"params": variables["params"]}, X)
+    in_training, in_evaluation = (
+        jnp.linalg.norm(got - floats) for got in (y, qmodel.apply(variables, X))
+    )
+    assert 0.6 < in_training / in_evaluation < 1.6
+    assert len(jnp.unique(y[:, :6])) < 25  # a coarse grid for the small input, in training too
+
+
 # Names -------------------------------------------------------------------------------------------
 
 
@@ -239,6 +263,8 @@ def test_ranges_of_operations_that_only_training_counts_are_not_taken_for_others
         (lambda x: x[:, :, :4].max(-1), False),
         (lambda x: x[:, :, 0][..., None] * jnp.ones((1, 1, 1, 4)), False),
         (lambda x: x[..., ::-1], False),
+        (lambda x: nn.max_pool(x[..., None], (1, 1, 2), padding="SAME")[..., 0], False),
+        (lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 1, 2), (1,) * 4, "SAME"), False),
     ],
 )
 def test_a_grid_for_each_channel_stays_with_its_channel(function, carried):

@@ -237,7 +237,75 @@ def test_state_restored_as_dictionaries_works(x):
     _, variables = step(qmodel, variables, x)
     want = qmodel.apply(variables, x)
     plain = {k: s._asdict() if k != "step" else s for k, s in variables["quant_stats"].items()}
-    np.testing.assert_array_equal(qmodel.apply({**variables, "quant_stats": plain}, x), want)
+    for restored in (plain, {k: list(s.values()) if k != "step" else s for k, s in plain.items()}):
+        restored = {**variables, "quant_stats": restored}
+        np.testing.assert_array_equal(qmodel.apply(restored, x), want)
+        assert str(qmodel.plan(restored, x)) == str(qmodel.plan(variables, x))
+    bad = {**plain, "input": {**plain["input"], "nonfinite": 3}}
+    assert sq.nonfinite_ranges(bad) == {"input": 3}
+    assert sq.nonfinite_ranges({"inner": bad}) == {"inner/input": 3}
+    with pytest.raises(TypeError, match="no RangeState"):
+        sq.nonfinite_ranges(variables)
+
+
+class Coder(nn.Module):
+    """Methods of its own, one of them called by the other."""
+
+    def setup(self):
+        self.encoder, self.decoder = nn.Dense(6), nn.Dense(5)
+
+    def encode(self, x):
+        return nn.relu(self.encoder(x)) * 0.5
+
+    def __call__(self, x):
+        return self.decoder(self.encode(x)) * 2.0
+
+
+@pytest.mark.parametrize(
+    "method", ["encode", Coder.encode, Coder().encode, lambda m, x: m.encode(x)]
+)
+def test_methods_of_the_float_module(method, x):
+    qmodel, variables = qat(Coder(), x)
+    assert "encode/mul/output" in variables["quant_stats"]
+    _, variables = step(qmodel, variables, x)
+    with pytest.raises(ValueError, match=r"no quant_stats for .*/input"):
+        qmodel.apply(variables, x, method=method)  # trained through __call__ alone
+    _, updates = qmodel.apply(variables, x, method=method, mutable=["quant_stats"])
+    variables = {**variables, **updates}
+    codes = qmodel.apply(variables, x, method=method)
+    want = Coder().apply({"params": variables["params"]}, x, method=method)
+    assert 0 < jnp.abs(codes - want).max() < 0.03 * want.max()
+    assert next(row.path for row in qmodel.plan(variables, x, method=method).rows) == "encoder"
+    fresh = qmodel.init(KEY, x, method=method)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        fresh["params"],
+        Coder().init(KEY, x, method=method)["params"],
+    )
+    whole = qmodel.apply(variables, x)
+    np.testing.assert_array_equal(qmodel.apply(variables, x, method="__call__"), whole)
+    np.testing.assert_array_equal(qmodel.apply(variables, x, method=qmodel.__call__), whole)
+
+
+def test_a_method_that_does_not_exist(x):
+    qmodel, variables = qat(Coder(), x)
+    with pytest.raises(AttributeError, match="enc"):
+        qmodel.apply(variables, x, method="enc")
+
+
+# JAX's modes -------------------------------------------------------------------------------------
+
+
+def test_without_jit_and_with_strict_promotion(x):
+    qmodel, variables = qat(Net(), x)
+    y, variables = step(qmodel, variables, x)
+    want = qmodel.apply(variables, x)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(qmodel.apply(variables, x), want)
+        np.testing.assert_allclose(step(qmodel, variables, x)[0], y, atol=0.05)
+    with jax.numpy_dtype_promotion("strict"):
+        np.testing.assert_array_equal(qmodel.apply(variables, x), want)
+        step(qmodel, variables, x)
 
 
 # Composition -------------------------------------------------------------------------------------
@@ -370,6 +438,27 @@ def test_layers_without_a_quantized_form(layer, shape, reason):
     with pytest.raises(ValueError, match=rf"inner: .*{reason}[\s\S]*exclude=\('inner',\)"):
         qat(Wrapped(layer), jnp.ones(shape))
     qat(Wrapped(layer), jnp.ones(shape), exclude=("inner",))
+
+
+def test_an_empty_batch(x):
+    qmodel, variables = qat(Net(), x)
+    _, variables = step(qmodel, variables, x)
+    assert qmodel.apply(variables, x[:0]).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"input: an empty tensor of shape \(0, 5\)"):
+        step(qmodel, variables, x[:0])
+
+
+def test_a_model_returns_its_own_input_as_it_came(x):
+    class Autoencoder(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(5)(x), x
+
+    qmodel, variables = qat(Autoencoder(), x)
+    (_, trained), updates = qmodel.apply(variables, x, mutable=["quant_stats"])
+    _, evaluated = qmodel.apply({**variables, **updates}, x)
+    np.testing.assert_array_equal(trained, x)
+    np.testing.assert_array_equal(evaluated, x)
 
 
 def test_integers_into_a_dense():

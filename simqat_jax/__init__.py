@@ -11,7 +11,9 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.config import QuantSpec, SimQATConfig
+from simqat_jax.conversion import convert
 from simqat_jax.folding import fold_batch_norm
+from simqat_jax.integer_model import Grid, IntegerModel
 from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
 from simqat_jax.observers import RangeState, init_range, observe, observed, update_range
 from simqat_jax.qat import (
@@ -25,6 +27,8 @@ from simqat_jax.report import Plan
 __version__ = _version("simqat-jax")
 
 __all__ = [
+    "Grid",
+    "IntegerModel",
     "Plan",
     "QuantParams",
     "QuantSpec",
@@ -33,6 +37,7 @@ __all__ = [
     "SimQAT",
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
+    "convert",
     "dequantize",
     "fake_quant",
     "fold_batch_norm",

@@ -242,7 +242,9 @@ class _Flattener:
         outputs = tuple(map(self.new, avals))
         effects = bool(eqn.effects)
         self.nodes.append(
-            Node(kind, op, path, inputs, outputs, run, remat=remat, effects=effects, **extra)
+            Node(
+                kind, op, path, inputs, outputs, run, remat=remat, effects=effects, eqn=eqn, **extra
+            )
         )
         return outputs[: len(eqn.outvars)]
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, get_args
 
 Observer = Literal["ema", "minmax", "batch"]
+Backend = Literal["tflite", "onnx"]
 BatchNormFold = Literal["none", "one_conv", "two_conv"]
 
 
@@ -119,6 +120,9 @@ class SimQATConfig:
     exclude: tuple[str, ...] = ()
     """Module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
     (`fnmatch` patterns). A pattern that matches no module is an error."""
+    backend: Backend = "tflite"
+    """Whose rounding of additions evaluation mirrors, code for code: `tflite` (XNNPACK) or `onnx`
+    (ONNX Runtime). All else is the same in both."""
     strict: bool = True
     """A Conv or Dense that cannot be quantized is an error; otherwise it stays float and the
     plan says why."""
@@ -129,6 +133,8 @@ class SimQATConfig:
         _require_type(self, "bn_fold", str)
         _require_type(self, "strict", bool)
         _require_choice(self, "bn_fold", get_args(BatchNormFold))
+        _require_type(self, "backend", str)
+        _require_choice(self, "backend", get_args(Backend))
         if self.freeze_bn is not None:
             _require_type(self, "freeze_bn", int)
             if self.freeze_bn < 0:

@@ -378,7 +378,17 @@ class _Run:
             )
         if step.quantized:
             inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
-            codes = integer_form(step, inputs, layer, values[0] if values else {}, params, spec)
+            reals = [value.real for value in operands]
+            codes = integer_form(
+                step,
+                inputs,
+                layer,
+                values[0] if values else {},
+                reals,
+                params,
+                spec,
+                self.config.backend,
+            )
         if codes is None:
             codes = centered_codes(x, params, spec)
         return self.evaluated(quantizer, Codes(codes, params, spec), x, delay)

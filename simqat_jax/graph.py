@@ -72,6 +72,10 @@ class Node:
     """Which call of `nn.remat` the node is inside of, and that call's parameters."""
     effects: bool = False
     """Whether it does more than return values: `jax.debug.print`."""
+    eqn: Any = None
+    """The equation that it was captured as; of a mean, that of its sum."""
+    parts: tuple["Node", ...] = ()
+    """What a mean or an elementwise node was merged from; empty: nothing."""
 
     def data_inputs(self, data: frozenset[int]) -> tuple[int, ...]:
         """The tensors among the inputs that depend on the model's inputs."""
@@ -157,6 +161,8 @@ def merge_means(graph: Graph) -> Graph:
             inputs=inputs,
             run=_chain((node, users[0]), inputs),
             divisor=divisor,
+            eqn=node.eqn,
+            parts=(node, users[0]),
         )
     nodes = (merged.get(node, node) for node in graph.nodes)
     return dataclasses.replace(graph, nodes=tuple(n for n in nodes if n is not None))
@@ -273,6 +279,7 @@ def merge_elementwise(graph: Graph) -> Graph:
                 op=node.op if len(parts) == 1 or clamp else "elementwise",
                 inputs=inputs,
                 run=_chain(parts, inputs),
+                parts=tuple(parts),
                 bounds=_merged_bounds(parts) if clamp else node.bounds,
             )
         )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from simqat_jax.config import QuantSpec
 from simqat_jax.numerics import (
@@ -135,16 +136,24 @@ def requantize(
       spec: the output's width.
       bounds: what the fused activation clamps to, real units.
     """
+    lo, hi = code_bounds(bounds, params, spec)
     zero_point = params.zero_point.astype(jnp.float32)
-    limits = spec.qmin, spec.qmax
+    codes = jnp.round(acc.astype(jnp.float32) * multiplier) + zero_point
+    return jnp.clip(codes, lo, hi) - zero_point
+
+
+def code_bounds(
+    bounds: tuple[float, float], params: QuantParams, spec: QuantSpec
+) -> tuple[ArrayLike, ArrayLike]:
+    """Return the lowest and highest code of a tensor that is clamped to `bounds`, real units."""
+    limits, zero_point = (spec.qmin, spec.qmax), params.zero_point.astype(jnp.float32)
     lo, hi = (
         jnp.clip(jnp.round(true_divide(jnp.float32(b), params.scale)) + zero_point, *limits)
         if math.isfinite(b)
-        else limits[end]
-        for end, b in enumerate(bounds)
+        else limit
+        for b, limit in zip(bounds, limits, strict=True)
     )
-    codes = jnp.round(acc.astype(jnp.float32) * multiplier) + zero_point
-    return jnp.clip(codes, lo, hi) - zero_point
+    return lo, hi
 
 
 def integer_bias(bias: jax.Array, unit: jax.Array) -> jax.Array:
@@ -175,9 +184,79 @@ def add(
       bounds: what the fused activation clamps to, real units.
     Source: XNNPACK, quantized addition.
     """
-    ratios = [true_divide(scale, params.scale) for scale in scales]
+    ma, mb, shift = add_multipliers(scales, params.scale)
+    total = a.astype(jnp.int32) * ma + b.astype(jnp.int32) * mb + (1 << (shift - 1))
+    return requantize(total >> shift, jnp.float32(1), params, spec, bounds)
+
+
+def add_multipliers(
+    scales: tuple[jax.Array, jax.Array], scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `(ma, mb, sh)` of `add`, int32."""
+    ratios = [true_divide(s, scale) for s in scales]
     _, exponent = jnp.frexp(jnp.maximum(jnp.abs(ratios[0]), jnp.abs(ratios[1])))
     shift = jnp.clip(21 - exponent, 1, 30).astype(jnp.int32)
     ma, mb = (jnp.round(jnp.ldexp(r, shift)).astype(jnp.int32) for r in ratios)
-    total = a.astype(jnp.int32) * ma + b.astype(jnp.int32) * mb + (1 << (shift - 1))
-    return requantize(total >> shift, jnp.float32(1), params, spec, bounds)
+    return ma, mb, shift
+
+
+def subtract_onnxruntime(
+    a: jax.Array, b: jax.Array, a_params: QuantParams, b_params: QuantParams, params: QuantParams
+) -> jax.Array:
+    """Subtract real values: `rint((a * s_a - b * s_b) / s_c) + z_c`, float32, not clipped.
+
+    Args:
+      a: centered codes of the first operand.
+      b: those of the second.
+      a_params: the grid of the first operand.
+      b_params: that of the second.
+      params: that of the output.
+    Source: ONNX Runtime, which has no integer subtraction.
+    """
+    a, b = (
+        rounded_product(v.astype(jnp.float32), p.scale) for v, p in ((a, a_params), (b, b_params))
+    )
+    return jnp.round(true_divide(a - b, params.scale)) + params.zero_point.astype(jnp.float32)
+
+
+def add_onnxruntime_multipliers(
+    a: QuantParams, b: QuantParams, params: QuantParams
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `(ra, rb, z)` of `add_onnxruntime` for the grids of its operands, float32."""
+    ra, rb = (true_divide(p.scale, params.scale) for p in (a, b))
+    za, zb, zc = (p.zero_point.astype(jnp.float32) for p in (a, b, params))
+    return ra, rb, zc - (rounded_product(ra, za) + rounded_product(rb, zb))
+
+
+def add_onnxruntime(
+    a: jax.Array, b: jax.Array, ra: ArrayLike, rb: ArrayLike, z: ArrayLike
+) -> jax.Array:
+    """Add codes of up to 8 bits: `rint(fma(a, ra, fma(b, rb, z)))`, float32, not clipped.
+
+    Each `fma` rounds once, to float32. It is computed in float64, whose products of such numbers
+    are exact and whose sums are rounded to odd before they are rounded to float32.
+
+    Args:
+      a: codes of the first operand, int32, zero point not subtracted.
+      b: those of the second.
+      ra: real units per code of `a` over those of the output.
+      rb: likewise of `b`.
+      z: zero point of the output less those of the operands at its scale.
+    Source: ONNX Runtime, QLinearAdd.
+    """
+    with jax.enable_x64(True):
+
+        def fma(x: jax.Array, y: ArrayLike, addend: ArrayLike) -> jax.Array:
+            product = x.astype(jnp.float64) * jnp.asarray(y).astype(jnp.float64)
+            addend = jnp.asarray(addend).astype(jnp.float64)
+            total = product + addend
+            part = total - product
+            error = (product - (total - part)) + (addend - part)
+            bits = jax.lax.bitcast_convert_type(total, jnp.int64)
+            outward = (error > 0) == (total > 0)
+            odd = bits + jnp.where(outward, 1, -1).astype(jnp.int64)
+            inexact = (error != 0) & (bits & 1 == 0)
+            total = jnp.where(inexact, jax.lax.bitcast_convert_type(odd, jnp.float64), total)
+            return total.astype(jnp.float32)
+
+        return jnp.round(fma(a, ra, fma(b, rb, z)))

@@ -11,10 +11,17 @@ import numpy as np
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax.config import QuantSpec
 from simqat_jax.folding import batch_norm_state, folding_scale, running_affine, scaled_kernel
-from simqat_jax.graph import LAYER_KINDS, Constant
+from simqat_jax.graph import LAYER_KINDS, Constant, Node
 from simqat_jax.integer_arithmetic import Codes
-from simqat_jax.numerics import QuantParams, along_channel, rounded_product, true_divide
+from simqat_jax.numerics import (
+    QuantParams,
+    along_channel,
+    dequantize,
+    rounded_product,
+    true_divide,
+)
 from simqat_jax.planning import Step
+from simqat_jax.replay import pointwise
 
 _FREE = (-math.inf, math.inf)
 _Output = tuple[QuantParams, QuantSpec, tuple[float, float]]
@@ -25,8 +32,10 @@ def integer_form(
     inputs: Sequence[Codes | None],
     layer: tuple[Codes, jax.Array | None] | None,
     values: Mapping[str, Any],
+    operands: Sequence[Any],
     params: QuantParams,
     spec: QuantSpec,
+    backend: str,
 ) -> jax.Array | None:
     """Compute the codes of a step's output from those of its inputs.
 
@@ -35,15 +44,20 @@ def integer_form(
       inputs: the codes of each of its inputs; None for one that is no tensor on a grid.
       layer: for a Conv or Dense, what `deployed_layer` returns.
       values: for a BatchNorm its parameters and statistics, by name, real units.
+      operands: each of its inputs in real units.
       params: the output's grid.
       spec: the output's width.
-    Returns: centered codes, or None where the step has no exact integer form: an elementwise
-      function, per-channel activations, a BatchNorm on batch statistics, widths too large for
-      int32 sums.
+      backend: whose rounding of additions to mirror.
+    Returns: centered codes, or None where the step has no exact integer form: per-channel
+      activations, a BatchNorm on batch statistics, widths too large for int32 sums.
     """
     x = inputs[0]
     if x is None or spec.per_channel or x.spec.per_channel:
         return None
+    if step.node.kind in ("elementwise", "clamp"):
+        table = lookup_table(step.node, operands, x.params, x.spec, params, spec)
+        index = x.codes.astype(jnp.int32) + x.params.zero_point - x.spec.qmin
+        return jnp.take(table, index)
     output = (params, spec, step.clamp.bounds if step.clamp else _FREE)
     kind = step.node.kind
     if kind in LAYER_KINDS and layer is not None:
@@ -53,7 +67,9 @@ def integer_form(
     if kind == "mean":
         return _mean(step, x, output)
     if kind in ("add", "mul") and len(inputs) == 2 and inputs[1] is not None:
-        return (_add if kind == "add" else _mul)(step, x, inputs[1], output)
+        if kind == "mul":
+            return _mul(x, inputs[1], output)
+        return (_add_onnx if backend == "onnx" else _add)(step, x, inputs[1], output)
     return None
 
 
@@ -124,12 +140,35 @@ def _batch_norm(
     if layer is None or layer.training or x.spec.num_bits > 16:
         return None
     module: Any = layer.module
-    slope, shift = running_affine(batch_norm_state(values, module.epsilon))
-    unit = x.params.scale * jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    acc = (x.codes * along_channel(jnp.sign(slope), x.codes.ndim, -1)).astype(jnp.int32) * 127
+    affine = running_affine(batch_norm_state(values, module.epsilon))
+    kernel, unit, shift = channel_affine(x.params, *affine)
+    acc = (x.codes * along_channel(kernel, x.codes.ndim, -1)).astype(jnp.int32)
     acc = acc + along_channel(integer.integer_bias(shift, unit), acc.ndim, -1)
     multiplier = along_channel(true_divide(unit, output[0].scale), acc.ndim, -1)
     return integer.requantize(acc, multiplier, *output)
+
+
+def lookup_table(
+    node: Node,
+    operands: Sequence[Any],
+    x_params: QuantParams,
+    x_spec: QuantSpec,
+    params: QuantParams,
+    spec: QuantSpec,
+) -> jax.Array:
+    """Return an elementwise function of each code, lowest first, as centered codes.
+
+    Args:
+      node: the function.
+      operands: each of its inputs in real units; of the first only the dtype counts.
+      x_params: the input's grid.
+      x_spec: its width.
+      params: the output's grid.
+      spec: its width.
+    """
+    codes = jnp.arange(x_spec.qmin, x_spec.qmax + 1)
+    x = dequantize(codes, *x_params, channel_axis=None).astype(operands[0].dtype)
+    return integer.centered_codes(pointwise(node, [x, *operands[1:]]), params, spec, None)
 
 
 def _mean(step: Step, x: Codes, output: _Output) -> jax.Array | None:
@@ -163,8 +202,34 @@ def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
     return integer.add(x.codes, y.codes, scales, *output)
 
 
-def _mul(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
-    del step
+def channel_affine(
+    x: QuantParams, slope: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Write `slope * x + shift` in integers.
+
+    Returns: one weight of 127, 0 or -127 for each channel, the real units of a sum, and `shift`.
+    """
+    unit = x.scale * jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
+    return jnp.sign(slope) * 127, unit, shift
+
+
+def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
+    if max(x.spec.num_bits, y.spec.num_bits) > 8:
+        return None
+    params, spec, bounds = output
+    if step.node.op == "sub":
+        codes = integer.subtract_onnxruntime(x.codes, y.codes, x.params, y.params, params)
+    else:
+        pairs = [(v.codes.astype(jnp.int32) + v.params.zero_point, v.params) for v in (x, y)]
+        (a, a_params), (b, b_params) = pairs
+        codes = integer.add_onnxruntime(
+            a, b, *integer.add_onnxruntime_multipliers(a_params, b_params, params)
+        )
+    lo, hi = integer.code_bounds(bounds, params, spec)
+    return jnp.clip(codes, lo, hi) - params.zero_point.astype(jnp.float32)
+
+
+def _mul(x: Codes, y: Codes, output: _Output) -> jax.Array | None:
     if x.spec.num_bits + y.spec.num_bits > 24:
         return None
     product = (x.codes * y.codes).astype(jnp.int32)

@@ -359,8 +359,8 @@ class _Lowering:
         bounds = step.clamp.bounds if step.clamp else _FREE
         return [int(jnp.asarray(b)) for b in integer.code_bounds(bounds, params, quantizer.spec)]
 
-    def deployed(self, step: Step) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return a layer's kernel codes, its int32 bias and its multiplier, both (channels,)."""
+    def deployed(self, step: Step) -> dict[str, np.ndarray]:
+        """Return a layer's kernel codes, and for each channel its scale, bias and multiplier."""
         node = step.node
         values = [self.named_values(n) for n in step.nodes if n.layer is not None]
         quantizer = self.placement.weights[node.layer.path]  # type: ignore[union-attr]
@@ -386,17 +386,16 @@ class _Lowering:
             kernel = kernel._replace(codes=kernel.codes * module.mask)
         features = module.features
         count = features if isinstance(features, int) else math.prod(features)
-        unit = jnp.broadcast_to(self.in_params(step)[0].scale * kernel.params.scale, (count,))
-        multiplier = true_divide(unit, self.out_params(step)[0].scale)
-        codes = np.asarray(kernel.codes).astype(_weight_dtype(quantizer))
-        if bias is None:
-            return codes, np.zeros(count, np.int32), np.asarray(multiplier)
+        scale = jnp.broadcast_to(kernel.params.scale, (count,))
+        unit = self.in_params(step)[0].scale * scale
+        bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
         self.check_bias(step, bias, unit)
-        return (
-            codes,
-            np.asarray(integer.integer_bias(jnp.asarray(bias).reshape(-1), unit)),
-            np.asarray(multiplier),
-        )
+        return {
+            "kernel": np.asarray(kernel.codes).astype(_weight_dtype(quantizer)),
+            "scale": np.asarray(scale),
+            "bias": np.asarray(integer.integer_bias(bias, unit)),
+            "multiplier": np.asarray(true_divide(unit, self.out_params(step)[0].scale)),
+        }
 
     def check_bias(self, step: Step, bias: Any, unit: Any) -> None:
         largest = float(np.max(np.abs(np.asarray(bias, np.float64).reshape(-1) / np.asarray(unit))))
@@ -407,7 +406,8 @@ class _Lowering:
                 "tiny against its bias: train or calibrate on data that reaches the layer."
             )
 
-    def check_sums(self, step: Step, kernel: np.ndarray, bias: np.ndarray) -> None:
+    def check_sums(self, step: Step, arrays: Mapping[str, np.ndarray]) -> None:
+        kernel, bias = arrays["kernel"], arrays["bias"]
         spec = self.in_params(step)[1].spec
         sums = np.abs(kernel.astype(np.int64)).reshape(-1, kernel.shape[-1]).sum(axis=0)
         largest = int(np.max(sums * integer.largest_code(spec) + np.abs(bias.astype(np.int64))))
@@ -420,8 +420,9 @@ class _Lowering:
 
     def _conv(self, step: Step) -> None:
         node = step.node
-        kernel, bias, multiplier = self.deployed(step)
-        self.check_sums(step, kernel, bias)
+        arrays = self.deployed(step)
+        self.check_sums(step, arrays)
+        kernel = arrays["kernel"]
         module: Any = node.layer.module  # type: ignore[union-attr]
         params = _convolution(node.eqn).params
         padding, mode = [list(map(int, p)) for p in params["padding"]], "constant"
@@ -448,7 +449,6 @@ class _Lowering:
         assert isinstance(x, int)
         source, shape = self.ids[x], self.shape(x)
         rank = kernel.ndim
-        arrays = {"kernel": kernel, "bias": bias, "multiplier": multiplier}
         if len(shape) == rank:
             self.emit("conv", step, (source,), step.output, self.out_grid(step), attributes, arrays)
             return
@@ -477,7 +477,7 @@ class _Lowering:
 
     def _dense(self, step: Step) -> None:
         node = step.node
-        kernel, bias, multiplier = self.deployed(step)
+        arrays = self.deployed(step)
         module: Any = node.layer.module  # type: ignore[union-attr]
         x = node.inputs[0]
         assert isinstance(x, int)
@@ -498,9 +498,8 @@ class _Lowering:
         depth = math.prod(shape[a] for a in axes)
         lead = tuple(shape[a] for a in kept)
         source = self.reshaped(step, source, (*lead, depth))
-        kernel = kernel.reshape(depth, -1)
-        self.check_sums(step, kernel, bias)
-        arrays = {"kernel": kernel, "bias": bias, "multiplier": multiplier}
+        kernel = arrays["kernel"] = arrays["kernel"].reshape(depth, -1)
+        self.check_sums(step, arrays)
         grid, attributes = self.out_grid(step), {"clamp": self.clamp(step)}
         if self.shape(step.output) == (*lead, kernel.shape[1]):
             self.emit("dense", step, (source,), step.output, grid, attributes, arrays)
@@ -514,10 +513,12 @@ class _Lowering:
         module: Any = node.layer.module  # type: ignore[union-attr]
         x_params, _ = self.in_params(step)
         norm = batch_norm_state(self.named_values(node), module.epsilon)
-        kernel, unit, shift = channel_affine(x_params, *running_affine(norm))
+        kernel, scale, shift = channel_affine(*running_affine(norm))
+        unit = x_params.scale * scale
         self.check_bias(step, shift, unit)
         arrays = {
             "kernel": np.asarray(kernel).astype(np.int8),
+            "scale": scale,
             "bias": integer.integer_bias(shift, unit),
             "multiplier": true_divide(unit, self.out_params(step)[0].scale),
         }

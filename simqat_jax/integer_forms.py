@@ -141,7 +141,8 @@ def _batch_norm(
         return None
     module: Any = layer.module
     affine = running_affine(batch_norm_state(values, module.epsilon))
-    kernel, unit, shift = channel_affine(x.params, *affine)
+    kernel, scale, shift = channel_affine(*affine)
+    unit = x.params.scale * scale
     acc = (x.codes * along_channel(kernel, x.codes.ndim, -1)).astype(jnp.int32)
     acc = acc + along_channel(integer.integer_bias(shift, unit), acc.ndim, -1)
     multiplier = along_channel(true_divide(unit, output[0].scale), acc.ndim, -1)
@@ -202,15 +203,10 @@ def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
     return integer.add(x.codes, y.codes, scales, *output)
 
 
-def channel_affine(
-    x: QuantParams, slope: jax.Array, shift: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Write `slope * x + shift` in integers.
-
-    Returns: one weight of 127, 0 or -127 for each channel, the real units of a sum, and `shift`.
-    """
-    unit = x.scale * jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    return jnp.sign(slope) * 127, unit, shift
+def channel_affine(slope: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return a weight of 127, 0 or -127 for each channel, its scale, and `shift`."""
+    scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
+    return jnp.sign(slope) * 127, scale, shift
 
 
 def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:

@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 
 from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.conversion import convert
+from simqat_jax.export.onnx import export_onnx
 from simqat_jax.folding import fold_batch_norm
 from simqat_jax.integer_model import Grid, IntegerModel
 from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
@@ -39,6 +40,7 @@ __all__ = [
     "SimulatedQuantizationAwareTraining",
     "convert",
     "dequantize",
+    "export_onnx",
     "fake_quant",
     "fold_batch_norm",
     "init_range",

@@ -121,8 +121,8 @@ class SimQATConfig:
     """Module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
     (`fnmatch` patterns). A pattern that matches no module is an error."""
     backend: Backend = "tflite"
-    """Whose rounding of additions evaluation mirrors, code for code: `tflite` (XNNPACK) or `onnx`
-    (ONNX Runtime). All else is the same in both."""
+    """Whose rounding of sums and products of tensors evaluation mirrors, code for code: `tflite`
+    (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both."""
     strict: bool = True
     """A Conv or Dense that cannot be quantized is an error; otherwise it stays float and the
     plan says why."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,11 @@ from simqat_jax.qat import COLLECTION, QuantizedModule, check_numbers, check_obs
 
 _BATCH = 10_007  # stands for the batch size: a prime that divides no other length
 _FREE = (-math.inf, math.inf)
+_NOT_EVALUATION = (
+    "{path}: convert takes the model in evaluation, and here it drops out values or uses batch "
+    "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
+    "use_running_average=True."
+)
 
 
 def convert(
@@ -42,8 +48,8 @@ def convert(
       variables: its trained variables.
       args: a sample of the model's arguments (arrays or ShapeDtypeStructs). Where all arrays have
         the same first length, it is the batch size, and the integer model takes any.
-      backend: whose rounding of additions to mirror, "tflite" or "onnx"; by default
-        `SimQATConfig.backend`, with which evaluation and the integer model agree in every code.
+      backend: whose rounding of additions and products to mirror, "tflite" or "onnx"; by default
+        `SimQATConfig.backend`, with which the codes are evaluation's.
       kwargs: keyword arguments of the call in evaluation: `train=False`.
     Returns: an IntegerModel.
     Raises: TypeError: no QuantizedModule, or traced variables. ValueError: ranges never observed,
@@ -124,7 +130,10 @@ class _Call:
             return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
 
         args = jax.tree.map(resized, self.args)
-        return self.qmodule._trace(self.variables, None, args, self.kwargs, {}, False)
+        try:
+            return self.qmodule._trace(self.variables, None, args, self.kwargs, {}, None)
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(_NOT_EVALUATION.format(path="the model")) from error
 
     def captured_with_free_batch(self, sample: Any) -> Any:
         """Capture with `_BATCH` for the batch size; None where the model holds on to its own."""
@@ -176,6 +185,10 @@ def _convolution(eqn: core.JaxprEqn) -> core.JaxprEqn:
     return found[0]
 
 
+class _Index(int):
+    """The number of an output, in the place of its value."""
+
+
 class _Lowering:
     """Makes the operations of an integer model, one step of the plan after the other."""
 
@@ -211,14 +224,20 @@ class _Lowering:
                 self.lower(step)
             else:
                 self.compute(step)
-        outputs = [self.output(v) for v in self.graph.outputs]
+        result, _ = restore(list(map(_Index, range(len(self.graph.outputs)))))
+        read = jax.tree.leaves(result)
+        others = [x for x in read if not isinstance(x, _Index)]
+        if others:
+            raise ValueError(f"convert takes models that return arrays, and this returns {others}.")
+        outputs = [self.output(self.graph.outputs[i]) for i in read]
+        numbers = {i: n for n, i in enumerate(read)}
         metadata = {"simqat_jax": version("simqat-jax"), "config": dataclasses.asdict(self.config)}
         return IntegerModel(
             self.tensors,
             self.ops,
             inputs,
             outputs,
-            _plain(restore(list(range(len(outputs))))),
+            _plain(jax.tree.map(lambda i: numbers[i], result)),
             self.config.backend,
             metadata,
         )
@@ -292,11 +311,7 @@ class _Lowering:
     def lower(self, step: Step) -> None:
         node = step.node
         if node.op == "dropout" or any(n.layer and n.layer.training for n in step.nodes):
-            raise ValueError(
-                f"{'/'.join(node.path)}: convert takes the model in evaluation, and here it drops "
-                "out values or uses batch statistics. Pass the arguments of evaluation, such as "
-                "train=False, deterministic=True or use_running_average=True."
-            )
+            raise ValueError(_NOT_EVALUATION.format(path="/".join(node.path)))
         if step.quantized:
             getattr(self, "_" + node.kind)(step)
         elif step.output in self.placement.grids and step.output not in self.placement.at:
@@ -411,7 +426,7 @@ class _Lowering:
         spec = self.in_params(step)[1].spec
         sums = np.abs(kernel.astype(np.int64)).reshape(-1, kernel.shape[-1]).sum(axis=0)
         largest = int(np.max(sums * integer.largest_code(spec) + np.abs(bias.astype(np.int64))))
-        if largest >= 2**31:
+        if largest > integer.MOST:
             raise ValueError(
                 f"{'/'.join(step.node.path)}: its sums may reach {largest}, more than 32 bits "
                 f"hold, with activations of {spec.num_bits} bits and {kernel.dtype} weights. Use "
@@ -513,7 +528,8 @@ class _Lowering:
         module: Any = node.layer.module  # type: ignore[union-attr]
         x_params, _ = self.in_params(step)
         norm = batch_norm_state(self.named_values(node), module.epsilon)
-        kernel, scale, shift = channel_affine(*running_affine(norm))
+        slope, shift = running_affine(norm)
+        kernel, scale = channel_affine(slope)
         unit = x_params.scale * scale
         self.check_bias(step, shift, unit)
         arrays = {
@@ -580,7 +596,8 @@ class _Lowering:
         multiplier = true_divide(unit, self.out_params(step)[0].scale)
         attributes = {"clamp": self.clamp(step)}
         arrays = {"multiplier": multiplier}
-        self.emit("mul", step, ids, step.output, self.out_grid(step), attributes, arrays)
+        kind = "mul" if self.config.backend == "tflite" else "mul_onnx"
+        self.emit(kind, step, ids, step.output, self.out_grid(step), attributes, arrays)
 
     def _mean(self, step: Step) -> None:
         node = step.node

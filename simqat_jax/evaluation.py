@@ -389,8 +389,8 @@ class _Run:
                 spec,
                 self.config.backend,
             )
-        if codes is None:
-            codes = centered_codes(x, params, spec)
+        rounded = centered_codes(x, params, spec)
+        codes = rounded if codes is None else jnp.where(jnp.isnan(codes), rounded, codes)
         return self.evaluated(quantizer, Codes(codes, params, spec), x, delay)
 
     def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:

@@ -6,6 +6,7 @@ exactly, on every device, and zero padding pads with the zero point.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from simqat_jax.numerics import (
 
 _EXACT = 2**24
 _INT32 = 2**31
+MOST = int(0.99 * _INT32)
+"""The largest magnitude of a sum, its bias included, that an integer layer may have."""
 
 
 class Codes(NamedTuple):
@@ -69,29 +72,35 @@ def _limbs(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
 
 def linear(
     layer: Any, x: jax.Array, w: jax.Array, x_spec: QuantSpec, w_spec: QuantSpec
-) -> jax.Array | None:
+) -> tuple[jax.Array, jax.Array | None] | None:
     """Convolve or multiply centered codes exactly.
 
-    Sums that may pass 2^24 are computed digit by digit of the weights.
+    Sums that may pass 2^24 are computed digit by digit of the weights and of the input.
 
     Args:
       layer: an unbound nn.Conv, nn.Dense or nn.DenseGeneral.
       x: centered codes of the input.
       w: centered codes of the kernel, in the kernel's shape.
-    Returns: int32 sums, or None where int32 or float32 digits cannot hold them.
+    Returns: sums modulo 2^32, int32; and where they may pass 2^30 the sums in float32, rounded.
+      None where digits of one bit pass 2^24.
     """
     count = layer.features if isinstance(layer.features, int) else math.prod(layer.features)
-    fan_in = w.size // count
-    weight_bits, peak = w_spec.num_bits - 1, largest_code(x_spec) * fan_in
-    if peak * 2**weight_bits >= _INT32 or peak * 2 > _EXACT:
+    fan_in, weight_bits = w.size // count, w_spec.num_bits - 1
+    largest = largest_code(x_spec)
+    width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
+    if width < 1:
         return None
+    digit_bits = int(math.log2(_EXACT / (min(largest, 2**width) * fan_in)))
     plain: Any = layer.clone(use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
-    return _by_digits(
-        lambda digit: plain.apply({"params": {"kernel": digit}}, x),
-        w,
-        weight_bits,
-        int(math.log2(_EXACT / peak)),
-    )
+
+    def apply(x: jax.Array, w: jax.Array) -> jax.Array:
+        return plain.apply({"params": {"kernel": w}}, x)
+
+    total = jnp.zeros((), jnp.int32)
+    for place, part in enumerate(_limbs(x, width, math.ceil(largest.bit_length() / width))):
+        sums = _by_digits(partial(apply, part), w, weight_bits, digit_bits)
+        total = total + (sums << (place * width))
+    return total, apply(x, w) if largest * fan_in * 2**weight_bits >= 2**30 else None
 
 
 def _by_digits(
@@ -198,6 +207,23 @@ def add_multipliers(
     shift = jnp.clip(21 - exponent, 1, 30).astype(jnp.int32)
     ma, mb = (jnp.round(jnp.ldexp(r, shift)).astype(jnp.int32) for r in ratios)
     return ma, mb, shift
+
+
+def multiply_onnxruntime(
+    product: jax.Array, multiplier: ArrayLike, zero_point: ArrayLike
+) -> jax.Array:
+    """Scale a product of centered codes: `rint(f32(product * m) + z)`, float32, not clipped.
+
+    The zero point is added before rounding, which moves ties.
+
+    Args:
+      product: int32.
+      multiplier: real units of a product over those of an output code.
+      zero_point: of the output.
+    Source: ONNX Runtime, QLinearMul.
+    """
+    scaled = rounded_product(product.astype(jnp.float32), multiplier)
+    return jnp.round(scaled + jnp.asarray(zero_point, jnp.float32))
 
 
 def subtract_onnxruntime(

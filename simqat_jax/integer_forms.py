@@ -47,9 +47,9 @@ def integer_form(
       operands: each of its inputs in real units.
       params: the output's grid.
       spec: the output's width.
-      backend: whose rounding of additions to mirror.
-    Returns: centered codes, or None where the step has no exact integer form: per-channel
-      activations, a BatchNorm on batch statistics, widths too large for int32 sums.
+      backend: whose rounding to mirror.
+    Returns: centered codes, NaN where int32 does not hold the sum; None where the step has no exact
+      integer form: per-channel activations, a BatchNorm on batch statistics, too wide sums.
     """
     x = inputs[0]
     if x is None or spec.per_channel or x.spec.per_channel:
@@ -68,7 +68,7 @@ def integer_form(
         return _mean(step, x, output)
     if kind in ("add", "mul") and len(inputs) == 2 and inputs[1] is not None:
         if kind == "mul":
-            return _mul(x, inputs[1], output)
+            return _mul(x, inputs[1], output, backend)
         return (_add_onnx if backend == "onnx" else _add)(step, x, inputs[1], output)
     return None
 
@@ -117,9 +117,10 @@ def _linear(
     """`rint(f32(acc + bias) * f32(s_x * s_w) / s_y)`."""
     assert step.node.layer is not None
     module: Any = step.node.layer.module
-    acc = integer.linear(module, x.codes, kernel.codes, x.spec, kernel.spec)
-    if acc is None:
+    sums = integer.linear(module, x.codes, kernel.codes, x.spec, kernel.spec)
+    if sums is None:
         return None
+    acc, approximate = sums
     unit = x.params.scale * kernel.params.scale
     rank = 1 if isinstance(module.features, int) else len(module.features)
     shape = (1,) * (acc.ndim - rank) + acc.shape[acc.ndim - rank :]
@@ -127,9 +128,13 @@ def _linear(
     def per_channel(v: jax.Array) -> jax.Array:
         return v if v.ndim == 0 else v.reshape(shape)
 
-    if bias is not None:
-        acc = acc + per_channel(integer.integer_bias(bias.reshape(-1), unit))
-    return integer.requantize(acc, per_channel(true_divide(unit, output[0].scale)), *output)
+    added = 0 if bias is None else per_channel(integer.integer_bias(bias.reshape(-1), unit))
+    multiplier = per_channel(true_divide(unit, output[0].scale))
+    codes = integer.requantize(acc + added, multiplier, *output)
+    if approximate is None:
+        return codes
+    held = jnp.abs(approximate + jnp.asarray(added, jnp.float32)) <= integer.MOST
+    return jnp.where(held, codes, jnp.nan)
 
 
 def _batch_norm(
@@ -140,8 +145,8 @@ def _batch_norm(
     if layer is None or layer.training or x.spec.num_bits > 16:
         return None
     module: Any = layer.module
-    affine = running_affine(batch_norm_state(values, module.epsilon))
-    kernel, scale, shift = channel_affine(*affine)
+    slope, shift = running_affine(batch_norm_state(values, module.epsilon))
+    kernel, scale = channel_affine(slope)
     unit = x.params.scale * scale
     acc = (x.codes * along_channel(kernel, x.codes.ndim, -1)).astype(jnp.int32)
     acc = acc + along_channel(integer.integer_bias(shift, unit), acc.ndim, -1)
@@ -203,10 +208,10 @@ def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
     return integer.add(x.codes, y.codes, scales, *output)
 
 
-def channel_affine(slope: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return a weight of 127, 0 or -127 for each channel, its scale, and `shift`."""
+def channel_affine(slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return, for a factor for each channel, a weight of 127, 0 or -127 and its scale."""
     scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    return jnp.sign(slope) * 127, scale, shift
+    return jnp.sign(slope) * 127, scale
 
 
 def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
@@ -225,9 +230,14 @@ def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | No
     return jnp.clip(codes, lo, hi) - params.zero_point.astype(jnp.float32)
 
 
-def _mul(x: Codes, y: Codes, output: _Output) -> jax.Array | None:
+def _mul(x: Codes, y: Codes, output: _Output, backend: str) -> jax.Array | None:
     if x.spec.num_bits + y.spec.num_bits > 24:
         return None
     product = (x.codes * y.codes).astype(jnp.int32)
     unit = true_divide(x.params.scale * y.params.scale, output[0].scale)
-    return integer.requantize(product, unit, *output)
+    if backend == "tflite":
+        return integer.requantize(product, unit, *output)
+    params, spec, bounds = output
+    codes = integer.multiply_onnxruntime(product, unit, params.zero_point)
+    lo, hi = integer.code_bounds(bounds, params, spec)
+    return jnp.clip(codes, lo, hi) - params.zero_point.astype(jnp.float32)

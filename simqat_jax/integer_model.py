@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from simqat_jax import integer_arithmetic as integer
-from simqat_jax.numerics import QuantParams, rounded_product, true_divide
+from simqat_jax.numerics import QuantParams, along_channel, rounded_product, true_divide
 
 FORMAT = 1
 _MAGIC = "simqat_jax integer model"
@@ -164,8 +164,12 @@ class Context:
 
 
 def _requantize(c: Context, acc: jax.Array) -> jax.Array:
-    scaled = jnp.round(acc.astype(jnp.float32) * c.arrays["multiplier"])
+    scaled = jnp.round(acc.astype(jnp.float32) * _last(c.arrays["multiplier"], acc))
     return c.grid.from_float(scaled, c["clamp"])
+
+
+def _last(v: jax.Array, x: jax.Array) -> jax.Array:
+    return along_channel(v, x.ndim, -1)
 
 
 def _padded(c: Context, x: jax.Array) -> jax.Array:
@@ -192,7 +196,7 @@ def _conv(c: Context, x: jax.Array) -> jax.Array:
         preferred_element_type=jnp.int32,
     )
     axes = tuple(range(kernel.ndim - 1))
-    return _requantize(c, acc + _offset_bias(c, axes))
+    return _requantize(c, acc + _last(_offset_bias(c, axes), acc))
 
 
 def _offset_bias(c: Context, axes: tuple[int, ...]) -> jax.Array:
@@ -205,12 +209,12 @@ def _dense(c: Context, x: jax.Array) -> jax.Array:
     kernel = c.arrays["kernel"].astype(x.dtype)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     acc = lax.dot_general(x, kernel, dims, preferred_element_type=jnp.int32)
-    return _requantize(c, acc + _offset_bias(c, (0,)))
+    return _requantize(c, acc + _last(_offset_bias(c, (0,)), acc))
 
 
 def _affine(c: Context, x: jax.Array) -> jax.Array:
-    acc = c.in_grid().centered(x) * c.arrays["kernel"].astype(jnp.int32)
-    return _requantize(c, acc + c.arrays["bias"])
+    kernel, bias = (_last(c.arrays[name].astype(jnp.int32), x) for name in ("kernel", "bias"))
+    return _requantize(c, c.in_grid().centered(x) * kernel + bias)
 
 
 def _add(c: Context, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -237,6 +241,12 @@ def _sub_onnx(c: Context, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _mul(c: Context, a: jax.Array, b: jax.Array) -> jax.Array:
     return _requantize(c, c.in_grid(0).centered(a) * c.in_grid(1).centered(b))
+
+
+def _mul_onnx(c: Context, a: jax.Array, b: jax.Array) -> jax.Array:
+    product = c.in_grid(0).centered(a) * c.in_grid(1).centered(b)
+    codes = integer.multiply_onnxruntime(product, c.arrays["multiplier"], c.grid.zero_point)
+    return c.grid.from_float(codes - np.float32(c.grid.zero_point), c["clamp"])
 
 
 def _sum(c: Context, x: jax.Array) -> jax.Array:
@@ -295,6 +305,7 @@ OPERATIONS: dict[str, Callable[..., jax.Array]] = {
     "add_onnx": _add_onnx,
     "sub_onnx": _sub_onnx,
     "mul": _mul,
+    "mul_onnx": _mul_onnx,
     "sum": _sum,  # a mean, once its multiplier divides
     "sum_pool": _sum_pool,  # an average pooling
     "max_pool": _max_pool,
@@ -328,7 +339,7 @@ class IntegerModel:
       inputs: numbers of the input tensors, one for each array of the call.
       outputs: numbers of the output tensors.
       structure: the outputs as they are returned, with an index of `outputs` for each.
-      backend: whose rounding of additions it mirrors: "tflite" or "onnx".
+      backend: whose rounding it mirrors: "tflite" or "onnx".
       metadata: library version and configuration.
     """
 
@@ -527,7 +538,7 @@ class IntegerModel:
         floats = sum(op.kind == "float" for op in self.ops)
         lines.append(
             f"{len(self.ops)} operations, {floats} of them in float; {self.nbytes:,} bytes; "
-            f"additions as in {self.backend}."
+            f"rounding as in {self.backend}."
         )
         return "\n".join(lines)
 

@@ -1,0 +1,237 @@
+"""ONNX files: ONNX Runtime computes the integer model's codes, with integer operators."""
+
+import importlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zoo import CASES
+
+import simqat_jax as sq
+from simqat_jax import integer_arithmetic as integer
+from simqat_jax.integer_model import Grid, IntegerModel, Op, Tensor
+
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+CONFIG = sq.SimQATConfig(backend="onnx")
+FLOAT_PARTS = ("softmax", "attention", "preprocessing", "avg_pool without padding")
+TRAINING = ("batch norm train", "dropout train")
+
+
+def converted(case, config=CONFIG):
+    qmodel = sq.SimQAT(config).apply(case.model)
+
+    @jax.jit
+    def observe():
+        variables = qmodel.init(RNGS, *case.args, **case.kwargs)
+        _, updates = qmodel.apply(variables, *case.args, **case.kwargs, mutable=["quant_stats"])
+        return {**variables, **updates}
+
+    return sq.convert(qmodel, observe(), *case.args, **case.kwargs)
+
+
+def session(path, optimized=None):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(runtime, arrays):
+    names = [i.name for i in runtime.get_inputs()]
+    return runtime.run(None, dict(zip(names, map(np.asarray, arrays), strict=True)))
+
+
+def differences(model, runtime, args):
+    """Count the codes of ONNX Runtime that are not the model's."""
+    codes = model.quantize(*args)
+    codes = codes if isinstance(codes, list) else [codes]
+    signed = [model.tensors[i].grid.qmin < 0 for i in model.inputs]
+    got = run(
+        runtime,
+        [
+            (np.asarray(c, np.int32) + 128).astype(np.uint8) if s else c
+            for c, s in zip(codes, signed, strict=True)
+        ],
+    )
+    count = 0
+    for i, a, b in zip(model.outputs, jax.tree.leaves(model.run_codes(*codes)), got, strict=True):
+        shift = 128 if model.tensors[i].grid.qmin < 0 else 0
+        count += int((np.asarray(a, np.int32) + shift != b).sum())
+    return count
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in (*TRAINING, *FLOAT_PARTS)])
+def test_every_construct(name, tmp_path):
+    case = CASES[name]
+    model = converted(case)
+    sq.export_onnx(model, tmp_path / "m.onnx", integer_io=True)
+    runtime = session(tmp_path / "m.onnx", tmp_path / "optimized.onnx")
+    assert differences(model, runtime, case.args) == 0
+    if any(d < 0 for d in model.tensors[model.inputs[0]].shape):
+        args = [jnp.concatenate([a, 0.8 * a, 1.2 * a, a[:1]]) for a in case.args]
+        assert differences(model, runtime, args) == 0
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    written_out = sum(op.kind in ("sum", "sum_pool") for op in model.ops)  # in plain operators
+    assert not {"Conv", "Gemm", "MatMul"} & set(operators)
+    assert operators.count("Add") <= written_out
+
+
+@pytest.mark.parametrize("name", FLOAT_PARTS)
+def test_float_parts_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="float has no form in ONNX integers"):
+        sq.export_onnx(converted(CASES[name]), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_float_inputs_and_outputs_by_default(tmp_path):
+    case = CASES["residual"]
+    model = converted(case)
+    sq.export_onnx(model, tmp_path / "m.onnx")
+    runtime = session(tmp_path / "m.onnx")
+    x = jax.random.normal(jax.random.key(5), (5, *case.args[0].shape[1:]))
+    (got,) = run(runtime, [x])
+    np.testing.assert_array_equal(got, model(x))
+    assert runtime.get_inputs()[0].shape[0] == "batch"
+    proto = onnx.load(tmp_path / "m.onnx")
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    assert json.loads(metadata["config"])["backend"] == "onnx"
+    assert proto.producer_version == sq.__version__
+    kernels = [t for t in proto.graph.initializer if len(t.dims) == 4]
+    assert len(kernels) == 3 and {t.data_type for t in kernels} == {onnx.TensorProto.INT8}
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("num_bits", [3, 5, 8])
+def test_narrow_widths(num_bits, symmetric, tmp_path):
+    config = sq.SimQATConfig(
+        backend="onnx", activation=sq.QuantSpec(num_bits=num_bits, symmetric=symmetric)
+    )
+    case = CASES["residual"]
+    model = converted(case, config)
+    sq.export_onnx(model, tmp_path / "m.onnx", integer_io=True)
+    assert differences(model, session(tmp_path / "m.onnx"), [2 * case.args[0]]) == 0
+
+
+# Single operations, with any grids ---------------------------------------------------------------
+
+
+def single(kind, grids, attributes, arrays=None, shape=(-1, 16)):
+    """An integer model of one operation."""
+    tensors = [
+        Tensor(f"t{n}", shape, "float32", Grid(float(np.float32(s)), z, 0, 255))
+        for n, (s, z) in enumerate(grids)
+    ]
+    last = len(grids) - 1
+    op = Op(
+        kind, kind, tuple(range(last)), (last,), {"clamp": [0, 255], **attributes}, arrays or {}
+    )
+    return IntegerModel(tensors, [op], range(last), [last], 0, "onnx", {})
+
+
+grids = st.tuples(st.floats(0.003, 0.3), st.integers(0, 255))
+
+
+def compared(model, folder, arrays):
+    sq.export_onnx(model, folder / "single.onnx", integer_io=True)
+    (got,) = run(session(folder / "single.onnx"), arrays)
+    np.testing.assert_array_equal(model.run_codes(*arrays), got)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("single")
+
+
+@given(grids, grids, grids, st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_additions(folder, a, b, c, seed):
+    params = [sq.QuantParams(jnp.float32(s), jnp.int32(z)) for s, z in (a, b, c)]
+    multipliers = [float(m) for m in integer.add_onnxruntime_multipliers(*params)]
+    model = single("add_onnx", (a, b, c), {"multipliers": multipliers})
+    codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
+    compared(model, folder, list(codes))
+
+
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
+@settings(max_examples=10, deadline=None)
+def test_additions_that_tie(folder, za, zb, zc):
+    """Every second sum lies halfway between two codes."""
+    test_additions.hypothesis.inner_test(folder, (0.25, za), (0.25, zb), (0.5, zc), za)
+
+
+@given(grids, grids, grids, st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_differences_and_products(folder, a, b, c, seed):
+    codes = np.random.default_rng(seed).integers(0, 256, (2, 500, 16)).astype(np.uint8)
+    compared(single("sub_onnx", (a, b, c), {}), folder, list(codes))
+    multiplier = np.float32(a[0]) * np.float32(b[0]) / np.float32(c[0])
+    compared(single("mul_onnx", (a, b, c), {}, {"multiplier": multiplier}), folder, list(codes))
+
+
+@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
+@settings(max_examples=10, deadline=None)
+def test_differences_and_products_that_tie(folder, za, zb, zc):
+    test_differences_and_products.hypothesis.inner_test(
+        folder, (0.25, za), (0.5, zb), (0.25, zc), za
+    )
+
+
+@given(grids, grids, st.integers(0, 2**31), st.integers(1, 300))
+@settings(max_examples=20, deadline=None)
+def test_matrix_products(folder, x, y, seed, depth):
+    rng = np.random.default_rng(seed)
+    scale = rng.uniform(0.001, 0.02, 16).astype(np.float32)
+    unit = np.float32(x[0]) * scale
+    arrays = {
+        "kernel": rng.integers(-127, 128, (depth, 16)).astype(np.int8),
+        "scale": scale,
+        "bias": rng.integers(-5000, 5000, 16).astype(np.int32),
+        "multiplier": unit / np.float32(y[0]),
+    }
+    tensors = [
+        Tensor("x", (-1, depth), "float32", Grid(float(np.float32(x[0])), x[1], 0, 255)),
+        Tensor("y", (-1, 16), "float32", Grid(float(np.float32(y[0])), y[1], 0, 255)),
+    ]
+    op = Op("dense", "dense", (0,), (1,), {"clamp": [0, 255]}, arrays)
+    model = IntegerModel(tensors, [op], [0], [1], 0, "onnx", {})
+    compared(model, folder, [rng.integers(0, 256, (64, depth)).astype(np.uint8)])
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def test_additions_of_another_runtime(tmp_path):
+    model = converted(CASES["residual"], sq.SimQATConfig(backend="tflite"))
+    with pytest.raises(ValueError, match=r'add rounds as in tflite.*backend="onnx"'):
+        sq.export_onnx(model, tmp_path / "m.onnx")
+
+
+def test_widths_that_onnx_files_are_not_written_with(tmp_path):
+    wide = sq.SimQATConfig(activation=sq.QuantSpec(num_bits=12))
+    with pytest.raises(ValueError, match=r"input has codes of type uint16.*num_bits=8"):
+        sq.export_onnx(converted(CASES["relu"], wide), tmp_path / "m.onnx")
+
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    model = converted(CASES["relu"])
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"simqat-jax\[export\]"):
+        sq.export_onnx(model, tmp_path / "m.onnx")
+
+
+def test_several_outputs_are_numbered(tmp_path):
+    sq.export_onnx(converted(CASES["two heads"]), tmp_path / "m.onnx")
+    names = [o.name for o in session(tmp_path / "m.onnx").get_outputs()]
+    assert names == ["output_0", "output_1", "output_2"]

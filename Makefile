@@ -10,9 +10,10 @@ venv: .venv/.installed
 	.venv/bin/python -m pip install --quiet --editable '.[export,experiments,dev]'
 	touch $@
 
-quickstart: venv  ## float LeNet5, its quantization-aware twin, both accuracies, on embedded digits
+quickstart: venv  ## float LeNet5, its quantized twin, its two int8 files, on embedded digits
 	rm -rf runs/quickstart
 	$(RUN) -m experiments.train --config lenet5_mnist --data mnist5k --epochs 15 --name quickstart
+	$(RUN) -m experiments.deploy runs/quickstart
 
 test: venv
 	$(RUN) -m pytest -n 2

@@ -13,6 +13,7 @@ from importlib.metadata import version as _version
 from simqat_jax.config import QuantSpec, SimQATConfig
 from simqat_jax.conversion import convert
 from simqat_jax.export.onnx import export_onnx
+from simqat_jax.export.tflite import export_tflite
 from simqat_jax.folding import fold_batch_norm
 from simqat_jax.integer_model import Grid, IntegerModel
 from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
@@ -24,12 +25,14 @@ from simqat_jax.qat import (
     nonfinite_ranges,
 )
 from simqat_jax.report import Plan
+from simqat_jax.verification import OpenFile, Verification, open_file, verify
 
 __version__ = _version("simqat-jax")
 
 __all__ = [
     "Grid",
     "IntegerModel",
+    "OpenFile",
     "Plan",
     "QuantParams",
     "QuantSpec",
@@ -38,16 +41,20 @@ __all__ = [
     "SimQAT",
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
+    "Verification",
     "convert",
     "dequantize",
     "export_onnx",
+    "export_tflite",
     "fake_quant",
     "fold_batch_norm",
     "init_range",
     "nonfinite_ranges",
     "observe",
     "observed",
+    "open_file",
     "quant_params",
     "quantize",
     "update_range",
+    "verify",
 ]

@@ -43,13 +43,15 @@ def convert(
 ) -> IntegerModel:
     """Make the integer-only model of a trained quantization-aware model.
 
+    Where all sample arrays have the same first length, that is the batch size, and the integer
+    model takes any. Its codes are those of evaluation under `SimQATConfig.backend`; another
+    `backend` rounds additions and products of tensors as that runtime does.
+
     Args:
       qmodule: what `SimQAT.apply` returned.
       variables: its trained variables.
-      args: a sample of the model's arguments (arrays or ShapeDtypeStructs). Where all arrays have
-        the same first length, it is the batch size, and the integer model takes any.
-      backend: whose rounding of additions and products to mirror, "tflite" or "onnx"; by default
-        `SimQATConfig.backend`, with which the codes are evaluation's.
+      args: a sample of the model's arguments, arrays or ShapeDtypeStructs.
+      backend: "tflite" or "onnx"; by default `SimQATConfig.backend`.
       kwargs: keyword arguments of the call in evaluation: `train=False`.
     Returns: an IntegerModel.
     Raises: TypeError: no QuantizedModule, or traced variables. ValueError: ranges never observed,

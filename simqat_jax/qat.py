@@ -80,8 +80,8 @@ class QuantizedModule(nn.Module):
     Made by `SimQAT.apply`. Where `quant_stats` is mutable, a call observes ranges and counts as a
     training step; where it is not, it uses the ranges and computes what an integer implementation
     computes, code for code. Only what has no exact integer form is rounded from real values:
-    elementwise functions, per-channel activations, BatchNorm on batch statistics, and sums beyond
-    32 bits.
+    per-channel activations, BatchNorm on batch statistics, additions of more than 8 bits, and sums
+    beyond 32 bits.
 
     Attributes:
       module: the float module.

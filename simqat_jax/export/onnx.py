@@ -285,20 +285,18 @@ def _weights(w: _Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) 
         )
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
-    zeros = np.zeros(scale.shape, np.int8)
-    parts = ((kernel, scale, zeros, axis), (op.arrays["bias"], unit, zeros.astype(np.int32), 0))
+    parts = ((kernel, scale, axis), (op.arrays["bias"], unit, 0))
     return [
         w.node(
             "DequantizeLinear",
             [
                 w.initializer(codes, f"{op.path}/codes"),
                 w.initializer(scales, f"{op.path}/scales"),
-                w.initializer(zero, f"{op.path}/zeros"),
             ],
             op.path,
             axis=channel,
         )
-        for codes, scales, zero, channel in parts
+        for codes, scales, channel in parts
     ]
 
 

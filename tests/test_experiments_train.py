@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import checkpoints, configs, data, errors, evaluate, phases, runs, train
+from experiments import checkpoints, configs, data, deploy, errors, evaluate, phases, runs, train
 
 ROOT = Path(__file__).parents[1]
 ARGUMENTS = train.Arguments(
@@ -214,6 +214,29 @@ def test_evaluate_finds_the_trained_accuracy(finished: Path) -> None:
     assert [e.accuracy for e in found] == [results[f"{n}_accuracy"] for n in phases.NAMES]
     assert evaluate.evaluate(finished / "qat") == [found[1]]
     assert evaluate.evaluate(finished / "qat" / "80") == [found[1]]
+
+
+def test_deployed_files_compute_what_evaluation_shows(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    rows = deploy.deploy(run, examples=200)
+    assert len(rows) == 7 and rows[0].differing is None
+    assert [row.differing for row in rows[1:]] == [0] * 6
+    assert len({row.accuracy for row in rows[1:]}) == 1
+    for name in ("model.onnx", "model.tflite"):
+        assert (run / "deploy" / name).stat().st_size < 75_000
+    report = json.loads((run / "deploy" / "deploy.json").read_text())
+    assert (report["phase"], report["images"], len(report["rows"])) == ("qat_finetune", 200, 7)
+    deploy.show(rows, run, Console(quiet=True))
+
+
+def test_deploy_refuses_what_holds_nothing_quantized(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("qat", "qat_finetune"):
+        shutil.rmtree(run / name)
+    with pytest.raises(errors.ExperimentError, match=r"nothing to deploy in .*qat_finetune"):
+        deploy.deploy(run)
 
 
 def test_evaluate_refuses_what_is_no_run(finished: Path, tmp_path: Path) -> None:

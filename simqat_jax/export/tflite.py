@@ -532,7 +532,7 @@ def _wrapped(w: _Writer, op: Op, x: _Codes, padding: Sequence[Sequence[int]]) ->
         parts = [x]
         for length, end in ((lo, True), (hi, False)):
             if length:
-                start, limit = [0] * 4, [None] * 4
+                start, limit = [0] * 4, list[int | None]([None] * 4)
                 start[axis], limit[axis] = (-length, None) if end else (0, length)
                 shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
                 part = w.codes(f"{op.path}/wrapped", shape, x.grid)

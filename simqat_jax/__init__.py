@@ -15,7 +15,8 @@ from simqat_jax.conversion import convert
 from simqat_jax.export.onnx import export_onnx
 from simqat_jax.export.tflite import export_tflite
 from simqat_jax.folding import fold_batch_norm
-from simqat_jax.integer_model import Grid, IntegerModel
+from simqat_jax.integer_model import IntegerModel
+from simqat_jax.integer_operations import Grid
 from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
 from simqat_jax.observers import RangeState, init_range, observe, observed, update_range
 from simqat_jax.qat import (

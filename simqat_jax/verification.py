@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simqat_jax.export.onnx import export_onnx, import_extra
+from simqat_jax.export.onnx import export_onnx
+from simqat_jax.export.onnx_graph import import_extra
 from simqat_jax.export.tflite import export_tflite
-from simqat_jax.integer_model import Grid, IntegerModel
+from simqat_jax.integer_model import IntegerModel
+from simqat_jax.integer_operations import Grid
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from zoo import CASES
 import simqat_jax as sq
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax.export import tflite
-from simqat_jax.integer_model import Grid, IntegerModel, Op, Tensor
+from simqat_jax.integer_model import IntegerModel
+from simqat_jax.integer_operations import Grid, Op, Tensor
 
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="tflite")

@@ -1,7 +1,5 @@
 """Write an integer model as an ONNX file, in QDQ form, for ONNX Runtime."""
 
-import importlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -9,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from simqat_jax.integer_model import Grid, IntegerModel, Op, Tensor, atomic_file
-
-_OPSET, _IR_VERSION = 19, 9
-_LAST, _FIRST = "channels last", "channels first"
+from simqat_jax.export.onnx_graph import FIRST, LAST, Writer, shift
+from simqat_jax.integer_model import IntegerModel, atomic_file
+from simqat_jax.integer_operations import Op, Tensor
 
 
 def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False) -> None:
@@ -30,193 +27,17 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
       that cannot be written, with its path; additions that mirror another runtime.
     Source: ONNX operators, opset 19.
     """
-    writer = _Writer(model, integer_io)
-    data = writer.model_bytes()
+    writer = Writer(model, integer_io)
+    data = writer.model_bytes(_write)
     with atomic_file(path) as file:
         file.write(data)
 
 
-def import_extra(name: str) -> Any:
-    """Import a package of the extra `export`."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"exporting needs {name}, of the extra 'export': pip install 'simqat-jax[export]'."
-        ) from error
-
-
-class _Writer:
-    def __init__(self, model: IntegerModel, integer_io: bool):
-        self.onnx = import_extra("onnx")
-        self.helper = import_extra("onnx.helper")
-        self.numpy = import_extra("onnx.numpy_helper")
-        self.model, self.integer_io = model, integer_io
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.count = 0
-        self.scales: dict[Grid, tuple[str, str]] = {}
-        # For each tensor the names under which it was written, by layout.
-        self.written: dict[int, dict[Any, str]] = {}
-
-    # Pieces of a graph -----------------------------------------------------------------------
-
-    def name(self, stem: str) -> str:
-        self.count += 1
-        return f"{stem}:{self.count}"
-
-    def node(self, kind: str, inputs: Sequence[str], stem: str, **attributes: Any) -> str:
-        output = self.name(stem)
-        self.nodes.append(
-            self.helper.make_node(kind, list(inputs), [output], name=output, **attributes)
-        )
-        return output
-
-    def initializer(self, value: Any, stem: str) -> str:
-        name = self.name(stem)
-        self.initializers.append(self.numpy.from_array(np.array(value, order="C"), name))
-        return name
-
-    def ints(self, values: Sequence[int], stem: str) -> str:
-        return self.initializer(np.asarray(values, np.int64), stem)
-
-    def grid(self, tensor: Tensor) -> Grid:
-        grid = tensor.grid
-        if grid is None or grid.dtype.itemsize > 1:
-            width = "no grid" if grid is None else f"codes of type {grid.dtype}"
-            raise ValueError(
-                f"{tensor.name} has {width}, and the ONNX file is written with 8 bits. Use "
-                "QuantSpec(num_bits=8) or less."
-            )
-        return grid
-
-    def quantize(self, real: str, tensor: Tensor) -> str:
-        name = self.node("QuantizeLinear", [real, *self.scale(tensor)], tensor.name)
-        return self.clip(name, tensor, (self.grid(tensor).qmin, self.grid(tensor).qmax))
-
-    def dequantize(self, codes: str, tensor: Tensor) -> str:
-        return self.node("DequantizeLinear", [codes, *self.scale(tensor)], tensor.name)
-
-    def scale(self, tensor: Tensor) -> tuple[str, str]:
-        grid = self.grid(tensor)
-        if grid not in self.scales:
-            self.scales[grid] = (
-                self.initializer(np.float32(grid.scale), f"{tensor.name}/scale"),
-                self.initializer(np.uint8(grid.zero_point + _shift(grid)), f"{tensor.name}/zero"),
-            )
-        return self.scales[grid]
-
-    def clip(self, codes: str, tensor: Tensor, clamp: Sequence[int]) -> str:
-        """Clip codes, unless the type does."""
-        lo, hi = (v + _shift(self.grid(tensor)) for v in clamp)
-        if (lo, hi) == (0, 255):
-            return codes
-        ends = [self.initializer(np.uint8(v), f"{tensor.name}/clip") for v in (lo, hi)]
-        return self.node("Clip", [codes, *ends], tensor.name)
-
-    # Tensors in one layout or another --------------------------------------------------------
-
-    def put(self, i: int, name: str, layout: Any = _LAST) -> None:
-        self.written.setdefault(i, {})[layout] = name
-
-    def get(self, i: int, layout: Any = _LAST) -> str:
-        """Return the name of a tensor's codes in a layout; write them so where they are not."""
-        names, tensor = self.written.setdefault(i, {}), self.model.tensors[i]
-        if not names:
-            assert tensor.value is not None
-            names[_LAST] = self.initializer(self.codes_of(tensor), tensor.name)
-        if layout not in names:
-            rank = len(tensor.shape)
-            to_first = (0, rank - 1, *range(1, rank - 1))
-            order = to_first if layout == _FIRST else tuple(np.argsort(to_first))
-            source = names[_LAST if layout == _FIRST else _FIRST]
-            names[layout] = self.node("Transpose", [source], tensor.name, perm=order)
-        return names[layout]
-
-    def codes_of(self, tensor: Tensor) -> np.ndarray:
-        assert tensor.value is not None
-        if tensor.grid is None:
-            return tensor.value
-        return (tensor.value.astype(np.int32) + _shift(self.grid(tensor))).astype(np.uint8)
-
-    def layout(self, op: Op) -> str:
-        """Return the layout in which an operation that works in both costs no transposition."""
-        tensors = [self.model.tensors[i] for i in (*op.inputs, *op.outputs)]
-        ranks = {len(t.shape) for t in tensors}
-        written = [self.written.get(i, {}) for i in op.inputs]
-        first = any(_FIRST in names for names in written)
-        return _FIRST if first and len(ranks) == 1 and min(ranks) > 2 else _LAST
-
-    def dequantized(self, op: Op, position: int, layout: str) -> str:
-        i = op.inputs[position]
-        return self.dequantize(self.get(i, layout), self.model.tensors[i])
-
-    def finish(self, op: Op, real: str, layout: str) -> None:
-        """Quantize the real result of an operation."""
-        output = self.model.tensors[op.outputs[0]]
-        name = self.node("QuantizeLinear", [real, *self.scale(output)], output.name)
-        self.put(op.outputs[0], self.clip(name, output, op.attributes["clamp"]), layout)
-
-    # The file --------------------------------------------------------------------------------
-
-    def model_bytes(self) -> bytes:
-        inputs = [self.input(i) for i in self.model.inputs]
-        for op in self.model.ops:
-            write = _WRITERS.get(op.kind)
-            if write is None:
-                raise ValueError(_refusal(op, self.model.backend))
-            write(self, op)
-        outputs = [self.output(n, i) for n, i in enumerate(self.model.outputs)]
-        helper = self.helper
-        graph = helper.make_graph(self.nodes, "simqat_jax", inputs, outputs, self.initializers)
-        proto = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            ir_version=_IR_VERSION,
-            producer_name="simqat_jax",
-            producer_version=str(self.model.metadata.get("simqat_jax", "")),
-        )
-        metadata = {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in self.model.metadata.items()
-        }
-        helper.set_model_props(proto, metadata)
-        self.onnx.checker.check_model(proto, full_check=True)
-        return proto.SerializeToString()
-
-    def value_info(self, name: str, tensor: Tensor) -> Any:
-        types = self.onnx.TensorProto
-        if tensor.grid is None:
-            kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-        else:
-            kind = types.UINT8 if self.integer_io else types.FLOAT
-        shape = ["batch" if d == -1 else f"{-d}*batch" if d < 0 else d for d in tensor.shape]
-        return self.helper.make_tensor_value_info(name, kind, shape)
-
-    def input(self, i: int) -> Any:
-        tensor = self.model.tensors[i]
-        codes = tensor.name
-        if tensor.grid is not None and not self.integer_io:
-            codes = self.quantize(tensor.name, tensor)
-        self.put(i, codes)
-        return self.value_info(tensor.name, tensor)
-
-    def output(self, number: int, i: int) -> Any:
-        tensor = self.model.tensors[i]
-        name = "output" if len(self.model.outputs) == 1 else f"output_{number}"
-        codes = self.get(i)
-        if tensor.grid is None or self.integer_io:
-            self.nodes.append(self.helper.make_node("Identity", [codes], [name], name=name))
-        else:
-            self.nodes.append(
-                self.helper.make_node(
-                    "DequantizeLinear", [codes, *self.scale(tensor)], [name], name=name
-                )
-            )
-        return self.value_info(name, tensor)
-
-
-def _shift(grid: Grid) -> int:
-    return 128 if grid.qmin < 0 else 0
+def _write(writer: Writer, op: Op) -> None:
+    write = _WRITERS.get(op.kind)
+    if write is None:
+        raise ValueError(_refusal(op, writer.model.backend))
+    write(writer, op)
 
 
 def _refusal(op: Op, backend: str) -> str:
@@ -237,21 +58,21 @@ def _refusal(op: Op, backend: str) -> str:
 def _first(axis: int, rank: int, layout: str) -> int:
     """Return where an axis is in a layout."""
     axis %= rank
-    if layout == _LAST or axis == 0:
+    if layout == LAST or axis == 0:
         return axis
     return 1 if axis == rank - 1 else axis + 1
 
 
 def _ordered(values: Sequence[Any], layout: str) -> list[Any]:
     """Put one value an axis into a layout's order."""
-    return list(values) if layout == _LAST else [values[0], values[-1], *values[1:-1]]
+    return list(values) if layout == LAST else [values[0], values[-1], *values[1:-1]]
 
 
-def _conv_padding(w: _Writer, op: Op, x: str, tensor: Tensor) -> tuple[str, list[int]]:
+def _conv_padding(w: Writer, op: Op, x: str, tensor: Tensor) -> tuple[str, list[int]]:
     """Do what a convolution's own padding cannot; return the input and what is left to pad."""
     padding = op.attributes["padding"]
     zero = w.initializer(
-        np.uint8(w.grid(tensor).zero_point + _shift(w.grid(tensor))), f"{op.path}/zero"
+        np.uint8(w.grid(tensor).zero_point + shift(w.grid(tensor))), f"{op.path}/zero"
     )
     dilation = op.attributes["input_dilation"]
     if any(d != 1 for d in dilation):
@@ -276,7 +97,7 @@ def _conv_padding(w: _Writer, op: Op, x: str, tensor: Tensor) -> tuple[str, list
     return w.node("Pad", [x, pads, zero], op.path, mode=op.attributes["pad_mode"]), [0] * len(flat)
 
 
-def _weights(w: _Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) -> list[str]:
+def _weights(w: Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) -> list[str]:
     """Write kernel and bias, dequantized."""
     if kernel.dtype != np.int8:
         raise ValueError(
@@ -300,9 +121,9 @@ def _weights(w: _Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) 
     ]
 
 
-def _conv(w: _Writer, op: Op) -> None:
+def _conv(w: Writer, op: Op) -> None:
     tensor = w.model.tensors[op.inputs[0]]
-    x, pads = _conv_padding(w, op, w.get(op.inputs[0], _FIRST), tensor)
+    x, pads = _conv_padding(w, op, w.get(op.inputs[0], FIRST), tensor)
     kernel = np.moveaxis(op.arrays["kernel"], (-1, -2), (0, 1))
     real = w.node(
         "Conv",
@@ -313,30 +134,30 @@ def _conv(w: _Writer, op: Op) -> None:
         dilations=op.attributes["kernel_dilation"],
         group=op.attributes["groups"],
     )
-    w.finish(op, real, _FIRST)
+    w.finish(op, real, FIRST)
 
 
-def _dense(w: _Writer, op: Op) -> None:
+def _dense(w: Writer, op: Op) -> None:
     tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
     kernel, names = op.arrays["kernel"], w.written[op.inputs[0]]
     flat = next((layout for layout in names if isinstance(layout, tuple)), None)
     if flat is not None:  # flattened with channels first: the kernel's rows are moved along
         kernel = np.moveaxis(kernel.reshape(*flat, -1), -2, 0).reshape(kernel.shape)
-    x = w.get(op.inputs[0], flat or _LAST)
+    x = w.get(op.inputs[0], flat or LAST)
     rows = len(tensor.shape) != 2
     if rows:
         x = w.node("Reshape", [x, w.ints([-1, tensor.shape[-1]], op.path)], op.path)
     real = w.node("Gemm", [w.dequantize(x, tensor), *_weights(w, op, kernel, 1, tensor)], op.path)
-    w.finish(op, real, _LAST)
+    w.finish(op, real, LAST)
     if rows:
         shape = w.ints(_reshape_target(output.shape), op.path)
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
 
 
-def _affine(w: _Writer, op: Op) -> None:
+def _affine(w: Writer, op: Op) -> None:
     tensor = w.model.tensors[op.inputs[0]]
     channels, rank = tensor.shape[-1], len(tensor.shape)
-    layout = _FIRST if rank > 2 else _LAST
+    layout = FIRST if rank > 2 else LAST
     x = w.get(op.inputs[0], layout)
     if rank != 4:
         x = w.node(
@@ -353,8 +174,8 @@ def _affine(w: _Writer, op: Op) -> None:
         w.put(op.outputs[0], w.node("Reshape", [name, w.ints(shape, op.path)], op.path), layout)
 
 
-def _binary(kind: str) -> Callable[[_Writer, Op], None]:
-    def write(w: _Writer, op: Op) -> None:
+def _binary(kind: str) -> Callable[[Writer, Op], None]:
+    def write(w: Writer, op: Op) -> None:
         layout = w.layout(op)
         inputs = [w.dequantized(op, p, layout) for p in range(2)]
         w.finish(op, w.node(kind, inputs, op.path), layout)
@@ -362,7 +183,7 @@ def _binary(kind: str) -> Callable[[_Writer, Op], None]:
     return write
 
 
-def _requantized(w: _Writer, op: Op, sums: str, layout: str) -> None:
+def _requantized(w: Writer, op: Op, sums: str, layout: str) -> None:
     """Scale int32 sums as the model does, in plain operators."""
     output = w.model.tensors[op.outputs[0]]
     grid = w.grid(output)
@@ -370,33 +191,33 @@ def _requantized(w: _Writer, op: Op, sums: str, layout: str) -> None:
     multiplier = np.float32(op.arrays["multiplier"])
     real = w.node("Mul", [real, w.initializer(multiplier, op.path)], op.path)
     real = w.node("Round", [real], op.path)
-    zero = w.initializer(np.float32(grid.zero_point + _shift(grid)), op.path)
+    zero = w.initializer(np.float32(grid.zero_point + shift(grid)), op.path)
     real = w.node("Add", [real, zero], op.path)
-    ends = [w.initializer(np.float32(v + _shift(grid)), op.path) for v in op.attributes["clamp"]]
+    ends = [w.initializer(np.float32(v + shift(grid)), op.path) for v in op.attributes["clamp"]]
     real = w.node("Clip", [real, *ends], op.path)
     w.put(op.outputs[0], w.node("Cast", [real], op.path, to=w.onnx.TensorProto.UINT8), layout)
 
 
-def _centered(w: _Writer, op: Op, layout: str) -> str:
+def _centered(w: Writer, op: Op, layout: str) -> str:
     tensor = w.model.tensors[op.inputs[0]]
     grid = w.grid(tensor)
     codes = w.node("Cast", [w.get(op.inputs[0], layout)], op.path, to=w.onnx.TensorProto.INT32)
-    zero = w.initializer(np.int32(grid.zero_point + _shift(grid)), op.path)
+    zero = w.initializer(np.int32(grid.zero_point + shift(grid)), op.path)
     return w.node("Sub", [codes, zero], op.path)
 
 
-def _sum(w: _Writer, op: Op) -> None:
+def _sum(w: Writer, op: Op) -> None:
     tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
     rank, axes = len(tensor.shape), op.attributes["axes"]
     lengths = [tensor.shape[a] for a in axes]
     spatial = list(axes) == list(range(1, rank - 1)) and rank > 2
     if spatial and op.attributes["count"] == math.prod(lengths):
-        inputs = [w.dequantized(op, 0, _FIRST)]
-        w.finish(op, w.node("GlobalAveragePool", inputs, op.path), _LAST)
+        inputs = [w.dequantized(op, 0, FIRST)]
+        w.finish(op, w.node("GlobalAveragePool", inputs, op.path), LAST)
         shape = w.ints([-1, tensor.shape[-1]], op.path)
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
         return
-    layout = _LAST
+    layout = LAST
     sums = w.node(
         "ReduceSum", [_centered(w, op, layout), w.ints(axes, op.path)], op.path, keepdims=0
     )
@@ -404,23 +225,23 @@ def _sum(w: _Writer, op: Op) -> None:
     _requantized(w, op, sums, layout)
 
 
-def _sum_pool(w: _Writer, op: Op) -> None:
+def _sum_pool(w: Writer, op: Op) -> None:
     """A convolution with ones, in integers."""
     tensor = w.model.tensors[op.inputs[0]]
     grid, channels = w.grid(tensor), tensor.shape[-1]
     window, strides, pads = _spatial_window(op)
     ones = np.ones((channels, 1, *window), np.uint8)
-    zero = w.initializer(np.uint8(grid.zero_point + _shift(grid)), op.path)
+    zero = w.initializer(np.uint8(grid.zero_point + shift(grid)), op.path)
     sums = w.node(
         "ConvInteger",
-        [w.get(op.inputs[0], _FIRST), w.initializer(ones, op.path), zero],
+        [w.get(op.inputs[0], FIRST), w.initializer(ones, op.path), zero],
         op.path,
         group=channels,
         strides=strides,
         pads=pads,
         kernel_shape=window,
     )
-    _requantized(w, op, sums, _FIRST)
+    _requantized(w, op, sums, FIRST)
 
 
 def _spatial_window(op: Op) -> tuple[list[int], list[int], list[int]]:
@@ -435,21 +256,21 @@ def _spatial_window(op: Op) -> tuple[list[int], list[int], list[int]]:
     return list(a["window"][1:-1]), list(a["strides"][1:-1]), pads
 
 
-def _max_pool(w: _Writer, op: Op) -> None:
+def _max_pool(w: Writer, op: Op) -> None:
     window, strides, pads = _spatial_window(op)
     name = w.node(
         "MaxPool",
-        [w.get(op.inputs[0], _FIRST)],
+        [w.get(op.inputs[0], FIRST)],
         op.path,
         kernel_shape=window,
         strides=strides,
         pads=pads,
     )
-    w.put(op.outputs[0], name, _FIRST)
+    w.put(op.outputs[0], name, FIRST)
 
 
-def _reduce(kind: str) -> Callable[[_Writer, Op], None]:
-    def write(w: _Writer, op: Op) -> None:
+def _reduce(kind: str) -> Callable[[Writer, Op], None]:
+    def write(w: Writer, op: Op) -> None:
         axes = w.ints(op.attributes["axes"], op.path)
         x = w.get(op.inputs[0])
         w.put(op.outputs[0], w.node(kind, [x, axes], op.path, keepdims=0))
@@ -457,23 +278,23 @@ def _reduce(kind: str) -> Callable[[_Writer, Op], None]:
     return write
 
 
-def _table(w: _Writer, op: Op) -> None:
+def _table(w: Writer, op: Op) -> None:
     tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
     layout, grid = w.layout(op), w.grid(tensor)
-    codes = op.arrays["table"].astype(np.int32) + _shift(w.grid(output))
-    lowest = grid.qmin + _shift(grid)
+    codes = op.arrays["table"].astype(np.int32) + shift(w.grid(output))
+    lowest = grid.qmin + shift(grid)
     padded = np.concatenate([np.repeat(codes[:1], lowest), codes]).astype(np.uint8)
     index = w.node("Cast", [w.get(op.inputs[0], layout)], op.path, to=w.onnx.TensorProto.INT32)
     w.put(op.outputs[0], w.node("Gather", [w.initializer(padded, op.path), index], op.path), layout)
 
 
-def _clip(w: _Writer, op: Op) -> None:
+def _clip(w: Writer, op: Op) -> None:
     layout, output = w.layout(op), w.model.tensors[op.outputs[0]]
     x = w.get(op.inputs[0], layout)
     w.put(op.outputs[0], w.clip(x, output, op.attributes["clamp"]), layout)
 
 
-def _concat(w: _Writer, op: Op) -> None:
+def _concat(w: Writer, op: Op) -> None:
     layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
     axis = _first(op.attributes["axis"], rank, layout)
     parts = [w.get(i, layout) for i in op.inputs]
@@ -484,7 +305,7 @@ def _reshape_target(shape: Sequence[int]) -> list[int]:
     return [-1 if d < 0 else d for d in shape]
 
 
-def _reshape(w: _Writer, op: Op) -> None:
+def _reshape(w: Writer, op: Op) -> None:
     source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
     names = w.written[op.inputs[0]]
     if source == target:
@@ -492,25 +313,25 @@ def _reshape(w: _Writer, op: Op) -> None:
         return
     shape = w.ints(_reshape_target(target), op.path)
     flattens = len(source) > 2 and target == (source[0], math.prod(source[1:]))
-    if flattens and _FIRST in names and _only_dense(w, op.outputs[0]):
-        name = w.node("Reshape", [names[_FIRST], shape], op.path)
+    if flattens and FIRST in names and _only_dense(w, op.outputs[0]):
+        name = w.node("Reshape", [names[FIRST], shape], op.path)
         w.put(op.outputs[0], name, tuple(source[1:]))
         return
     w.put(op.outputs[0], w.node("Reshape", [w.get(op.inputs[0]), shape], op.path))
 
 
-def _only_dense(w: _Writer, i: int) -> bool:
+def _only_dense(w: Writer, i: int) -> bool:
     readers = [op for op in w.model.ops if i in op.inputs]
     return i not in w.model.outputs and all(op.kind == "dense" for op in readers)
 
 
-def _transpose(w: _Writer, op: Op) -> None:
+def _transpose(w: Writer, op: Op) -> None:
     permutation = op.attributes["permutation"]
     x = w.get(op.inputs[0])
     w.put(op.outputs[0], w.node("Transpose", [x], op.path, perm=permutation))
 
 
-def _broadcast(w: _Writer, op: Op) -> None:
+def _broadcast(w: Writer, op: Op) -> None:
     source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
     aligned = [1] * len(target)
     for axis, length in zip(op.attributes["dimensions"], source, strict=True):
@@ -521,7 +342,7 @@ def _broadcast(w: _Writer, op: Op) -> None:
     w.put(op.outputs[0], w.node("Expand", [x, whole], op.path))
 
 
-def _slice(w: _Writer, op: Op) -> None:
+def _slice(w: Writer, op: Op) -> None:
     a, layout = op.attributes, w.layout(op)
     end = np.iinfo(np.int64).max
     limit = [end if d < 0 else d for d in a["limit"]]
@@ -530,7 +351,7 @@ def _slice(w: _Writer, op: Op) -> None:
     w.put(op.outputs[0], w.node("Slice", [w.get(op.inputs[0], layout), *bounds], op.path), layout)
 
 
-def _reverse(w: _Writer, op: Op) -> None:
+def _reverse(w: Writer, op: Op) -> None:
     layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
     axes = [_first(a, rank, layout) for a in op.attributes["axes"]]
     ends = np.iinfo(np.int64).min
@@ -539,23 +360,23 @@ def _reverse(w: _Writer, op: Op) -> None:
     w.put(op.outputs[0], w.node("Slice", [w.get(op.inputs[0], layout), *bounds], op.path), layout)
 
 
-def _pad(w: _Writer, op: Op) -> None:
+def _pad(w: Writer, op: Op) -> None:
     padding, layout = op.attributes["padding"], w.layout(op)
     if any(inner for _, _, inner in padding):
         raise ValueError(f"{op.path}: ONNX cannot pad between elements.")
     tensor = w.model.tensors[op.inputs[0]]
     ordered = _ordered(padding, layout)
     pads = w.ints([p[end] for end in (0, 1) for p in ordered], op.path)
-    zero = w.initializer(np.uint8(w.grid(tensor).zero_point + _shift(w.grid(tensor))), op.path)
+    zero = w.initializer(np.uint8(w.grid(tensor).zero_point + shift(w.grid(tensor))), op.path)
     w.put(op.outputs[0], w.node("Pad", [w.get(op.inputs[0], layout), pads, zero], op.path), layout)
 
 
-def _quantize(w: _Writer, op: Op) -> None:
+def _quantize(w: Writer, op: Op) -> None:
     output = w.model.tensors[op.outputs[0]]
     w.put(op.outputs[0], w.quantize(w.get(op.inputs[0]), output))
 
 
-_WRITERS: dict[str, Callable[[_Writer, Op], None]] = {
+_WRITERS: dict[str, Callable[[Writer, Op], None]] = {
     "conv": _conv,
     "dense": _dense,
     "affine": _affine,

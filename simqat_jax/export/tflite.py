@@ -4,49 +4,14 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from simqat_jax.export.onnx import import_extra
-from simqat_jax.integer_model import Grid, IntegerModel, Op, Tensor, atomic_file
-
-# The options and the version of each operator that is written.
-_OPERATORS = {
-    "ADD": ("AddOptions", 2),
-    "CAST": ("CastOptions", 1),
-    "CONCATENATION": ("ConcatenationOptions", 2),
-    "CONV_2D": ("Conv2DOptions", 3),
-    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
-    "DEQUANTIZE": ("DequantizeOptions", 2),
-    "DIV": ("DivOptions", 1),
-    "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
-    "GATHER": ("GatherOptions", 2),
-    "MAXIMUM": ("MaximumMinimumOptions", 2),
-    "MAX_POOL_2D": ("Pool2DOptions", 2),
-    "MINIMUM": ("MaximumMinimumOptions", 2),
-    "MIRROR_PAD": ("MirrorPadOptions", 2),
-    "MUL": ("MulOptions", 2),
-    "PAD": ("PadOptions", 2),
-    "PADV2": ("PadV2Options", 2),
-    "QUANTIZE": ("QuantizeOptions", 1),
-    "REDUCE_MAX": ("ReducerOptions", 2),
-    "REDUCE_MIN": ("ReducerOptions", 2),
-    "RESHAPE": ("ReshapeOptions", 1),
-    "REVERSE_V2": ("ReverseV2Options", 1),
-    "ROUND": (None, 1),
-    "STRIDED_SLICE": ("StridedSliceOptions", 2),
-    "SUB": ("SubOptions", 2),
-    "TILE": ("TileOptions", 1),
-    "TRANSPOSE": ("TransposeOptions", 2),
-}
-_ACTIVATIONS = {
-    "NONE": (-math.inf, math.inf),
-    "RELU": (0.0, math.inf),
-    "RELU6": (0.0, 6.0),
-    "RELU_N1_TO_1": (-1.0, 1.0),
-}
-_TYPES = {np.float32: "FLOAT32", np.int8: "INT8", np.uint8: "UINT8", np.int32: "INT32"}
+from simqat_jax.export.onnx_graph import import_extra
+from simqat_jax.export.tflite_graph import Codes, Writer, refuse, stored_clamp
+from simqat_jax.integer_model import IntegerModel, atomic_file
+from simqat_jax.integer_operations import Grid, Op
 
 
 def export_tflite(
@@ -68,283 +33,36 @@ def export_tflite(
     """
     flatbuffers = import_extra("flatbuffers")
     schema = import_extra("ai_edge_litert.schema_py_generated")
-    written = _Writer(model, schema).model(integer_io)
+    _check(model)
+    written = Writer(model, schema).model(integer_io, _write)
     builder = flatbuffers.Builder(1024)
     builder.Finish(written.Pack(builder), file_identifier=b"TFL3")
     with atomic_file(path) as file:
         file.write(builder.Output())
 
 
-def _refuse(op: Op, problem: str, remedy: str) -> NoReturn:
-    raise ValueError(f"{op.path}: {problem} (operation {op.kind!r}). {remedy}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Codes:
-    """A tensor of the file: its number, its shape (-k: k times the batch size), its grid."""
-
-    index: int
-    shape: tuple[int, ...]
-    grid: Grid
-
-
-class _Writer:
-    """Collects tensors and operators of the one subgraph."""
-
-    def __init__(self, model: IntegerModel, schema: Any):
-        self.source, self.schema = model, schema
-        self.tensors: list[Any] = []
-        self.buffers: list[Any] = [schema.BufferT()]
-        self.operators: list[Any] = []
-        self.opcodes: dict[str, int] = {}
-        self.values: dict[int, _Codes] = {}
-
-    def model(self, integer_io: bool) -> Any:
-        _check(self.source)
-        inputs = [self.input(self.source.tensors[i], i, integer_io) for i in self.source.inputs]
-        for i, tensor in enumerate(self.source.tensors):
-            if tensor.value is not None and tensor.grid is not None:
-                self.values[i] = self.code_constant(tensor.name, tensor.value, tensor.grid)
-        for op in self.source.ops:
-            tensor = self.source.tensors[op.outputs[0]]
-            assert tensor.grid is not None
-            target = self.codes(tensor.name, tensor.shape, tensor.grid)
-            replaced = _WRITERS[op.kind](self, op, *(self.values[i] for i in op.inputs), target)
-            self.values[op.outputs[0]] = replaced or target
-        outputs = [self.output(i, k, integer_io) for k, i in enumerate(self.source.outputs)]
-        return self.packed(inputs, outputs)
-
-    def packed(self, inputs: list[int], outputs: list[int]) -> Any:
-        s = self.schema
-        subgraph, signature, model = s.SubGraphT(), s.SignatureDefT(), s.ModelT()
-        subgraph.name = "main"
-        subgraph.tensors, subgraph.operators = self.tensors, self.operators
-        subgraph.inputs, subgraph.outputs = inputs, outputs
-        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        names = [self.source.tensors[i].name for i in self.source.inputs]
-        signature.inputs = self.named(names, inputs)
-        count = len(outputs)
-        shown = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
-        signature.outputs = self.named(shown, outputs)
-        model.version, model.description = 3, "simqat_jax"
-        model.operatorCodes = [self.opcode(name) for name in self.opcodes]
-        model.subgraphs, model.buffers, model.signatureDefs = [subgraph], self.buffers, [signature]
-        return model
-
-    def named(self, names: Sequence[str], indices: Sequence[int]) -> list[Any]:
-        maps = [self.schema.TensorMapT() for _ in names]
-        for entry, name, index in zip(maps, names, indices, strict=True):
-            entry.name, entry.tensorIndex = name, index
-        return maps
-
-    def opcode(self, name: str) -> Any:
-        code, value = self.schema.OperatorCodeT(), getattr(self.schema.BuiltinOperator, name)
-        code.builtinCode, code.deprecatedBuiltinCode = value, min(value, 127)
-        code.version = _OPERATORS[name][1]
-        return code
-
-    # Tensors ---------------------------------------------------------------------------------
-
-    def tensor(
-        self,
-        name: str,
-        shape: Sequence[int],
-        dtype: Any,
-        scale: Any = None,
-        zero_point: int = 0,
-        axis: int = 0,
-        value: np.ndarray | None = None,
-    ) -> int:
-        s, tensor = self.schema, self.schema.TensorT()
-        tensor.name, tensor.type = name, getattr(s.TensorType, _TYPES[np.dtype(dtype).type])
-        tensor.shape = [abs(d) for d in shape]
-        if any(d < 0 for d in shape):
-            tensor.shapeSignature = [-1 if d < 0 else d for d in shape]
-        if scale is not None:
-            scale = np.atleast_1d(np.asarray(scale, np.float32))
-            tensor.quantization = s.QuantizationParametersT()
-            tensor.quantization.scale = scale
-            tensor.quantization.zeroPoint = np.full(scale.size, zero_point, np.int64)
-            tensor.quantization.quantizedDimension = axis
-        tensor.buffer = 0
-        if value is not None:
-            buffer = s.BufferT()
-            buffer.data = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-            self.buffers.append(buffer)
-            tensor.buffer = len(self.buffers) - 1
-        self.tensors.append(tensor)
-        return len(self.tensors) - 1
-
-    def constant(self, value: Any, dtype: Any = np.int32, name: str = "", **grid: Any) -> int:
-        value = np.asarray(value, dtype)
-        return self.tensor(name or "constant", value.shape, dtype, value=value, **grid)
-
-    def codes(self, name: str, shape: Sequence[int], grid: Grid) -> _Codes:
-        index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
-        return _Codes(index, tuple(shape), grid)
-
-    def code_constant(self, name: str, codes: Any, grid: Grid) -> _Codes:
-        value = np.asarray(codes, np.int32) - grid.offset
-        quantized = {"scale": grid.scale, "zero_point": grid.stored_zero}
-        return _Codes(self.constant(value, np.int8, name, **quantized), value.shape, grid)
-
-    def weights(
-        self, op: Op, x: _Codes, y: _Codes, kernel: np.ndarray, scale: np.ndarray, axis: int
-    ) -> list[int]:
-        """Write kernel and bias; `f32(s_x * s_w) / s_y` must be the operation's multiplier."""
-        unit = np.float32(x.grid.scale) * np.asarray(scale, np.float32)
-        self.check_ratio(op, unit / np.float32(y.grid.scale), 0.0)
-        bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
-        return [
-            self.constant(kernel, np.int8, f"{op.path}/kernel", scale=scale, axis=axis),
-            self.constant(bias, np.int32, f"{op.path}/bias", scale=unit),
-        ]
-
-    def check_ratio(self, op: Op, ratios: Any, least: float, most: float = 256.0) -> None:
-        for ratio in np.ravel(ratios):
-            if not least <= ratio < most:
-                _refuse(
-                    op,
-                    f"its output's scale differs from that of its inputs by a factor of "
-                    f"{1 / ratio:.3g}, which XNNPACK does not take",
-                    "Calibrate or train on data that reaches the layer.",
-                )
-
-    # Operators -------------------------------------------------------------------------------
-
-    def emit(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> None:
-        s, operator = self.schema, self.schema.OperatorT()
-        operator.opcodeIndex = self.opcodes.setdefault(name, len(self.opcodes))
-        operator.inputs, operator.outputs = list(inputs), [output]
-        kind = _OPERATORS[name][0]
-        if kind is not None:
-            operator.builtinOptionsType = getattr(s.BuiltinOptions, kind)
-            operator.builtinOptions = getattr(s, kind + "T")()
-            for key, value in options.items():
-                assert hasattr(operator.builtinOptions, key), (name, key)
-                setattr(operator.builtinOptions, key, value)
-        self.operators.append(operator)
-
-    def clamped(self, op: Op, name: str, inputs: Sequence[int], y: _Codes, **options: Any) -> None:
-        """Emit an operator whose codes end at the operation's clamp."""
-        limits = _stored_clamp(op, y.grid)
-        fused = (a for a in _ACTIVATIONS if _activation_codes(a, y.grid) == limits)
-        activation = next(fused, None)
-        functions = self.schema.ActivationFunctionType
-        options["fusedActivationFunction"] = getattr(functions, activation or "NONE")
-        free = y if activation else self.codes(f"{op.path}/unclamped", y.shape, y.grid)
-        self.emit(name, inputs, free.index, **options)
-        if not activation:
-            self.limit(free, limits, y)
-
-    def limit(self, x: _Codes, limits: tuple[int, int], y: _Codes) -> None:
-        """Clip codes, as they are stored."""
-        needed = [
-            (name, end)
-            for name, end, free in (("MAXIMUM", limits[0], -128), ("MINIMUM", limits[1], 127))
-            if end != free
-        ]
-        for position, (name, end) in enumerate(needed):
-            last = position == len(needed) - 1
-            out = y if last else self.codes("clipped", x.shape, x.grid)
-            bound = self.code_constant("bound", end + x.grid.offset, x.grid)
-            self.emit(name, [x.index, bound.index], out.index)
-            x = out
-        if not needed:
-            self.reshape(x, y.shape, y)
-
-    def reshape(self, x: _Codes, shape: Sequence[int], y: _Codes | None = None) -> _Codes:
-        if y is None and x.shape == tuple(shape):
-            return x
-        y = y or self.codes("reshaped", shape, x.grid)
-        target = [-1 if d < 0 else d for d in shape]
-        self.emit("RESHAPE", [x.index, self.constant(target)], y.index, newShape=target)
-        return y
-
-    def strided_slice(
-        self,
-        x: _Codes,
-        start: Sequence[int],
-        limit: Sequence[int | None],
-        strides: Sequence[int],
-        y: _Codes,
-    ) -> None:
-        """Slice each axis; a limit of None is its end."""
-        bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]
-        masks = {
-            "beginMask": sum(1 << k for k, b in enumerate(start) if b == 0),
-            "endMask": sum(1 << k for k, b in enumerate(limit) if b is None),
-        }
-        self.emit(
-            "STRIDED_SLICE",
-            [x.index, *bounds],
-            y.index,
-            ellipsisMask=0,
-            newAxisMask=0,
-            shrinkAxisMask=0,
-            **masks,
-        )
-
-    # The ends --------------------------------------------------------------------------------
-
-    def input(self, tensor: Tensor, i: int, integer_io: bool) -> int:
-        assert tensor.grid is not None
-        codes = self.values[i] = self.codes(tensor.name, tensor.shape, tensor.grid)
-        if integer_io:
-            return codes.index
-        real = self.tensor(f"{tensor.name}/real", tensor.shape, np.float32)
-        self.quantize(real, tensor.shape, codes)
-        return real
-
-    def quantize(self, real: int, shape: Sequence[int], codes: _Codes) -> None:
-        """Map real values to codes.
-
-        QUANTIZE alone multiplies with the rounded inverse of the scale, and so rounds values in
-        the middle between two codes, which normalized images often are, to either of them.
-        """
-        scale = self.constant(codes.grid.scale, np.float32, "scale")
-        for name in ("DIV", "ROUND", "MUL"):
-            result = self.tensor(f"{name.lower()}", shape, np.float32)
-            self.emit(name, [real] if name == "ROUND" else [real, scale], result)
-            real = result
-        limits = (codes.grid.qmin - codes.grid.offset, codes.grid.qmax - codes.grid.offset)
-        free = limits == (-128, 127)
-        target = codes if free else self.codes("unclamped", shape, codes.grid)
-        self.emit("QUANTIZE", [real], target.index)
-        if not free:
-            self.limit(target, limits, codes)
-
-    def output(self, i: int, position: int, integer_io: bool) -> int:
-        codes = self.values[i]
-        if not integer_io:
-            real = self.tensor(f"output_{position}", codes.shape, np.float32)
-            self.emit("DEQUANTIZE", [codes.index], real)
-            return real
-        earlier = [*self.source.inputs, *self.source.outputs[:position]]
-        if i in earlier or self.source.tensors[i].value is not None:
-            copy = self.codes(f"output_{position}", codes.shape, codes.grid)
-            return self.reshape(codes, codes.shape, copy).index
-        return codes.index
+def _write(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
+    return _WRITERS[op.kind](writer, op, *tensors)
 
 
 def _check(model: IntegerModel) -> None:
     for op in model.ops:
         if op.kind.endswith("_onnx"):
-            _refuse(
+            refuse(
                 op,
                 "it rounds as ONNX Runtime does, which LiteRT does not",
                 'Convert again with convert(..., backend="tflite").',
             )
         if op.kind not in _WRITERS:
             what = "moves codes in a way" if op.kind == "move" else "is computed in float"
-            _refuse(
+            refuse(
                 op,
                 f"it {what} that has no form in TFLite's integers",
                 "Return its input from the model and compute the rest on the values, or use an "
                 "operation that stays in integers.",
             )
         if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-            _refuse(
+            refuse(
                 op,
                 "its kernel has more than the 8 bits of TFLite's weights",
                 "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits.",
@@ -353,7 +71,7 @@ def _check(model: IntegerModel) -> None:
             grid = model.tensors[i].grid
             if grid is not None and grid.dtype.itemsize > 1:
                 bits = (grid.qmax - grid.qmin).bit_length()
-                _refuse(
+                refuse(
                     op,
                     f"{model.tensors[i].name} has {bits} bits, and TFLite's activations 8",
                     "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits.",
@@ -366,29 +84,15 @@ def _check(model: IntegerModel) -> None:
             )
 
 
-def _stored_clamp(op: Op, grid: Grid) -> tuple[int, int]:
-    lo, hi = op.attributes["clamp"]
-    return int(lo) - grid.offset, int(hi) - grid.offset
-
-
-def _activation_codes(activation: str, grid: Grid) -> tuple[int, int]:
-    """Return the lowest and highest code that an activation leaves, as they are stored."""
-    lo, hi = (
-        np.clip(np.rint(np.float32(b) / np.float32(grid.scale)) + grid.stored_zero, -128, 127)
-        for b in _ACTIVATIONS[activation]
-    )
-    return int(lo), int(hi)
-
-
 # Layers ------------------------------------------------------------------------------------------
 
 
-def _conv(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _conv(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     a, kernel = op.attributes, op.arrays["kernel"]
     if len(a["strides"]) > 2:
-        _refuse(op, "TFLite convolves over one or two axes in integers, not three", "Exclude it.")
+        refuse(op, "TFLite convolves over one or two axes in integers, not three", "Exclude it.")
     if any(d != 1 for d in a["input_dilation"]):
-        _refuse(
+        refuse(
             op,
             f"TFLite has no convolution with input_dilation={tuple(a['input_dilation'])}",
             "Resize the input with jnp.repeat in front of a plain convolution.",
@@ -435,19 +139,19 @@ class _Window:
         return tuple(padding) == (total // 2, total - total // 2)
 
 
-def _planar(w: _Writer, x: _Codes) -> _Codes:
+def _planar(w: Writer, x: Codes) -> Codes:
     """View (batch, length, channels) as (batch, 1, length, channels)."""
     return w.reshape(x, (x.shape[0], 1, *x.shape[1:])) if len(x.shape) == 3 else x
 
 
 def _windowed(
-    w: _Writer,
+    w: Writer,
     op: Op,
-    x: _Codes,
-    y: _Codes,
+    x: Codes,
+    y: Codes,
     window: _Window,
-    emit: Callable[[_Codes, _Codes, dict[str, int]], None],
-    pad: Callable[[_Codes, Any], _Codes],
+    emit: Callable[[Codes, Codes, dict[str, int]], None],
+    pad: Callable[[Codes, Any], Codes],
 ) -> None:
     """Pad `x`, call `emit(x, y, options)` on tensors of rank 4, and bring `y` to its shape."""
     x, window, padding = _planar(w, x), window.planar(), w.schema.Padding
@@ -467,10 +171,10 @@ def _windowed(
 
 
 def _convolution(
-    w: _Writer,
+    w: Writer,
     op: Op,
-    x: _Codes,
-    y: _Codes,
+    x: Codes,
+    y: Codes,
     kernel: np.ndarray,
     scale: np.ndarray,
     groups: int,
@@ -480,7 +184,7 @@ def _convolution(
     kernel = kernel.reshape(*(1,) * (4 - kernel.ndim), *kernel.shape)
     name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
 
-    def emit(x: _Codes, y: _Codes, options: dict[str, int]) -> None:
+    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
         dilation = window.planar().dilation
         options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
         if depthwise:
@@ -490,7 +194,7 @@ def _convolution(
             weights = w.weights(op, x, y, kernel.transpose(3, 0, 1, 2), scale, 0)
         w.clamped(op, name, [x.index, *weights], y, **options)
 
-    def pad(x: _Codes, window: _Window) -> _Codes:
+    def pad(x: Codes, window: _Window) -> Codes:
         if window.mode == "wrap":
             return _wrapped(w, op, x, window.padding)
         return _padded(w, op, x, [(0, 0), *window.padding, (0, 0)], window.mode)
@@ -499,8 +203,8 @@ def _convolution(
 
 
 def _padded(
-    w: _Writer, op: Op, x: _Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
-) -> _Codes:
+    w: Writer, op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
+) -> Codes:
     _check_padding(op, x, padding, mode)
     grown = [
         d - lo - hi if d < 0 else d + lo + hi for d, (lo, hi) in zip(x.shape, padding, strict=True)
@@ -514,18 +218,18 @@ def _padded(
 
 
 def _check_padding(
-    op: Op, x: _Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
+    op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
 ) -> None:
     for size, pads in zip(x.shape, padding, strict=True):
         if min(pads) < 0 or (mode != "constant" and max(pads) >= abs(size)):
-            _refuse(
+            refuse(
                 op,
                 f"TFLite cannot pad a length of {abs(size)} by {tuple(pads)} with {mode} padding",
                 "Use less padding.",
             )
 
 
-def _wrapped(w: _Writer, op: Op, x: _Codes, padding: Sequence[Sequence[int]]) -> _Codes:
+def _wrapped(w: Writer, op: Op, x: Codes, padding: Sequence[Sequence[int]]) -> Codes:
     """Pad with the values of the other end."""
     _check_padding(op, x, [(0, 0), *padding, (0, 0)], "wrap")
     for axis, (lo, hi) in enumerate(padding, 1):
@@ -546,12 +250,12 @@ def _wrapped(w: _Writer, op: Op, x: _Codes, padding: Sequence[Sequence[int]]) ->
     return x
 
 
-def _dense(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _dense(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     _fully_connected(w, op, x, y, op.arrays["kernel"].T, op.arrays["scale"])
 
 
 def _fully_connected(
-    w: _Writer, op: Op, x: _Codes, y: _Codes, kernel: np.ndarray, scale: np.ndarray
+    w: Writer, op: Op, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray
 ) -> None:
     x = x if len(x.shape) > 1 else w.reshape(x, (1, *x.shape))
     flat = len(y.shape) == 1
@@ -562,7 +266,7 @@ def _fully_connected(
         w.reshape(out, y.shape, y)
 
 
-def _affine(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _affine(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     def planar(shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) == 4:
             return shape
@@ -582,11 +286,11 @@ def _affine(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
 # Sums --------------------------------------------------------------------------------------------
 
 
-def _sum(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _sum(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     """Multiply by a column of ones: XNNPACK's MEAN does not round its ties as it does here."""
     axes = [a % len(x.shape) for a in op.attributes["axes"]]
     if any(x.shape[a] < 0 for a in axes):
-        _refuse(op, "it sums over the batch", "Sum outside of the model.")
+        refuse(op, "it sums over the batch", "Sum outside of the model.")
     kept = [a for a in range(len(x.shape)) if a not in axes]
     count, order = math.prod(x.shape[a] for a in axes), [*kept, *axes]
     if order != sorted(order):
@@ -601,7 +305,7 @@ def _sum(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
     w.reshape(sums, y.shape, y)
 
 
-def _sum_pool(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _sum_pool(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     window, channels = _pooling(op, x), x.shape[-1]
     weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths))
     kernel = np.full((*window.lengths, 1, channels), weight)
@@ -624,7 +328,7 @@ def _ones(op: Op, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
         for scale in (near, *(np.nextafter(near, np.float32(end)) for end in (0, 1))):
             if np.array_equal(np.rint(sums * weight * (s_x * scale / s_y)), codes):
                 return weight, scale
-    _refuse(
+    refuse(
         op,
         f"no weights of TFLite's multiply its sums of {count} codes by {multiplier}",
         "Sum over fewer elements, or exclude it.",
@@ -634,19 +338,19 @@ def _ones(op: Op, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
 # Elementwise -------------------------------------------------------------------------------------
 
 
-def _add(w: _Writer, op: Op, a: _Codes, b: _Codes, y: _Codes) -> None:
+def _add(w: Writer, op: Op, a: Codes, b: Codes, y: Codes) -> None:
     ratios = [np.float32(v.grid.scale) / np.float32(y.grid.scale) for v in (a, b)]
     w.check_ratio(op, ratios, 2.0**-10)
     name = "SUB" if op.attributes["multipliers"][1] < 0 else "ADD"
     w.clamped(op, name, [a.index, b.index], y)
 
 
-def _mul(w: _Writer, op: Op, a: _Codes, b: _Codes, y: _Codes) -> None:
+def _mul(w: Writer, op: Op, a: Codes, b: Codes, y: Codes) -> None:
     w.check_ratio(op, op.arrays["multiplier"], 2.0**-16)
     w.clamped(op, "MUL", [a.index, b.index], y)
 
 
-def _table(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _table(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     """Look codes up, by their bits as uint8: 0 to 127, then -128 to -1."""
     table = np.asarray(op.arrays["table"], np.int32) - y.grid.offset
     stored = np.arange(256, dtype=np.uint8).astype(np.int8).astype(np.int32)
@@ -661,32 +365,32 @@ def _table(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
     w.emit("GATHER", [held.index, source], y.index, axis=0, batchDims=0)
 
 
-def _clip(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
-    w.limit(x, _stored_clamp(op, y.grid), y)
+def _clip(w: Writer, op: Op, x: Codes, y: Codes) -> None:
+    w.limit(x, stored_clamp(op, y.grid), y)
 
 
 # Moves -------------------------------------------------------------------------------------------
 
 
-def _pooling(op: Op, x: _Codes) -> _Window:
+def _pooling(op: Op, x: Codes) -> _Window:
     a, rank = op.attributes, len(x.shape)
     outer = [a[key][k] for key in ("window", "strides") for k in (0, -1)]
     if rank not in (3, 4) or outer != [1] * 4:
-        _refuse(op, "TFLite pools over one or two axes between batch and channels", "Move them.")
+        refuse(op, "TFLite pools over one or two axes between batch and channels", "Move them.")
     inner = slice(1, -1)
     lengths, strides, padding = a["window"][inner], a["strides"][inner], a["padding"][inner]
     return _Window(lengths, strides, padding, (1,) * len(lengths))
 
 
-def _max_pool(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _max_pool(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     window = _pooling(op, x)
 
-    def emit(x: _Codes, y: _Codes, options: dict[str, int]) -> None:
+    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
         lengths = window.planar().lengths
         options |= {"filterHeight": lengths[0], "filterWidth": lengths[1]}
         w.emit("MAX_POOL_2D", [x.index], y.index, **options)
 
-    def pad(x: _Codes, window: _Window) -> _Codes:
+    def pad(x: Codes, window: _Window) -> Codes:
         padding = [(0, 0), *window.padding, (0, 0)]
         grown = [d + math.copysign(1, d) * sum(p) for d, p in zip(x.shape, padding, strict=True)]
         y = w.codes(f"{op.path}/padded", [int(d) for d in grown], x.grid)
@@ -698,28 +402,28 @@ def _max_pool(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
 
 
 def _reduce(name: str) -> Callable[..., None]:
-    def write(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+    def write(w: Writer, op: Op, x: Codes, y: Codes) -> None:
         w.emit(name, [x.index, w.constant(op.attributes["axes"])], y.index, keepDims=False)
 
     return write
 
 
-def _concat(w: _Writer, op: Op, *tensors: _Codes) -> None:
+def _concat(w: Writer, op: Op, *tensors: Codes) -> None:
     *xs, y = tensors
     w.emit("CONCATENATION", [x.index for x in xs], y.index, axis=op.attributes["axis"])
 
 
-def _reshape(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _reshape(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     if sum(d < 0 for d in y.shape) > 1:
-        _refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
+        refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
     w.reshape(x, y.shape, y)
 
 
-def _transpose(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _transpose(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     w.emit("TRANSPOSE", [x.index, w.constant(op.attributes["permutation"])], y.index)
 
 
-def _broadcast(w: _Writer, op: Op, x: _Codes, y: _Codes) -> _Codes | None:
+def _broadcast(w: Writer, op: Op, x: Codes, y: Codes) -> Codes | None:
     dims = dict(zip(op.attributes["dimensions"], x.shape, strict=True))
     thin = w.reshape(x, [dims.get(k, 1) for k in range(len(y.shape))])
     number = op.outputs[0]
@@ -730,13 +434,13 @@ def _broadcast(w: _Writer, op: Op, x: _Codes, y: _Codes) -> _Codes | None:
         return thin
     pairs = list(zip(thin.shape, y.shape, strict=True))
     if any(a != b and b < 0 for a, b in pairs):
-        _refuse(op, "it repeats values along the batch", "Repeat them outside of the model.")
+        refuse(op, "it repeats values along the batch", "Repeat them outside of the model.")
     repeats = [b if a != b else 1 for a, b in pairs]
     w.emit("TILE", [thin.index, w.constant(repeats)], y.index)
     return None
 
 
-def _broadcasts(w: _Writer, op: Op, number: int, y: _Codes) -> bool:
+def _broadcasts(w: Writer, op: Op, number: int, y: Codes) -> bool:
     """Whether an operation broadcasts one input to another that has the full shape."""
     others = [i for i in op.inputs if i != number]
     return (
@@ -746,15 +450,15 @@ def _broadcasts(w: _Writer, op: Op, number: int, y: _Codes) -> bool:
     )
 
 
-def _slice(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _slice(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     a = op.attributes
     limit = [None if b == d else b for b, d in zip(a["limit"], x.shape, strict=True)]
     if any(b is not None and b < 0 for b in limit):
-        _refuse(op, "it cuts the batch at a fraction of it", "Cut it outside of the model.")
+        refuse(op, "it cuts the batch at a fraction of it", "Cut it outside of the model.")
     w.strided_slice(x, a["start"], limit, a["strides"], y)
 
 
-def _reverse(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _reverse(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     *inner, last = op.attributes["axes"]
     for axis in inner:
         flipped = w.codes(f"{op.path}/reversed", x.shape, x.grid)
@@ -763,15 +467,15 @@ def _reverse(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
     w.emit("REVERSE_V2", [x.index, w.constant([last])], y.index)
 
 
-def _pad(w: _Writer, op: Op, x: _Codes, y: _Codes) -> None:
+def _pad(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     padding = [(lo, hi) for lo, hi, _ in op.attributes["padding"]]
     _check_padding(op, x, padding)
     if any(inner for *_, inner in op.attributes["padding"]):
-        _refuse(op, "TFLite does not pad between elements", "Do it outside of the model.")
+        refuse(op, "TFLite does not pad between elements", "Do it outside of the model.")
     w.emit("PAD", [x.index, w.constant(padding)], y.index)
 
 
-_WRITERS: dict[str, Callable[..., _Codes | None]] = {
+_WRITERS: dict[str, Callable[..., Codes | None]] = {
     "conv": _conv,
     "dense": _dense,
     "affine": _affine,

@@ -118,7 +118,7 @@ class IntegerModel:
 
     def _codes(self, leaves: Sequence[Any]) -> list[jax.Array]:
         leaves = [jnp.asarray(x) for x in leaves]
-        batch = self._batch(leaves, "codes")
+        self._batch(leaves, "codes")
         for i, x in zip(self.inputs, leaves, strict=True):
             grid = self.tensors[i].grid
             if grid is not None and x.dtype != grid.dtype:
@@ -126,7 +126,6 @@ class IntegerModel:
                     f"{self.tensors[i].name}: codes must be of type {grid.dtype}, got {x.dtype}. "
                     "Make them with quantize(x)."
                 )
-        del batch
         return self._run(self.params, leaves)
 
     def _batch(self, leaves: Sequence[Any], what: str) -> int:

@@ -71,9 +71,7 @@ def _ordered(values: Sequence[Any], layout: str) -> list[Any]:
 def _conv_padding(w: Writer, op: Op, x: str, tensor: Tensor) -> tuple[str, list[int]]:
     """Do what a convolution's own padding cannot; return the input and what is left to pad."""
     padding = op.attributes["padding"]
-    zero = w.initializer(
-        np.uint8(w.grid(tensor).zero_point + shift(w.grid(tensor))), f"{op.path}/zero"
-    )
+    zero = w.scale(tensor)[1]
     dilation = op.attributes["input_dilation"]
     if any(d != 1 for d in dilation):
         # Write each element with d - 1 zeros behind it, then cut the last ones off.
@@ -106,18 +104,16 @@ def _weights(w: Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) -
         )
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
-    parts = ((kernel, scale, axis), (op.arrays["bias"], unit, 0))
+    names = [
+        [w.initializer(codes, f"{op.path}/codes"), w.initializer(scales, f"{op.path}/scales")]
+        for codes, scales in ((kernel, scale), (op.arrays["bias"], unit))
+    ]
+    # ONNX Runtime fuses no Gemm whose kernel has no zero points.
+    names[0].append(w.initializer(np.zeros(scale.shape, np.int8), f"{op.path}/zeros"))
+    axes = (axis, 0)
     return [
-        w.node(
-            "DequantizeLinear",
-            [
-                w.initializer(codes, f"{op.path}/codes"),
-                w.initializer(scales, f"{op.path}/scales"),
-            ],
-            op.path,
-            axis=channel,
-        )
-        for codes, scales, channel in parts
+        w.node("DequantizeLinear", inputs, op.path, axis=channel)
+        for inputs, channel in zip(names, axes, strict=True)
     ]
 
 
@@ -367,7 +363,7 @@ def _pad(w: Writer, op: Op) -> None:
     tensor = w.model.tensors[op.inputs[0]]
     ordered = _ordered(padding, layout)
     pads = w.ints([p[end] for end in (0, 1) for p in ordered], op.path)
-    zero = w.initializer(np.uint8(w.grid(tensor).zero_point + shift(w.grid(tensor))), op.path)
+    zero = w.scale(tensor)[1]
     w.put(op.outputs[0], w.node("Pad", [w.get(op.inputs[0], layout), pads, zero], op.path), layout)
 
 

@@ -67,8 +67,10 @@ def pointwise(node: Node, values: Sequence[Any]) -> jax.Array:
 
     Args:
       node: of kind "elementwise" or "clamp".
-      values: one for each of its inputs; those behind the first hold one number each.
+      values: one for each of its inputs; those behind the first hold one number, maybe often.
     """
+    first, *rest = values
+    values = [first, *(jnp.ravel(x)[0] for x in rest)]
     env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
     parts = node.parts or (node,)
     for part in parts:

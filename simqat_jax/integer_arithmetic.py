@@ -245,13 +245,37 @@ def subtract_onnxruntime(
     return jnp.round(true_divide(a - b, params.scale)) + params.zero_point.astype(jnp.float32)
 
 
+def _fused_multiply_add(x: ArrayLike, y: ArrayLike, addend: ArrayLike) -> jax.Array:
+    """Return `x * y + addend` of float32, rounded once.
+
+    In float64 the product is exact, and the sum is rounded to odd before it is rounded to float32.
+    """
+    with jax.enable_x64(True):
+        product, addend = (
+            jnp.asarray(x).astype(jnp.float64) * jnp.asarray(y).astype(jnp.float64),
+            jnp.asarray(addend).astype(jnp.float64),
+        )
+        total = product + addend
+        part = total - product
+        error = (product - (total - part)) + (addend - part)
+        bits = jax.lax.bitcast_convert_type(total, jnp.int64)
+        outward = (error > 0) == (total > 0)
+        odd = bits + jnp.where(outward, 1, -1).astype(jnp.int64)
+        inexact = (error != 0) & (bits & 1 == 0)
+        total = jnp.where(inexact, jax.lax.bitcast_convert_type(odd, jnp.float64), total)
+        return total.astype(jnp.float32)
+
+
 def add_onnxruntime_multipliers(
     a: QuantParams, b: QuantParams, params: QuantParams
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `(ra, rb, z)` of `add_onnxruntime` for the grids of its operands, float32."""
+    """Return `(ra, rb, z)` of `add_onnxruntime` for the grids of its operands, float32.
+
+    `z = z_c - fma(ra, z_a, f32(rb * z_b))`, as the x86-64 build of ONNX Runtime contracts it.
+    """
     ra, rb = (true_divide(p.scale, params.scale) for p in (a, b))
     za, zb, zc = (p.zero_point.astype(jnp.float32) for p in (a, b, params))
-    return ra, rb, zc - (rounded_product(ra, za) + rounded_product(rb, zb))
+    return ra, rb, zc - _fused_multiply_add(ra, za, rounded_product(rb, zb))
 
 
 def add_onnxruntime(
@@ -259,30 +283,12 @@ def add_onnxruntime(
 ) -> jax.Array:
     """Add codes of up to 8 bits: `rint(fma(a, ra, fma(b, rb, z)))`, float32, not clipped.
 
-    Each `fma` rounds once, to float32. It is computed in float64, whose products of such numbers
-    are exact and whose sums are rounded to odd before they are rounded to float32.
-
     Args:
       a: codes of the first operand, int32, zero point not subtracted.
       b: those of the second.
       ra: real units per code of `a` over those of the output.
       rb: likewise of `b`.
       z: zero point of the output less those of the operands at its scale.
-    Source: ONNX Runtime, QLinearAdd.
+    Source: ONNX Runtime, QLinearAdd; each `fma` rounds once, to float32.
     """
-    with jax.enable_x64(True):
-
-        def fma(x: jax.Array, y: ArrayLike, addend: ArrayLike) -> jax.Array:
-            product = x.astype(jnp.float64) * jnp.asarray(y).astype(jnp.float64)
-            addend = jnp.asarray(addend).astype(jnp.float64)
-            total = product + addend
-            part = total - product
-            error = (product - (total - part)) + (addend - part)
-            bits = jax.lax.bitcast_convert_type(total, jnp.int64)
-            outward = (error > 0) == (total > 0)
-            odd = bits + jnp.where(outward, 1, -1).astype(jnp.int64)
-            inexact = (error != 0) & (bits & 1 == 0)
-            total = jnp.where(inexact, jax.lax.bitcast_convert_type(odd, jnp.float64), total)
-            return total.astype(jnp.float32)
-
-        return jnp.round(fma(a, ra, fma(b, rb, z)))
+    return jnp.round(_fused_multiply_add(a, ra, _fused_multiply_add(b, rb, z)))

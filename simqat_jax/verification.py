@@ -112,22 +112,26 @@ class OpenFile:
     offset: Callable[[Grid], int]
 
 
-def open_file(path: str | os.PathLike) -> OpenFile:
-    """Open an exported file in its runtime.
+def open_file(path: str | os.PathLike, threads: int | None = None) -> OpenFile:
+    """Open an exported file in its runtime, on the CPU.
 
+    Args:
+      path: *.onnx or *.tflite.
+      threads: how many threads to run on; None: as many as the runtime takes by itself.
     Raises: ValueError: neither *.onnx nor *.tflite. ImportError: the extra `export` is missing.
     """
     path = Path(path)
     opened = {".onnx": _open_onnx, ".tflite": _open_tflite}.get(path.suffix)
     if opened is None:
         raise ValueError(f"{path} is neither *.onnx nor *.tflite.")
-    return opened(path)
+    return opened(path, threads)
 
 
-def _open_onnx(path: Path) -> OpenFile:
+def _open_onnx(path: Path, threads: int | None) -> OpenFile:
     runtime = import_extra("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = session.get_inputs()
 
@@ -139,16 +143,22 @@ def _open_onnx(path: Path) -> OpenFile:
     return OpenFile(name, run, floats, lambda grid: 128 if grid.qmin < 0 else 0)
 
 
-def _open_tflite(path: Path) -> OpenFile:
+def _open_tflite(path: Path, threads: int | None) -> OpenFile:
     package = import_extra("ai_edge_litert")
-    interpreter = import_extra("ai_edge_litert.interpreter").Interpreter(str(path))
+    make = import_extra("ai_edge_litert.interpreter").Interpreter
+    interpreter = make(str(path), num_threads=threads)
     # Numbered as the model's are: the interpreter's own order is that of the file.
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
+    allocated: list[tuple[int, ...]] = []
+
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        for detail, array in zip(inputs, arrays, strict=True):
-            interpreter.resize_tensor_input(detail["index"], array.shape)
-        interpreter.allocate_tensors()
+        shapes = [a.shape for a in arrays]
+        if shapes != allocated:
+            for detail, shape in zip(inputs, shapes, strict=True):
+                interpreter.resize_tensor_input(detail["index"], shape)
+            interpreter.allocate_tensors()
+            allocated[:] = shapes
         for detail, array in zip(inputs, arrays, strict=True):
             interpreter.set_tensor(detail["index"], array)
         interpreter.invoke()

@@ -4,6 +4,7 @@ Example: python -m experiments.deploy runs/NAME
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -118,13 +119,14 @@ def _latency(
 def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.ndarray) -> Row:
     model: Any = phase.model
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
-    apply = jax.jit(lambda x: model.module.apply(floats, x, train=False))
+    apply = jax.jit(functools.partial(model.module.apply, train=False))
+    run = functools.partial(apply, floats)
     return Row(
         what="float, JAX",
-        accuracy=_accuracy(_in_batches(apply, x), labels),
+        accuracy=_accuracy(_in_batches(run, x), labels),
         differing=None,
         bytes=sum(a.nbytes for a in jax.tree.leaves(floats)),
-        latency_us=_latency(apply, x[:1]),
+        latency_us=_latency(run, x[:1]),
     )
 
 
@@ -140,7 +142,8 @@ def _rows(
     model: Any = phase.model
     quant = dataclasses.replace(model.config, backend=backend)
     qmodel = sq.SimQAT(quant).apply(model.module)
-    evaluate = jax.jit(lambda x: qmodel.apply(variables, x, train=False))
+    apply = jax.jit(functools.partial(qmodel.apply, train=False))
+    evaluate = functools.partial(apply, variables)
     want = _in_batches(evaluate, x)
     integer = sq.convert(qmodel, variables, x[:1], train=False)
     integer.save(path.with_suffix(f".{backend}.integer"))

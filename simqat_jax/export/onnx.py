@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.export.onnx_graph import FIRST, LAST, Writer, shift
+from simqat_jax.export.width_blocks import in_width_blocks
 from simqat_jax.integer_model import IntegerModel, atomic_file
 from simqat_jax.integer_operations import Op, Tensor
+
+_BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in ONNX Runtime 1.32
 
 
 def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False) -> None:
@@ -27,7 +30,7 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
       that cannot be written, with its path; additions that mirror another runtime.
     Source: ONNX operators, opset 19.
     """
-    writer = Writer(model, integer_io)
+    writer = Writer(in_width_blocks(model, _BLOCKS), integer_io)
     data = writer.model_bytes(_write)
     with atomic_file(path) as file:
         file.write(data)

@@ -1,6 +1,7 @@
 """Build an ONNX graph: nodes, initializers, and tensors of codes in two layouts."""
 
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
 
 _OPSET, _IR_VERSION = 19, 9
+_DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
 LAST, FIRST = "channels last", "channels first"
 
 
@@ -39,7 +41,10 @@ class Writer:
         self.model, self.integer_io = model, integer_io
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
-        self.count = 0
+        self.outputs = [f"output_{n}" for n in range(len(model.outputs))]
+        if len(self.outputs) == 1:
+            self.outputs = ["output"]
+        self.names = {*self.outputs, *(model.tensors[i].name for i in model.inputs)}
         self.scales: dict[Grid, tuple[str, str]] = {}
         # For each tensor the names under which it was written, by layout.
         self.written: dict[int, dict[Any, str]] = {}
@@ -47,14 +52,21 @@ class Writer:
     # Pieces of a graph -----------------------------------------------------------------------
 
     def name(self, stem: str) -> str:
-        self.count += 1
-        return f"{stem}:{self.count}"
+        stem = stem or "main"
+        names = itertools.chain([stem], (f"{stem}:{n}" for n in itertools.count(2)))
+        name = next(name for name in names if name not in self.names)
+        self.names.add(name)
+        return name
 
     def node(self, kind: str, inputs: Sequence[str], stem: str, **attributes: Any) -> str:
+        """Add a node without defaults or a name besides its output's: the bytes count."""
         output = self.name(stem)
-        self.nodes.append(
-            self.helper.make_node(kind, list(inputs), [output], name=output, **attributes)
-        )
+        given = {
+            k: v
+            for k, v in attributes.items()
+            if k not in _DEFAULTS or np.any(np.not_equal(v, _DEFAULTS[k]))
+        }
+        self.nodes.append(self.helper.make_node(kind, list(inputs), [output], **given))
         return output
 
     def initializer(self, value: Any, stem: str) -> str:
@@ -160,7 +172,8 @@ class Writer:
             producer_version=str(self.model.metadata.get("simqat_jax", "")),
         )
         metadata = {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in self.model.metadata.items()
+            k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":"))
+            for k, v in self.model.metadata.items()
         }
         helper.set_model_props(proto, metadata)
         self.onnx.checker.check_model(proto, full_check=True)
@@ -185,14 +198,12 @@ class Writer:
 
     def output(self, number: int, i: int) -> Any:
         tensor = self.model.tensors[i]
-        name = "output" if len(self.model.outputs) == 1 else f"output_{number}"
+        name = self.outputs[number]
         codes = self.get(i)
         if tensor.grid is None or self.integer_io:
-            self.nodes.append(self.helper.make_node("Identity", [codes], [name], name=name))
+            self.nodes.append(self.helper.make_node("Identity", [codes], [name]))
         else:
             self.nodes.append(
-                self.helper.make_node(
-                    "DequantizeLinear", [codes, *self.scale(tensor)], [name], name=name
-                )
+                self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
             )
         return self.value_info(name, tensor)

@@ -10,8 +10,11 @@ import numpy as np
 
 from simqat_jax.export.onnx_graph import import_extra
 from simqat_jax.export.tflite_graph import Codes, Writer, refuse, stored_clamp
+from simqat_jax.export.width_blocks import in_width_blocks
 from simqat_jax.integer_model import IntegerModel, atomic_file
 from simqat_jax.integer_operations import Grid, Op
+
+_BLOCKS = {1: 4, 2: 2, 3: 2}  # channels and columns of a block, the fastest in LiteRT 2.3
 
 
 def export_tflite(
@@ -34,7 +37,7 @@ def export_tflite(
     flatbuffers = import_extra("flatbuffers")
     schema = import_extra("ai_edge_litert.schema_py_generated")
     _check(model)
-    written = Writer(model, schema).model(integer_io, _write)
+    written = Writer(in_width_blocks(model, _BLOCKS), schema).model(integer_io, _write)
     builder = flatbuffers.Builder(1024)
     builder.Finish(written.Pack(builder), file_identifier=b"TFL3")
     with atomic_file(path) as file:
@@ -206,15 +209,38 @@ def _padded(
     w: Writer, op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
 ) -> Codes:
     _check_padding(op, x, padding, mode)
-    grown = [
-        d - lo - hi if d < 0 else d + lo + hi for d, (lo, hi) in zip(x.shape, padding, strict=True)
-    ]
-    y = w.codes(f"{op.path}/padded", grown, x.grid)
-    name, options = "PAD", {}
+    y = w.codes(f"{op.path}/padded", _grown(x.shape, padding), x.grid)
     if mode == "reflect":
-        name, options = "MIRROR_PAD", {"mode": w.schema.MirrorPadMode.REFLECT}
-    w.emit(name, [x.index, w.constant(padding)], y.index, **options)
+        options = {"mode": w.schema.MirrorPadMode.REFLECT}
+        w.emit("MIRROR_PAD", [x.index, w.constant(padding)], y.index, **options)
+    else:
+        _pad_codes(w, x, padding, y)
     return y
+
+
+def _grown(shape: Sequence[int], padding: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    pairs = zip(shape, map(sum, padding), strict=True)
+    return tuple(d - p if d < 0 else d + p for d, p in pairs)
+
+
+def _pad_codes(
+    w: Writer, x: Codes, padding: Sequence[Sequence[int]], y: Codes, fill: Codes | None = None
+) -> None:
+    """Pad with zero or with another code.
+
+    XNNPACK copies the last axis piece by piece. Where that is not padded, it and the one before it
+    are padded as one: 17 instead of 479 us for 3 channels of 224 x 224.
+    """
+    name, filling = ("PAD", []) if fill is None else ("PADV2", [fill.index])
+    if len(x.shape) < 3 or x.shape[-2] < 0 or any(padding[-1]) or not any(padding[-2]):
+        w.emit(name, [x.index, w.constant(padding), *filling], y.index)
+        return
+    channels = x.shape[-1]
+    joined = [*padding[:-2], [p * channels for p in padding[-2]]]
+    flat = w.reshape(x, (*x.shape[:-2], x.shape[-2] * channels))
+    padded = w.codes(f"{y.index}/padded", _grown(flat.shape, joined), x.grid)
+    w.emit(name, [flat.index, w.constant(joined), *filling], padded.index)
+    w.reshape(padded, y.shape, y)
 
 
 def _check_padding(
@@ -392,10 +418,8 @@ def _max_pool(w: Writer, op: Op, x: Codes, y: Codes) -> None:
 
     def pad(x: Codes, window: _Window) -> Codes:
         padding = [(0, 0), *window.padding, (0, 0)]
-        grown = [d + math.copysign(1, d) * sum(p) for d, p in zip(x.shape, padding, strict=True)]
-        y = w.codes(f"{op.path}/padded", [int(d) for d in grown], x.grid)
-        least = w.code_constant("least", x.grid.offset - 128, x.grid)
-        w.emit("PADV2", [x.index, w.constant(padding), least.index], y.index)
+        y = w.codes(f"{op.path}/padded", _grown(x.shape, padding), x.grid)
+        _pad_codes(w, x, padding, y, w.code_constant("least", x.grid.offset - 128, x.grid))
         return y
 
     _windowed(w, op, x, y, window, emit, pad)
@@ -472,7 +496,7 @@ def _pad(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     _check_padding(op, x, padding)
     if any(inner for *_, inner in op.attributes["padding"]):
         refuse(op, "TFLite does not pad between elements", "Do it outside of the model.")
-    w.emit("PAD", [x.index, w.constant(padding)], y.index)
+    _pad_codes(w, x, padding, y)
 
 
 _WRITERS: dict[str, Callable[..., Codes | None]] = {

@@ -1,0 +1,72 @@
+"""Convolutions on blocks of columns: the same codes as before, and which ones are rewritten."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import simqat_jax as sq
+from simqat_jax.export.width_blocks import in_width_blocks
+
+
+def converted(module, shape):
+    """Convert one convolution, with a bias that is not zero; return input codes too."""
+    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    qmodel = sq.SimQAT().apply(module)
+    variables = qmodel.init(jax.random.key(1), x)
+    variables["params"] = jax.tree.map(lambda p: p + 0.1, variables["params"])
+    _, state = qmodel.apply(variables, x, mutable=["quant_stats"])
+    model = sq.convert(qmodel, {**variables, **state}, x[:1])
+    return model, model.quantize(x)
+
+
+@settings(max_examples=15)
+@given(
+    channels=st.integers(1, 3),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 7)),
+    strides=st.tuples(st.integers(1, 3), st.sampled_from((1, 2, 4))),
+    block=st.sampled_from((2, 4, 8)),
+    blocks=st.integers(1, 3),
+    padding=st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 3))] * 2),
+)
+def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, padding):
+    outputs = max(block // strides[1], 1) * blocks
+    width = (outputs - 1) * strides[1] + kernel[1] - sum(padding[1])
+    assume(width > 0)
+    layer = nn.Conv(5, kernel, strides, padding=padding)
+    model, codes = converted(layer, (6, width, channels))
+    changed = in_width_blocks(model, {channels: block})
+    np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
+
+
+@pytest.mark.parametrize(
+    "layer, shape, kinds",
+    [
+        (nn.Conv(6, (5, 5), padding="VALID"), (32, 32, 1), ["reshape", "conv", "reshape"]),
+        (nn.Conv(6, (3, 3)), (32, 32, 3), ["pad", "reshape", "conv", "reshape"]),
+        (nn.Conv(6, (3, 3), (2, 2)), (32, 32, 3), ["pad", "reshape", "conv", "reshape"]),
+        (nn.Conv(6, (3, 3)), (32, 32, 4), ["conv"]),
+        (nn.Conv(6, (3, 3)), (32, 30, 3), ["conv"]),
+        (nn.Conv(6, (3, 3), (3, 3)), (33, 36, 3), ["conv"]),
+        (nn.Conv(6, (3, 3), kernel_dilation=2), (32, 32, 3), ["conv"]),
+        (nn.Conv(6, (3, 3), feature_group_count=3), (32, 32, 3), ["conv"]),
+        (nn.Conv(6, (3, 3), padding="CIRCULAR"), (32, 32, 3), ["conv"]),
+        (nn.Conv(6, (3,)), (32, 3), ["conv"]),
+    ],
+)
+def test_which_convolutions_are_rewritten(layer, shape, kinds):
+    model, codes = converted(layer, shape)
+    changed = in_width_blocks(model, {1: 4, 2: 4, 3: 4})
+    assert [op.kind for op in changed.ops] == kinds
+    np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
+
+
+@pytest.mark.parametrize("suffix, export", [("onnx", sq.export_onnx), ("tflite", sq.export_tflite)])
+def test_files_hold_blocks(suffix, export, tmp_path):
+    model, _ = converted(nn.Conv(6, (5, 5), padding="VALID"), (32, 32, 1))
+    export(model, tmp_path / f"m.{suffix}")
+    images = jax.random.normal(jax.random.key(2), (7, 32, 32, 1))
+    assert sq.verify(model, tmp_path / f"m.{suffix}", images).differing == 0
+    assert b"/blocks" in (tmp_path / f"m.{suffix}").read_bytes()

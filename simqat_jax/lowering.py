@@ -249,13 +249,12 @@ class Lowering:
     def deployed(self, step: Step) -> dict[str, np.ndarray]:
         """Return a layer's kernel codes, and for each channel its scale, bias and multiplier."""
         node = step.node
-        values = [self.named_values(n) for n in step.nodes if n.layer is not None]
         quantizer = self.placement.weights[node.layer.path]  # type: ignore[union-attr]
+        module: Any = node.layer.module  # type: ignore[union-attr]
 
-        def quantized(kernel: jax.Array) -> integer.Codes:
+        def quantized(kernel: jax.Array, state: Any) -> integer.Codes:
             flat = jnp.asarray(kernel).reshape(-1, quantizer.num_channels or 1)
-            if quantizer.has_state:
-                state = as_range_state(self.stats[quantizer.name])
+            if state is not None:
                 lo, hi = jnp.asarray(state.lo), jnp.asarray(state.hi)
             else:
                 axis = None if quantizer.num_channels is None else 0
@@ -265,24 +264,35 @@ class Lowering:
             codes = integer.centered_codes(flat, params, quantizer.spec)
             return integer.Codes(codes.reshape(kernel.shape), params, quantizer.spec)
 
-        layer = deployed_layer(step, values, quantized, self.config.bn_fold)
-        assert layer is not None
-        kernel, bias = layer
-        module: Any = node.layer.module  # type: ignore[union-attr]
-        if getattr(module, "mask", None) is not None:
-            kernel = kernel._replace(codes=kernel.codes * module.mask)
-        features = module.features
-        count = features if isinstance(features, int) else math.prod(features)
-        scale = jnp.broadcast_to(kernel.params.scale, (count,))
-        unit = self.in_params(step)[0].scale * scale
-        bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
-        self.check_bias(step, bias, unit)
-        return {
-            "kernel": np.asarray(kernel.codes).astype(_weight_dtype(quantizer)),
-            "scale": np.asarray(scale),
-            "bias": np.asarray(integer.integer_bias(bias, unit)),
-            "multiplier": np.asarray(true_divide(unit, self.out_params(step)[0].scale)),
-        }
+        # One program: hundreds of eager operations take longer to compile than to run.
+        @jax.jit
+        def arrays(values: Any, state: Any, x_scale: jax.Array, y_scale: jax.Array) -> Any:
+            layer = deployed_layer(
+                step, values, lambda kernel: quantized(kernel, state), self.config.bn_fold
+            )
+            assert layer is not None
+            kernel, bias = layer
+            codes = kernel.codes
+            if getattr(module, "mask", None) is not None:
+                codes = codes * module.mask
+            features = module.features
+            count = features if isinstance(features, int) else math.prod(features)
+            scale = jnp.broadcast_to(kernel.params.scale, (count,))
+            unit = x_scale * scale
+            bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
+            return bias, {
+                "kernel": codes.astype(_weight_dtype(quantizer)),
+                "scale": scale,
+                "bias": integer.integer_bias(bias, unit),
+                "multiplier": true_divide(unit, y_scale),
+            }
+
+        values = [self.named_values(n) for n in step.nodes if n.layer is not None]
+        state = as_range_state(self.stats[quantizer.name]) if quantizer.has_state else None
+        x_scale, y_scale = self.in_params(step)[0].scale, self.out_params(step)[0].scale
+        bias, made = jax.device_get(arrays(values, state, x_scale, y_scale))
+        self.check_bias(step, bias, np.float32(x_scale) * made["scale"])
+        return made
 
     def check_bias(self, step: Step, bias: Any, unit: Any) -> None:
         largest = float(np.max(np.abs(np.asarray(bias, np.float64).reshape(-1) / np.asarray(unit))))

@@ -163,11 +163,12 @@ def _rows(
                     differing(run) if int8_row and batch == workload.batches[0] else "",
                 ]
             )
-    rows[1][5] += f"; integer model {differing(integer)}"
+    rows[1][5] += f"; JAX {differing(integer)}"
     note = f"{suffix}: convert {convert_seconds:.1f} s, export {seconds:.1f} s"
     if peak is not None and convert_peak is not None:
-        grown = (f"{number / float_bytes:.1f}x" for number in (convert_peak, peak))
-        note += ", memory + {} and + {} the float parameters".format(*grown)
+        grown = (f"{number / 1e6:.0f} MB" for number in (convert_peak, peak))
+        note += "; memory + {} and + {}".format(*grown)
+        note += f" (float parameters: {float_bytes / 1e6:.1f} MB)"
     return rows, note
 
 

@@ -111,7 +111,7 @@ class _TFLite:
         if any(d < 0 for d in shape):
             tensor.shapeSignature = [max(d, -1) for d in shape]
         if value is not None:
-            buffer = schema.BufferT()
+            buffer: Any = schema.BufferT()
             buffer.data = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
             self.buffers.append(buffer)
             tensor.buffer = len(self.buffers) - 1

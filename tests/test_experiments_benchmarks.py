@@ -1,0 +1,19 @@
+"""The benchmarks run, and what they compare is the same network."""
+
+import pytest
+
+from experiments.benchmarks import deploy, train_step
+
+
+@pytest.mark.parametrize("model", ["lenet5", "resnet20"])
+def test_deploy(model, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    deploy.main(model, rounds=1, images=8, folder=tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("0 of 80") == 4  # two files and two integer models
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_train_step(capsys):
+    train_step.main("lenet5", rounds=1, calls=1, compilations=1)
+    assert "lenet5: training step" in capsys.readouterr().out

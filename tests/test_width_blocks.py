@@ -1,4 +1,6 @@
-"""Convolutions on blocks of columns: the same codes as before, and which ones are rewritten."""
+"""Operations rewritten for few channels: the same codes as before, and which ones are."""
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import simqat_jax as sq
-from simqat_jax.export.width_blocks import in_width_blocks
+from simqat_jax.export.width_blocks import in_width_blocks, pooling_rows_first
 
 
 def converted(module, shape):
@@ -61,6 +63,36 @@ def test_which_convolutions_are_rewritten(layer, shape, kinds):
     changed = in_width_blocks(model, {1: 4, 2: 4, 3: 4})
     assert [op.kind for op in changed.ops] == kinds
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
+
+
+class Pool(nn.Module):
+    window: tuple
+    strides: tuple
+    padding: Any
+    features: int = 5
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(self.features, (1, 1))(x)
+        return nn.max_pool(x, self.window, self.strides, self.padding)
+
+
+@pytest.mark.parametrize(
+    "window, strides, padding",
+    [((2, 2), (2, 2), "VALID"), ((3, 2), (1, 2), "SAME"), ((2, 3), (2, 1), ((1, 0), (2, 1)))],
+)
+def test_pooling_rows_first(window, strides, padding):
+    model, codes = converted(Pool(window, strides, padding), (9, 11, 2))
+    changed = pooling_rows_first(model, 16)
+    pools = [op.attributes["window"] for op in changed.ops if op.kind == "max_pool"]
+    assert pools == [(1, window[0], 1, 1), (1, 1, window[1], 1)]
+    np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
+
+
+@pytest.mark.parametrize("model", [Pool((2, 2), (2, 2), "VALID", 16), Pool((1, 2), (1, 2), "SAME")])
+def test_other_pooling_stays(model):
+    model, _ = converted(model, (8, 8, 2))
+    assert pooling_rows_first(model, 16).ops == model.ops
 
 
 @pytest.mark.parametrize("suffix, export", [("onnx", sq.export_onnx), ("tflite", sq.export_tflite)])

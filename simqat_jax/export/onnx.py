@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.export.onnx_graph import FIRST, LAST, Writer, shift
-from simqat_jax.export.width_blocks import in_width_blocks
+from simqat_jax.export.width_blocks import in_width_blocks, pooling_rows_first
 from simqat_jax.integer_model import IntegerModel, atomic_file
 from simqat_jax.integer_operations import Op, Tensor
 
@@ -30,7 +30,8 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
       that cannot be written, with its path; additions that mirror another runtime.
     Source: ONNX operators, opset 19.
     """
-    writer = Writer(in_width_blocks(model, _BLOCKS), integer_io)
+    fast = pooling_rows_first(in_width_blocks(model, _BLOCKS), 16)
+    writer = Writer(fast, integer_io)
     data = writer.model_bytes(_write)
     with atomic_file(path) as file:
         file.write(data)
@@ -107,16 +108,14 @@ def _weights(w: Writer, op: Op, kernel: np.ndarray, axis: int, tensor: Tensor) -
         )
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
-    names = [
-        [w.initializer(codes, f"{op.path}/codes"), w.initializer(scales, f"{op.path}/scales")]
-        for codes, scales in ((kernel, scale), (op.arrays["bias"], unit))
-    ]
-    # ONNX Runtime fuses no Gemm whose kernel has no zero points.
-    names[0].append(w.initializer(np.zeros(scale.shape, np.int8), f"{op.path}/zeros"))
-    axes = (axis, 0)
+    parts = ({"kernel": kernel, "scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
+    if op.kind == "dense":  # ONNX Runtime fuses no Gemm whose kernel has no zero points
+        parts[0]["zero"] = np.zeros(scale.shape, np.int8)
+    names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
+    axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
     return [
-        w.node("DequantizeLinear", inputs, op.path, axis=channel)
-        for inputs, channel in zip(names, axes, strict=True)
+        w.node("DequantizeLinear", inputs, op.path, **given)
+        for inputs, given in zip(names, axes, strict=True)
     ]
 
 

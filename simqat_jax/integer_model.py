@@ -66,9 +66,8 @@ class IntegerModel:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights and constants."""
-        arrays = [a for op in self.ops for a in op.arrays.values()]
-        arrays += [t.value for t in self.tensors if t.value is not None]
-        return sum(a.nbytes for a in arrays)
+        constants = [t.value for t in self.tensors if t.value is not None]
+        return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
 
     # Running ---------------------------------------------------------------------------------
 
@@ -218,7 +217,7 @@ class IntegerModel:
         table += [self._input_row(i) for i in self.inputs]
         for op in self.ops:
             tensor = self.tensors[op.outputs[0]]
-            size = sum(a.nbytes for a in op.arrays.values())
+            size = op.nbytes
             kind = (
                 "float (dequantized, computed, quantized again)" if op.kind == "float" else op.kind
             )

@@ -121,6 +121,12 @@ class Op:
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     function: Callable[..., Sequence[jax.Array]] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights, and of the constants that `function` holds."""
+        held = self.attributes.get("constant_bytes", 0)
+        return held + sum(a.nbytes for a in self.arrays.values())
+
 
 # Operations --------------------------------------------------------------------------------------
 

@@ -216,7 +216,10 @@ class Lowering:
             self.ids[v] = self.tensor(path, v, None)
             outputs.append(self.ids[v])
         inputs = tuple(map(self.data_id, data))
-        self.ops.append(Op("float", path, inputs, tuple(outputs), {}, {}, function))
+        held = {
+            "constant_bytes": sum(x.nbytes for x in fixed if isinstance(x, jax.Array | np.ndarray))
+        }
+        self.ops.append(Op("float", path, inputs, tuple(outputs), held, {}, function))
 
     # Layers ----------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ def session(path, optimized=None):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -204,6 +205,26 @@ def test_matrix_products(folder, x, y, seed, depth):
     op = Op("dense", "dense", (0,), (1,), {"clamp": [0, 255]}, arrays)
     model = IntegerModel(tensors, [op], [0], [1], 0, "onnx", {})
     compared(model, folder, [rng.integers(0, 256, (64, depth)).astype(np.uint8)])
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_sums_as_large_as_int32_holds(folder, zero_point):
+    depth = integer.MOST // (127 * 255)
+    rng = np.random.default_rng(0)
+    kernel = np.where(rng.random((depth, 16)) < np.linspace(0, 1, 16), 127, -127).astype(np.int8)
+    scale = np.full(16, 2.0**-24, np.float32)
+    arrays = {"kernel": kernel, "scale": scale, "bias": np.zeros(16, np.int32), "multiplier": scale}
+    tensors = [
+        Tensor("x", (-1, depth), "float32", Grid(1.0, zero_point, 0, 255)),
+        Tensor("y", (-1, 16), "float32", Grid(1.0, 128, 0, 255)),
+    ]
+    op = Op("dense", "dense", (0,), (1,), {"clamp": [0, 255]}, arrays)
+    model = IntegerModel(tensors, [op], [0], [1], 0, "onnx", {})
+    codes = np.stack([np.full(depth, 255), np.zeros(depth), rng.integers(0, 256, depth)])
+    compared(model, folder, [codes.astype(np.uint8)])
+    got = np.asarray(model.run_codes(codes.astype(np.uint8)), np.int64)
+    exact = (codes.astype(np.int64) - zero_point) @ kernel.astype(np.int64)
+    np.testing.assert_array_equal(got, np.clip(np.rint(exact * 2.0**-24) + 128, 0, 255))
 
 
 # Bad input ---------------------------------------------------------------------------------------

@@ -229,6 +229,21 @@ def test_matrix_products(folder, x, y, seed, depth, tie):
     compared(model, folder, random_codes(model, 30, seed))
 
 
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_sums_as_large_as_int32_holds(folder, zero_point):
+    depth = integer.MOST // (127 * 255)
+    rng = np.random.default_rng(0)
+    kernel = np.where(rng.random((depth, 16)) < np.linspace(0, 1, 16), 127, -127).astype(np.int8)
+    scale = np.full(16, 2.0**-24, np.float32)
+    arrays = {"kernel": kernel, "scale": scale, "bias": np.zeros(16, np.int32), "multiplier": scale}
+    model = single("dense", ((1.0, zero_point), (1.0, 128)), {}, arrays, (-1, depth), (-1, 16))
+    codes = np.stack([np.full(depth, 255), np.zeros(depth), rng.integers(0, 256, depth)])
+    compared(model, folder, [codes.astype(np.uint8)])
+    got = np.asarray(model.run_codes(codes.astype(np.uint8)), np.int64)
+    exact = (codes.astype(np.int64) - zero_point) @ kernel.astype(np.int64)
+    np.testing.assert_array_equal(got, np.clip(np.rint(exact * 2.0**-24) + 128, 0, 255))
+
+
 @given(
     any_grids,
     any_grids,

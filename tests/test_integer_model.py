@@ -335,3 +335,6 @@ def test_float_parts_are_shown():
     converted = sq.convert(qmodel, {**variables, **updates}, X)
     kinds = [op.kind for op in converted.ops]
     assert kinds[-2:] == ["quantize", "dense"] and "float" in kinds
+    excluded = sum(a.nbytes for a in jax.tree.leaves(variables["params"]["Dense_1"]))
+    assert sum(op.nbytes for op in converted.ops if op.kind == "float") == excluded
+    assert converted.nbytes > excluded

@@ -38,10 +38,24 @@ def export_tflite(
     schema = import_extra("ai_edge_litert.schema_py_generated")
     _check(model)
     written = Writer(in_width_blocks(model, _BLOCKS), schema).model(integer_io, _write)
-    builder = flatbuffers.Builder(1024)
+    builder = _builder(flatbuffers)
     builder.Finish(written.Pack(builder), file_identifier=b"TFL3")
     with atomic_file(path) as file:
         file.write(builder.Output())
+
+
+def _builder(flatbuffers: Any) -> Any:
+    """Return a builder that writes equal vectors once: zero points take 8 bytes a channel."""
+
+    class Builder(flatbuffers.Builder):
+        def CreateNumpyVector(self, x: np.ndarray) -> int:
+            key = (x.dtype.str, x.tobytes())
+            if key not in written:
+                written[key] = super().CreateNumpyVector(x)
+            return written[key]
+
+    written: dict[tuple[str, bytes], int] = {}
+    return Builder(1024)
 
 
 def _write(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:

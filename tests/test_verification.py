@@ -1,8 +1,12 @@
 """`verify` and its command: differing codes are counted, and where they begin is named."""
 
+import platform
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnxruntime
 import pytest
 from zoo import CASES
 
@@ -61,6 +65,32 @@ def test_the_first_layer_that_differs_is_named(data, tmp_path, monkeypatch):
     sq.export_onnx(model, tmp_path / "m.onnx")
     found = sq.verify(model, tmp_path / "m.onnx", data[:4])
     assert found.first_layer == "Conv_1"
+
+
+def test_saturating_sums_are_found_where_the_processor_has_no_vnni():
+    if platform.machine() != "x86_64":
+        assert not verification.onnxruntime_saturates()
+        return
+    if not Path("/proc/cpuinfo").exists():
+        pytest.skip("the processor's instructions are read from /proc/cpuinfo, which is not here")
+    vnni = {"avx512_vnni", "avx_vnni"} & set(Path("/proc/cpuinfo").read_text().split())
+    assert verification.onnxruntime_saturates() == (not vnni)
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_the_exact_option_is_set_where_sums_saturate(saturates, data, tmp_path, monkeypatch):
+    sq.export_onnx(converted("residual", "onnx"), tmp_path / "m.onnx")
+    entries = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, *entry):
+            entries.append(entry)
+            super().add_session_config_entry(*entry)
+
+    monkeypatch.setattr(verification, "onnxruntime_saturates", lambda: saturates)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    sq.open_file(tmp_path / "m.onnx")
+    assert (("session.x64quantprecision", "1") in entries) == saturates
 
 
 def test_the_command(data, tmp_path, capsys):

@@ -5,6 +5,8 @@ import pytest
 from experiments.benchmarks import deploy, train_step
 
 
+# OpenVINO, where it is installed, starts a process of its own.
+@pytest.mark.filterwarnings("ignore:os.fork")
 @pytest.mark.parametrize("model", ["lenet5", "resnet20"])
 def test_deploy(model, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -12,6 +14,8 @@ def test_deploy(model, capsys, tmp_path, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("0 of 80") == 4  # two files and two integer models
     assert len(list(tmp_path.iterdir())) == 4
+    if model == "lenet5":  # 61,470 weights
+        assert all(file.stat().st_size <= 70_000 for file in tmp_path.glob("int8.*"))
 
 
 def test_train_step(capsys):

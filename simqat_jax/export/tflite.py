@@ -14,7 +14,7 @@ from simqat_jax.export.width_blocks import in_width_blocks
 from simqat_jax.integer_model import IntegerModel, atomic_file
 from simqat_jax.integer_operations import Grid, Op
 
-_BLOCKS = {1: 4, 2: 2, 3: 2}  # channels and columns of a block, the fastest in LiteRT 2.3
+_BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast in LiteRT 2.3
 
 
 def export_tflite(
@@ -45,7 +45,7 @@ def export_tflite(
 
 
 def _builder(flatbuffers: Any) -> Any:
-    """Return a builder that writes equal vectors once: zero points take 8 bytes a channel."""
+    """Return a builder that writes equal arrays once: zero points take 8 bytes a channel."""
 
     class Builder(flatbuffers.Builder):
         def CreateNumpyVector(self, x: np.ndarray) -> int:
@@ -401,7 +401,7 @@ def _table(w: Writer, op: Op, x: Codes, y: Codes) -> None:
         types = {"outDataType": w.tensors[cast].type, "inDataType": w.tensors[source].type}
         w.emit("CAST", [source], cast, **types)
         source = cast
-    held = w.code_constant(f"{op.path}/table", entries + y.grid.offset, y.grid)
+    held = w.code_constant(entries + y.grid.offset, y.grid)
     w.emit("GATHER", [held.index, source], y.index, axis=0, batchDims=0)
 
 
@@ -433,7 +433,7 @@ def _max_pool(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     def pad(x: Codes, window: _Window) -> Codes:
         padding = [(0, 0), *window.padding, (0, 0)]
         y = w.codes(f"{op.path}/padded", _grown(x.shape, padding), x.grid)
-        _pad_codes(w, x, padding, y, w.code_constant("least", x.grid.offset - 128, x.grid))
+        _pad_codes(w, x, padding, y, w.code_constant(x.grid.offset - 128, x.grid))
         return y
 
     _windowed(w, op, x, y, window, emit, pad)

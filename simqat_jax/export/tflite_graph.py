@@ -17,7 +17,7 @@ _OPERATORS = {
     "CONCATENATION": ("ConcatenationOptions", 2),
     "CONV_2D": ("Conv2DOptions", 3),
     "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
-    "DEQUANTIZE": ("DequantizeOptions", 2),
+    "DEQUANTIZE": (None, 2),
     "DIV": ("DivOptions", 1),
     "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
     "GATHER": ("GatherOptions", 2),
@@ -28,7 +28,7 @@ _OPERATORS = {
     "MUL": ("MulOptions", 2),
     "PAD": ("PadOptions", 2),
     "PADV2": ("PadV2Options", 2),
-    "QUANTIZE": ("QuantizeOptions", 1),
+    "QUANTIZE": (None, 1),
     "REDUCE_MAX": ("ReducerOptions", 2),
     "REDUCE_MIN": ("ReducerOptions", 2),
     "RESHAPE": ("ReshapeOptions", 1),
@@ -78,7 +78,7 @@ class Writer:
         inputs = [self.input(self.source.tensors[i], i, integer_io) for i in self.source.inputs]
         for i, tensor in enumerate(self.source.tensors):
             if tensor.value is not None and tensor.grid is not None:
-                self.values[i] = self.code_constant(tensor.name, tensor.value, tensor.grid)
+                self.values[i] = self.code_constant(tensor.value, tensor.grid)
         for op in self.source.ops:
             tensor = self.source.tensors[op.outputs[0]]
             assert tensor.grid is not None
@@ -91,7 +91,6 @@ class Writer:
     def packed(self, inputs: list[int], outputs: list[int]) -> Any:
         s = self.schema
         subgraph, signature, model = s.SubGraphT(), s.SignatureDefT(), s.ModelT()
-        subgraph.name = "main"
         subgraph.tensors, subgraph.operators = self.tensors, self.operators
         subgraph.inputs, subgraph.outputs = inputs, outputs
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
@@ -121,7 +120,7 @@ class Writer:
 
     def tensor(
         self,
-        name: str,
+        name: str | None,
         shape: Sequence[int],
         dtype: Any,
         scale: Any = None,
@@ -131,9 +130,9 @@ class Writer:
     ) -> int:
         s, tensor = self.schema, self.schema.TensorT()
         tensor.name, tensor.type = name, getattr(s.TensorType, _TYPES[np.dtype(dtype).type])
-        tensor.shape = [abs(d) for d in shape]
+        tensor.shape = np.abs(np.asarray(shape, np.int32))
         if any(d < 0 for d in shape):
-            tensor.shapeSignature = [-1 if d < 0 else d for d in shape]
+            tensor.shapeSignature = np.maximum(np.asarray(shape, np.int32), -1)
         if scale is not None:
             scale = np.atleast_1d(np.asarray(scale, np.float32))
             tensor.quantization = s.QuantizationParametersT()
@@ -149,18 +148,19 @@ class Writer:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def constant(self, value: Any, dtype: Any = np.int32, name: str = "", **grid: Any) -> int:
+    def constant(self, value: Any, dtype: Any = np.int32, **grid: Any) -> int:
+        """Return a tensor without a name: its one reader has one."""
         value = np.asarray(value, dtype)
-        return self.tensor(name or "constant", value.shape, dtype, value=value, **grid)
+        return self.tensor(None, value.shape, dtype, value=value, **grid)
 
     def codes(self, name: str, shape: Sequence[int], grid: Grid) -> Codes:
         index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
         return Codes(index, tuple(shape), grid)
 
-    def code_constant(self, name: str, codes: Any, grid: Grid) -> Codes:
+    def code_constant(self, codes: Any, grid: Grid) -> Codes:
         value = np.asarray(codes, np.int32) - grid.offset
         quantized = {"scale": grid.scale, "zero_point": grid.stored_zero}
-        return Codes(self.constant(value, np.int8, name, **quantized), value.shape, grid)
+        return Codes(self.constant(value, np.int8, **quantized), value.shape, grid)
 
     def weights(
         self, op: Op, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray, axis: int
@@ -170,8 +170,8 @@ class Writer:
         self.check_ratio(op, unit / np.float32(y.grid.scale), 0.0)
         bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
         return [
-            self.constant(kernel, np.int8, f"{op.path}/kernel", scale=scale, axis=axis),
-            self.constant(bias, np.int32, f"{op.path}/bias", scale=unit),
+            self.constant(kernel, np.int8, scale=scale, axis=axis),
+            self.constant(bias, np.int32, scale=unit),
         ]
 
     def check_ratio(self, op: Op, ratios: Any, least: float, most: float = 256.0) -> None:
@@ -221,7 +221,7 @@ class Writer:
         for position, (name, end) in enumerate(needed):
             last = position == len(needed) - 1
             out = y if last else self.codes("clipped", x.shape, x.grid)
-            bound = self.code_constant("bound", end + x.grid.offset, x.grid)
+            bound = self.code_constant(end + x.grid.offset, x.grid)
             self.emit(name, [x.index, bound.index], out.index)
             x = out
         if not needed:
@@ -231,8 +231,8 @@ class Writer:
         if y is None and x.shape == tuple(shape):
             return x
         y = y or self.codes("reshaped", shape, x.grid)
-        target = [-1 if d < 0 else d for d in shape]
-        self.emit("RESHAPE", [x.index, self.constant(target)], y.index, newShape=target)
+        target = np.maximum(np.asarray(shape, np.int32), -1)
+        self.emit("RESHAPE", [x.index], y.index, newShape=target)
         return y
 
     def strided_slice(
@@ -276,9 +276,9 @@ class Writer:
         QUANTIZE alone multiplies with the rounded inverse of the scale, and so rounds values in
         the middle between two codes, which normalized images often are, to either of them.
         """
-        scale = self.constant(codes.grid.scale, np.float32, "scale")
+        scale = self.constant(codes.grid.scale, np.float32)
         for name in ("DIV", "ROUND", "MUL"):
-            result = self.tensor(f"{name.lower()}", shape, np.float32)
+            result = self.tensor(name.lower(), shape, np.float32)
             self.emit(name, [real] if name == "ROUND" else [real, scale], result)
             real = result
         limits = (codes.grid.qmin - codes.grid.offset, codes.grid.qmax - codes.grid.offset)

@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test lint docs
+.PHONY: venv quickstart test notebooks lint docs
 
 venv: .venv/.installed
 
@@ -17,6 +17,11 @@ quickstart: venv  ## float LeNet5, its quantized twin, its two int8 files, on em
 
 test: venv
 	$(RUN) -m pytest -n 2
+
+notebooks: venv  ## run them; the second one only where TFDS_DATA_DIR says where CIFAR-10 is
+	$(if $(TFDS_DATA_DIR),,@echo "02_cifar10_resnet.ipynb is skipped: TFDS_DATA_DIR is not set.")
+	$(RUN) -m pytest --nbmake --nbmake-timeout=1200 -p no:xdist \
+	  notebooks/01_mnist_lenet5.ipynb $(if $(TFDS_DATA_DIR),notebooks/02_cifar10_resnet.ipynb)
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -213,6 +213,31 @@ def mobilenetv2_cifar10() -> Experiment:
     return _cifar10_on_gpu("mobilenetv2_cifar10", MobileNetV2)
 
 
+def mobilenetv2_strided_cifar10() -> Experiment:
+    """MobileNetV2 with its ImageNet strides on CIFAR-10, short enough for two CPU cores.
+
+    python -m experiments.train --config mobilenetv2_strided_cifar10 --phases float qat_finetune
+
+    Images are 16 pixels wide behind the stem and one behind the last blocks: a check of the
+    operations, not of what the architecture can reach.
+
+    Expected: see the table in experiments/README.md.
+    """
+    return Experiment(
+        config="mobilenetv2_strided_cifar10",
+        model=functools.partial(MobileNetV2, cifar_stem=False),
+        data="cifar10",
+        batch_size=64,
+        epochs=3,
+        finetune_epochs=2,
+        learning_rate=0.05,
+        finetune_learning_rate=0.005,
+        schedule="cosine",
+        warmup_epochs=1,
+        weight_decay=1e-4,
+    )
+
+
 def resnet50_imagenet() -> Experiment:
     """ResNet-50 on ImageNet 2012, the source system's recipe on one device; for a GPU.
 
@@ -245,6 +270,7 @@ CONFIGS: dict[str, Callable[[], Experiment]] = {
     "resnet18_cifar10": resnet18_cifar10,
     "resnet50_cifar10": resnet50_cifar10,
     "mobilenetv2_cifar10": mobilenetv2_cifar10,
+    "mobilenetv2_strided_cifar10": mobilenetv2_strided_cifar10,
     "resnet50_imagenet": resnet50_imagenet,
 }
 

@@ -17,10 +17,11 @@ from simqat_jax.numerics import (
     QuantParams,
     along_channel,
     dequantize,
+    quant_params,
     rounded_product,
     true_divide,
 )
-from simqat_jax.planning import Step
+from simqat_jax.planning import Quantizer, Step
 from simqat_jax.replay import pointwise
 
 _FREE = (-math.inf, math.inf)
@@ -109,6 +110,61 @@ def deployed_layer(
     folded = quantize(scaled_kernel(kernel, folding_scale(norm)))
     alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
     return folded._replace(codes=jnp.where(alive, folded.codes, 0.0)), shift
+
+
+def deployed_arrays(
+    step: Step,
+    quantizer: Quantizer,
+    bn_fold: str,
+    values: Sequence[Mapping[str, jax.Array]],
+    state: Any,
+    mask: jax.Array | None,
+    x_scale: jax.Array,
+    y_scale: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return a layer's real bias and its integer arrays: kernel, scale, bias and multiplier.
+
+    Of `step` nothing counts but the number of features and the epsilon of a BatchNorm: layers that
+    have these in common share one compiled function.
+
+    Args:
+      step: the layer and what is fused behind it.
+      quantizer: of its kernel.
+      bn_fold: the mode.
+      values: for each node of the step its parameters and statistics, by name, real units.
+      state: the kernel's RangeState; None: the range is that of the present values.
+      mask: of the kernel, or None.
+      x_scale: real units per code of the input.
+      y_scale: those of the output.
+    """
+
+    def quantized(kernel: jax.Array) -> Codes:
+        flat = jnp.asarray(kernel).reshape(-1, quantizer.num_channels or 1)
+        if state is not None:
+            lo, hi = jnp.asarray(state.lo), jnp.asarray(state.hi)
+        else:
+            axis = None if quantizer.num_channels is None else 0
+            hi = jnp.max(jnp.abs(flat), axis=axis)
+            lo = -hi
+        params = quant_params(lo, hi, quantizer.spec)
+        codes = integer.centered_codes(flat, params, quantizer.spec)
+        return Codes(codes.reshape(kernel.shape), params, quantizer.spec)
+
+    layer = deployed_layer(step, values, quantized, bn_fold)
+    assert layer is not None
+    kernel, bias = layer
+    codes = kernel.codes if mask is None else kernel.codes * mask
+    features = step.node.layer.module.features  # type: ignore[union-attr]
+    count = features if isinstance(features, int) else math.prod(features)
+    scale = jnp.broadcast_to(kernel.params.scale, (count,))
+    unit = x_scale * scale
+    bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
+    return bias, {
+        "kernel": codes.astype(np.int8 if quantizer.spec.num_bits <= 8 else np.int16),
+        "scale": scale,
+        "bias": integer.integer_bias(bias, unit),
+        "multiplier": true_divide(unit, y_scale),
+    }
 
 
 def _linear(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -16,7 +17,7 @@ from simqat_jax import replay
 from simqat_jax.config import SimQATConfig
 from simqat_jax.folding import batch_norm_state, running_affine
 from simqat_jax.graph import Constant, Node, Operand
-from simqat_jax.integer_forms import channel_affine, deployed_layer, lookup_table
+from simqat_jax.integer_forms import channel_affine, deployed_arrays, lookup_table
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
 from simqat_jax.numerics import QuantParams, quant_params, quantize, rounded_product, true_divide
@@ -81,6 +82,7 @@ class Lowering:
         self.tensors: list[Tensor] = []
         self.ops: list[Op] = []
         self.ids: dict[int, int] = {}
+        self.programs: dict[Any, Callable[..., Any]] = {}
 
     def model(self, restore: Callable[[Sequence[Any]], Any]) -> IntegerModel:
         inputs = []
@@ -251,49 +253,21 @@ class Lowering:
 
     def deployed(self, step: Step) -> dict[str, np.ndarray]:
         """Return a layer's kernel codes, and for each channel its scale, bias and multiplier."""
-        node = step.node
-        quantizer = self.placement.weights[node.layer.path]  # type: ignore[union-attr]
-        module: Any = node.layer.module  # type: ignore[union-attr]
-
-        def quantized(kernel: jax.Array, state: Any) -> integer.Codes:
-            flat = jnp.asarray(kernel).reshape(-1, quantizer.num_channels or 1)
-            if state is not None:
-                lo, hi = jnp.asarray(state.lo), jnp.asarray(state.hi)
-            else:
-                axis = None if quantizer.num_channels is None else 0
-                hi = jnp.max(jnp.abs(flat), axis=axis)
-                lo = -hi
-            params = quant_params(lo, hi, quantizer.spec)
-            codes = integer.centered_codes(flat, params, quantizer.spec)
-            return integer.Codes(codes.reshape(kernel.shape), params, quantizer.spec)
-
-        # One program: hundreds of eager operations take longer to compile than to run.
-        @jax.jit
-        def arrays(values: Any, state: Any, x_scale: jax.Array, y_scale: jax.Array) -> Any:
-            layer = deployed_layer(
-                step, values, lambda kernel: quantized(kernel, state), self.config.bn_fold
+        quantizer = self.placement.weights[step.node.layer.path]  # type: ignore[union-attr]
+        module: Any = step.node.layer.module  # type: ignore[union-attr]
+        norm: Any = step.batch_norm and step.batch_norm.layer
+        # Layers that are alike share one compiled program: most of the time goes into compiling.
+        key = (module.features, quantizer.num_channels, norm and norm.module.epsilon)
+        if key not in self.programs:
+            self.programs[key] = jax.jit(
+                partial(deployed_arrays, step, quantizer, self.config.bn_fold)
             )
-            assert layer is not None
-            kernel, bias = layer
-            codes = kernel.codes
-            if getattr(module, "mask", None) is not None:
-                codes = codes * module.mask
-            features = module.features
-            count = features if isinstance(features, int) else math.prod(features)
-            scale = jnp.broadcast_to(kernel.params.scale, (count,))
-            unit = x_scale * scale
-            bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
-            return bias, {
-                "kernel": codes.astype(_weight_dtype(quantizer)),
-                "scale": scale,
-                "bias": integer.integer_bias(bias, unit),
-                "multiplier": true_divide(unit, y_scale),
-            }
-
         values = [self.named_values(n) for n in step.nodes if n.layer is not None]
         state = as_range_state(self.stats[quantizer.name]) if quantizer.has_state else None
+        mask = getattr(module, "mask", None)
         x_scale, y_scale = self.in_params(step)[0].scale, self.out_params(step)[0].scale
-        bias, made = jax.device_get(arrays(values, state, x_scale, y_scale))
+        program = self.programs[key]
+        bias, made = jax.device_get(program(values, state, mask, x_scale, y_scale))
         self.check_bias(step, bias, np.float32(x_scale) * made["scale"])
         return made
 
@@ -601,10 +575,6 @@ class Lowering:
 def _grid(params: QuantParams, quantizer: Quantizer) -> Grid:
     spec = quantizer.spec
     return Grid(float(params.scale), int(params.zero_point), spec.qmin, spec.qmax)
-
-
-def _weight_dtype(quantizer: Quantizer) -> Any:
-    return np.int8 if quantizer.spec.num_bits <= 8 else np.int16
 
 
 def _window(params: Mapping[str, Any]) -> dict[str, Any]:

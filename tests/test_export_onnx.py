@@ -9,14 +9,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from zoo import CASES
 
 import simqat_jax as sq
-from simqat_jax import integer_arithmetic as integer
-from simqat_jax.integer_model import IntegerModel
-from simqat_jax.integer_operations import Grid, Op, Tensor
 
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="onnx")
@@ -120,111 +115,6 @@ def test_narrow_widths(num_bits, symmetric, tmp_path):
     model = converted(case, config)
     sq.export_onnx(model, tmp_path / "m.onnx", integer_io=True)
     assert differences(model, session(tmp_path / "m.onnx"), [2 * case.args[0]]) == 0
-
-
-# Single operations, with any grids ---------------------------------------------------------------
-
-
-def single(kind, grids, attributes, arrays=None, shape=(-1, 16)):
-    """An integer model of one operation."""
-    tensors = [
-        Tensor(f"t{n}", shape, "float32", Grid(float(np.float32(s)), z, 0, 255))
-        for n, (s, z) in enumerate(grids)
-    ]
-    last = len(grids) - 1
-    op = Op(
-        kind, kind, tuple(range(last)), (last,), {"clamp": [0, 255], **attributes}, arrays or {}
-    )
-    return IntegerModel(tensors, [op], range(last), [last], 0, "onnx", {})
-
-
-grids = st.tuples(st.floats(0.003, 0.3), st.integers(0, 255))
-
-
-def compared(model, folder, arrays):
-    sq.export_onnx(model, folder / "single.onnx", integer_io=True)
-    (got,) = run(session(folder / "single.onnx"), arrays)
-    np.testing.assert_array_equal(model.run_codes(*arrays), got)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("single")
-
-
-@given(grids, grids, grids, st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
-def test_additions(folder, a, b, c, seed):
-    params = [sq.QuantParams(jnp.float32(s), jnp.int32(z)) for s, z in (a, b, c)]
-    multipliers = [float(m) for m in integer.add_onnxruntime_multipliers(*params)]
-    model = single("add_onnx", (a, b, c), {"multipliers": multipliers})
-    codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
-    compared(model, folder, list(codes))
-
-
-@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
-@settings(max_examples=10, deadline=None)
-def test_additions_that_tie(folder, za, zb, zc):
-    """Every second sum lies halfway between two codes."""
-    test_additions.hypothesis.inner_test(folder, (0.25, za), (0.25, zb), (0.5, zc), za)
-
-
-@given(grids, grids, grids, st.integers(0, 2**31))
-@settings(max_examples=20, deadline=None)
-def test_differences_and_products(folder, a, b, c, seed):
-    codes = np.random.default_rng(seed).integers(0, 256, (2, 500, 16)).astype(np.uint8)
-    compared(single("sub_onnx", (a, b, c), {}), folder, list(codes))
-    multiplier = np.float32(a[0]) * np.float32(b[0]) / np.float32(c[0])
-    compared(single("mul_onnx", (a, b, c), {}, {"multiplier": multiplier}), folder, list(codes))
-
-
-@given(st.integers(0, 255), st.integers(0, 255), st.integers(0, 255))
-@settings(max_examples=10, deadline=None)
-def test_differences_and_products_that_tie(folder, za, zb, zc):
-    test_differences_and_products.hypothesis.inner_test(
-        folder, (0.25, za), (0.5, zb), (0.25, zc), za
-    )
-
-
-@given(grids, grids, st.integers(0, 2**31), st.integers(1, 300))
-@settings(max_examples=20, deadline=None)
-def test_matrix_products(folder, x, y, seed, depth):
-    rng = np.random.default_rng(seed)
-    scale = rng.uniform(0.001, 0.02, 16).astype(np.float32)
-    unit = np.float32(x[0]) * scale
-    arrays = {
-        "kernel": rng.integers(-127, 128, (depth, 16)).astype(np.int8),
-        "scale": scale,
-        "bias": rng.integers(-5000, 5000, 16).astype(np.int32),
-        "multiplier": unit / np.float32(y[0]),
-    }
-    tensors = [
-        Tensor("x", (-1, depth), "float32", Grid(float(np.float32(x[0])), x[1], 0, 255)),
-        Tensor("y", (-1, 16), "float32", Grid(float(np.float32(y[0])), y[1], 0, 255)),
-    ]
-    op = Op("dense", "dense", (0,), (1,), {"clamp": [0, 255]}, arrays)
-    model = IntegerModel(tensors, [op], [0], [1], 0, "onnx", {})
-    compared(model, folder, [rng.integers(0, 256, (64, depth)).astype(np.uint8)])
-
-
-@pytest.mark.parametrize("zero_point", [0, 128, 255])
-def test_sums_as_large_as_int32_holds(folder, zero_point):
-    depth = integer.MOST // (127 * 255)
-    rng = np.random.default_rng(0)
-    kernel = np.where(rng.random((depth, 16)) < np.linspace(0, 1, 16), 127, -127).astype(np.int8)
-    scale = np.full(16, 2.0**-24, np.float32)
-    arrays = {"kernel": kernel, "scale": scale, "bias": np.zeros(16, np.int32), "multiplier": scale}
-    tensors = [
-        Tensor("x", (-1, depth), "float32", Grid(1.0, zero_point, 0, 255)),
-        Tensor("y", (-1, 16), "float32", Grid(1.0, 128, 0, 255)),
-    ]
-    op = Op("dense", "dense", (0,), (1,), {"clamp": [0, 255]}, arrays)
-    model = IntegerModel(tensors, [op], [0], [1], 0, "onnx", {})
-    codes = np.stack([np.full(depth, 255), np.zeros(depth), rng.integers(0, 256, depth)])
-    compared(model, folder, [codes.astype(np.uint8)])
-    got = np.asarray(model.run_codes(codes.astype(np.uint8)), np.int64)
-    exact = (codes.astype(np.int64) - zero_point) @ kernel.astype(np.int64)
-    np.testing.assert_array_equal(got, np.clip(np.rint(exact * 2.0**-24) + 128, 0, 255))
 
 
 # Bad input ---------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def trained(workload: Workload, backend: Any) -> tuple[sq.QuantizedModule, Any, 
     )
     for start in range(0, 64, 8):
         variables = {**variables, **step(variables, images[start : start + 8])}
-    return qmodel, variables, images
+    return qmodel, jax.block_until_ready(variables), images
 
 
 def _peak(function: Callable[[], Any]) -> tuple[Any, float, int | None]:

@@ -256,9 +256,14 @@ def _spatial_window(op: Op) -> tuple[list[int], list[int], list[int]]:
 
 def _max_pool(w: Writer, op: Op) -> None:
     window, strides, pads = _spatial_window(op)
+    x, half = w.get(op.inputs[0], FIRST), len(window)
+    if any(pad >= length for pad, length in zip(pads, 2 * window, strict=True)):
+        # MaxPool pads less than its window. Pad pads with the lowest code, 0.
+        ends = w.ints([0, 0, *pads[:half], 0, 0, *pads[half:]], op.path)
+        x, pads = w.node("Pad", [x, ends], op.path), [0] * len(pads)
     name = w.node(
         "MaxPool",
-        [w.get(op.inputs[0], FIRST)],
+        [x],
         op.path,
         kernel_shape=window,
         strides=strides,

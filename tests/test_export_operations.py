@@ -1,0 +1,236 @@
+"""Each operation alone, with any grids: both runtimes compute the integer model's codes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from single_operations import grids, layer, random_codes, seeds, single
+
+import simqat_jax as sq
+from simqat_jax import integer_arithmetic as integer
+from simqat_jax.integer_model import IntegerModel
+from simqat_jax.integer_operations import Grid, Op, Tensor
+
+both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
+
+
+def compared(model, folder, codes):
+    """Write the model, run the file, and compare all codes."""
+    path = folder / f"single.{model.backend}"
+    export = sq.export_onnx if model.backend == "onnx" else sq.export_tflite
+    export(model, path, integer_io=True)
+    file = sq.open_file(path, threads=1)
+    dtype = np.uint8 if model.backend == "onnx" else np.int8
+
+    def stored(values, i):
+        grid = model.tensors[i].grid
+        return (np.asarray(values, np.int32) + file.offset(grid)).astype(dtype)
+
+    got = file.run([stored(c, i) for c, i in zip(codes, model.inputs, strict=True)])
+    (want,) = [stored(model.run_codes(*codes), i) for i in model.outputs]
+    np.testing.assert_array_equal(got[0], want)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("single")
+
+
+# Sums and products of tensors --------------------------------------------------------------------
+
+
+def addition(backend, a, b, c, subtract=False, clamp=(0, 255)):
+    if backend == "onnx" and subtract:
+        return single(backend, "sub_onnx", (a, b, c), {}, clamp=clamp)
+    if backend == "onnx":
+        params = [sq.QuantParams(jnp.float32(s), jnp.int32(z)) for s, z in (a, b, c)]
+        multipliers = [float(m) for m in integer.add_onnxruntime_multipliers(*params)]
+        return single(backend, "add_onnx", (a, b, c), {"multipliers": multipliers}, clamp=clamp)
+    scales = [jnp.float32(s) for s, _ in (a, b, c)]
+    signs = (scales[0], -scales[1] if subtract else scales[1])
+    multipliers = [int(m) for m in integer.add_multipliers(signs, scales[2])]
+    return single(backend, "add", (a, b, c), {"multipliers": multipliers}, clamp=clamp)
+
+
+@both
+@given(grids, grids, grids, seeds, st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_additions(backend, folder, a, b, c, seed, subtract):
+    codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
+    compared(addition(backend, a, b, c, subtract, (seed % 100, 255)), folder, list(codes))
+
+
+@both
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize("zeros", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (3, 130, 77)])
+def test_additions_that_tie(backend, folder, zeros, subtract):
+    """Every second sum of all pairs of codes lies halfway between two codes."""
+    a, b, c = zip((0.25, 0.25, 0.5), zeros, strict=True)
+    pairs = np.indices((256, 256)).reshape(2, -1, 16).astype(np.uint8)
+    compared(addition(backend, a, b, c, subtract), folder, list(pairs))
+
+
+@both
+@given(grids, grids, grids, seeds)
+@settings(max_examples=20, deadline=None)
+def test_products(backend, folder, a, b, c, seed):
+    multiplier = np.float32(a[0]) * np.float32(b[0]) / np.float32(c[0])
+    codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
+    kind = "mul_onnx" if backend == "onnx" else "mul"
+    arrays = {"multiplier": multiplier}
+    model = single(backend, kind, (a, b, c), {}, arrays, clamp=(seed % 100, 200))
+    compared(model, folder, list(codes))
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+
+@both
+@given(grids, grids, seeds, st.integers(1, 300), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_matrix_products(backend, folder, x, y, seed, depth, tie):
+    arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie)
+    shapes = (-1, 2, depth), (-1, 2, 16)
+    model = single(backend, "dense", (x, y), {}, arrays, *shapes, (seed % 100, 255))
+    compared(model, folder, random_codes(model, 30, seed))
+
+
+@both
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_sums_as_large_as_int32_holds(backend, folder, zero_point):
+    depth = integer.MOST // (127 * 255)
+    rng = np.random.default_rng(0)
+    kernel = np.where(rng.random((depth, 16)) < np.linspace(0, 1, 16), 127, -127).astype(np.int8)
+    scale = np.full(16, 2.0**-24, np.float32)
+    arrays = {"kernel": kernel, "scale": scale, "bias": np.zeros(16, np.int32), "multiplier": scale}
+    ends = ((1.0, zero_point), (1.0, 128))
+    model = single(backend, "dense", ends, {}, arrays, (-1, depth), (-1, 16))
+    codes = np.stack([np.full(depth, 255), np.zeros(depth), rng.integers(0, 256, depth)])
+    compared(model, folder, [codes.astype(np.uint8)])
+    got = np.asarray(model.run_codes(codes.astype(np.uint8)), np.int64)
+    exact = (codes.astype(np.int64) - zero_point) @ kernel.astype(np.int64)
+    np.testing.assert_array_equal(got, np.clip(np.rint(exact * 2.0**-24) + 128, 0, 255))
+
+
+@both
+@given(
+    grids,
+    grids,
+    seeds,
+    st.sampled_from([(1, 4, 6), (2, 4, 6), (4, 4, 8), (1, 1, 3), (1, 3, 16), (1, 70, 5)]),
+    st.tuples(*[st.integers(1, 3)] * 6),
+    st.tuples(*[st.integers(0, 2)] * 4),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie):
+    groups, features, out = channels
+    lengths, strides, dilation = window[:2], window[2:4], window[4:]
+    pads = [list(padding[:2]), list(padding[2:])]
+    sizes = [
+        (8 + sum(p) - (k - 1) * d - 1) // s + 1
+        for p, k, d, s in zip(pads, lengths, dilation, strides, strict=True)
+    ]
+    arrays = layer(np.random.default_rng(seed), x, y, (*lengths, features // groups, out), tie)
+    attributes = {
+        "strides": list(strides),
+        "padding": pads,
+        "pad_mode": "constant",
+        "input_dilation": [1, 1],
+        "kernel_dilation": list(dilation),
+        "groups": groups,
+    }
+    shape, out_shape = (-1, 8, 8, features), (-1, *sizes, out)
+    model = single(backend, "conv", (x, y), attributes, arrays, shape, out_shape, (y[1], 255))
+    compared(model, folder, random_codes(model, 2, seed))
+
+
+@both
+@given(grids, grids, seeds, st.sampled_from([(-1, 9), (-1, 3, 9), (-1, 2, 3, 9)]))
+@settings(max_examples=15, deadline=None)
+def test_batch_norms(backend, folder, x, y, seed, shape):
+    arrays = layer(np.random.default_rng(seed), x, y, (9,), seed % 2)
+    arrays["kernel"] = np.sign(arrays["kernel"]) * np.int8(127)
+    model = single(backend, "affine", (x, y), {}, arrays, shape)
+    compared(model, folder, random_codes(model, 20, seed))
+
+
+# Sums, pooling -----------------------------------------------------------------------------------
+
+
+@both
+@given(
+    grids,
+    grids,
+    seeds,
+    st.sampled_from([[1, 2], [1], [2, 3], [1, 3], [1, 2, 3]]),
+    st.sampled_from([None, 1.0, 7.0]),
+)
+@settings(max_examples=30, deadline=None)
+def test_sums(backend, folder, x, y, seed, axes, divisor):
+    shape = (-1, *map(int, np.random.default_rng(seed).integers(1, 8, 3)))
+    divisor = np.float32(divisor or np.prod([shape[a] for a in axes]))
+    multiplier = np.float32(x[0]) / (np.float32(y[0]) * divisor)
+    out = tuple(d for k, d in enumerate(shape) if k not in axes)
+    attributes = {"axes": axes, "count": float(divisor)}
+    model = single(backend, "sum", (x, y), attributes, {"multiplier": multiplier}, shape, out)
+    compared(model, folder, random_codes(model, 50, seed))
+
+
+@both
+@given(grids, grids, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_pooled_sums(backend, folder, x, y, seed, length, stride, pad):
+    size = (6 + 2 * pad - length) // stride + 1
+    attributes = {
+        "window": [1, length, length, 1],
+        "strides": [1, stride, stride, 1],
+        "padding": [[0, 0], [pad, pad], [pad, pad], [0, 0]],
+    }
+    multiplier = np.float32(x[0]) / (np.float32(y[0]) * np.float32(length**2))
+    shape, out = (-1, 6, 6, 5), (-1, size, size, 5)
+    for kind, ends in (("sum_pool", (x, y)), ("max_pool", (x, x))):
+        model = single(backend, kind, ends, attributes, {"multiplier": multiplier}, shape, out)
+        compared(model, folder, random_codes(model, 10, seed))
+
+
+# What moves or maps codes ------------------------------------------------------------------------
+
+
+@both
+@given(grids, st.integers(0, 120), st.integers(121, 255))
+@settings(max_examples=10, deadline=None)
+def test_clips(backend, folder, x, lo, hi):
+    codes = [np.arange(256, dtype=np.uint8).reshape(16, 16)]
+    compared(single(backend, "clip", (x, x), {}, clamp=(lo, hi)), folder, codes)
+
+
+@both
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tables_of_every_code(backend, symmetric, tmp_path):
+    grid = Grid(0.1, 0, -127, 127) if symmetric else Grid(0.1, 9, 0, 255)
+    tensors = [Tensor("x", (-1,), "float32", grid), Tensor("y", (-1,), "float32", grid)]
+    codes = np.arange(grid.qmin, grid.qmax + 1)
+    table = np.random.default_rng(0).permutation(codes).astype(grid.dtype)
+    op = Op("table", "layer", (0,), (1,), {}, {"table": table})
+    model = IntegerModel(tensors, [op], [0], [1], 0, backend, {})
+    compared(model, tmp_path, [codes.astype(grid.dtype)])
+
+
+@both
+@pytest.mark.parametrize("shape, out", [((-1, 4), (-1, 3, 3, 4)), ((-1, 3, 1, 4), (-1, 3, 3, 4))])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_broadcasts(backend, shape, out, multiplied, tmp_path):
+    grid = Grid(0.1, 9, 0, 255)
+    shapes = {"x": shape, "y": out, "wide": out, "product": out}
+    tensors = [Tensor(name, s, "float32", grid) for name, s in shapes.items()]
+    dims = [0, 3] if len(shape) == 2 else [0, 1, 2, 3]
+    ops = [Op("broadcast", "wide", (0,), (2,), {"dimensions": dims})]
+    if multiplied:
+        scale = np.float32(grid.scale)
+        arrays = {"multiplier": scale * scale / scale}
+        kind = "mul_onnx" if backend == "onnx" else "mul"
+        ops.append(Op(kind, "product", (1, 2), (3,), {"clamp": [0, 255]}, arrays))
+    model = IntegerModel(tensors, ops, [0, 1], [3 if multiplied else 2], 0, backend, {})
+    compared(model, tmp_path, random_codes(model, 3))

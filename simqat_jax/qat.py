@@ -146,6 +146,8 @@ class QuantizedModule(nn.Module):
         mutable: Any,
     ) -> Capture:
         floats = {k: v for k, v in variables.items() if k != COLLECTION}
+        if _function(method) is type(self.module).__call__:
+            method = None
         return capture(
             self.module.clone(parent=None, name=None),
             floats,
@@ -164,23 +166,25 @@ class QuantizedModule(nn.Module):
 
     def _stats(self, placement: Placement) -> dict[str, Any]:
         """Return the range of every quantizer; create what is missing where that is allowed."""
-        fresh: dict[str, Any] = {"step": jnp.zeros((), jnp.int32)}
-        fresh |= {
-            name: init_range(q.num_channels, nonnegative=q.nonnegative)
-            for name, q in placement.stateful.items()
-        }
+        names = ["step", *placement.stateful]
         stats = {
             name: state if name == "step" else as_range_state(state)
-            for name in fresh
+            for name in names
             if (state := self.get_variable(COLLECTION, name)) is not None
         }
-        missing = [name for name in fresh if name not in stats]
+        missing = [name for name in names if name not in stats]
         if not self.is_mutable_collection(COLLECTION):
             check_numbers(placement, self.variables.get(COLLECTION, {}))
             check_observed(placement, stats, missing)
         for name in missing:
-            self.put_variable(COLLECTION, name, fresh[name])
-        return fresh | stats
+            quantizer = placement.stateful.get(name)
+            stats[name] = (
+                jnp.zeros((), jnp.int32)
+                if quantizer is None
+                else init_range(quantizer.num_channels, nonnegative=quantizer.nonnegative)
+            )
+            self.put_variable(COLLECTION, name, stats[name])
+        return {name: stats[name] for name in names}
 
     @nn.nowrap
     def plan(

@@ -285,6 +285,7 @@ def test_methods_of_the_float_module(method, x):
     whole = qmodel.apply(variables, x)
     np.testing.assert_array_equal(qmodel.apply(variables, x, method="__call__"), whole)
     np.testing.assert_array_equal(qmodel.apply(variables, x, method=qmodel.__call__), whole)
+    np.testing.assert_array_equal(qmodel.apply(variables, x, method=Coder.__call__), whole)
 
 
 def test_a_method_that_does_not_exist(x):

@@ -2,12 +2,13 @@
 
 import importlib
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from single_operations import random_codes, single
-from zoo import CASES
+from zoo import CASES, Case
 
 import simqat_jax as sq
 from simqat_jax.export import tflite
@@ -93,6 +94,36 @@ def test_every_construct(name, tmp_path):
     runtime = interpreter(tmp_path / "m.tflite")
     for batch in (1, 5):
         assert differences(model, runtime, random_codes(model, batch)) == 0
+
+
+class Residual(nn.Module):
+    """What residual networks are made of, the stem with a padded max pooling."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(8, (7, 7), 2)(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        x = nn.relu(x + nn.Conv(8, (3, 3))(x))
+        x = nn.relu6(nn.Conv(8, (3, 3), 2, ((1, 1), (1, 1)), feature_group_count=8)(x))
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+@pytest.mark.parametrize("integer_io", [False, True])
+def test_xnnpack_takes_the_whole_graph_as_one(integer_io, tmp_path):
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    model = converted(Case(Residual(), (x,), 0, 0))
+    sq.export_tflite(model, tmp_path / "m.tflite", integer_io=integer_io)
+    runtime = interpreter(tmp_path / "m.tflite")
+    runtime.allocate_tensors()
+    ops = runtime._get_ops_details()
+    (whole,) = [op for op in ops if op["op_name"] == "DELEGATE"]
+    between = {i for op in ops if op is not whole for i in op["outputs"]}
+    assert not between & set(whole["inputs"])
+    assert list(whole["outputs"]) == [d["index"] for d in runtime.get_output_details()]
+    if integer_io:
+        assert differences(model, runtime, random_codes(model, 2)) == 0
+    else:
+        np.testing.assert_array_equal(run(runtime, [np.asarray(x)])[0], model(x))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -433,7 +433,9 @@ def _max_pool(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     def pad(x: Codes, window: _Window) -> Codes:
         padding = [(0, 0), *window.padding, (0, 0)]
         y = w.codes(f"{op.path}/padded", _grown(x.shape, padding), x.grid)
-        _pad_codes(w, x, padding, y, w.code_constant(x.grid.offset - 128, x.grid))
+        # XNNPACK pads with zero alone, which behind a ReLU is the lowest code.
+        lowest = w.code_constant(x.grid.offset - 128, x.grid) if x.grid.stored_zero > -128 else None
+        _pad_codes(w, x, padding, y, lowest)
         return y
 
     _windowed(w, op, x, y, window, emit, pad)

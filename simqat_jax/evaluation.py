@@ -140,7 +140,7 @@ class _Run:
         for v, x in results.items():
             quantizer = self.placement.at.get(v)
             if quantizer is None:
-                env[v] = Value(x, self.moved_codes(step, v, operands))
+                env[v] = self.moved(step, v, x, operands)
             elif self.training and step.clamp is not None and v == step.output:
                 ends = _ends(quantizer, unclamped)
                 ends = tuple(jnp.clip(end, *step.clamp.bounds) for end in ends)
@@ -400,6 +400,21 @@ class _Run:
         if grid is None or value.codes is None:
             return None
         return Codes(value.codes, self.grid(grid, value.real), grid.spec)
+
+    def moved(self, step: Step, v: int, x: jax.Array, operands: list[Value]) -> Value:
+        """Return a tensor without a quantizer of its own.
+
+        Values that lie on a grid and change type are made from their codes anew, so that logits of
+        a bfloat16 model that are returned as float32 are those of the integer model.
+        """
+        codes = self.moved_codes(step, v, operands)
+        if codes is None or x.dtype == operands[0].real.dtype:
+            return Value(x, codes)
+        quantizer = self.placement.grids[v]
+        tensor = Codes(codes, self.grid(quantizer, x), quantizer.spec)
+        delay = max(quantizer.spec.quant_delay, self.config.weight.quant_delay)
+        real = straight_through(real_values(tensor).astype(x.dtype), x)
+        return Value(self.after_delay(delay, real, x), codes)
 
     def moved_codes(self, step: Step, v: int, operands: list[Value]) -> jax.Array | None:
         """Return the codes of a tensor that keeps its input's grid, moved as its values are."""

@@ -314,6 +314,7 @@ OPERATIONS: dict[str, Callable[..., jax.Array]] = {
     "broadcast": lambda c, x: lax.broadcast_in_dim(x, c.shape(c.output.shape), c["dimensions"]),
     "slice": _slice,
     "reverse": lambda c, x: lax.rev(x, c["axes"]),
+    "take": lambda c, x: jnp.take(x, np.asarray(c["indices"]), axis=c["axis"]),
     "pad": _pad,
     "move": _move,
     # "quantize" and "float" read real values and are run by the model itself.

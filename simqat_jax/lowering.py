@@ -545,8 +545,30 @@ class Lowering:
                 self.emit(name.removeprefix("reduce_"), step, (x,), v, grid, axes)
             case "reduce_window_max" if not _dilated(params):
                 self.emit("max_pool", step, (x,), v, grid, _window(params))
+            case "gather" if (taken := self.taken(node)) is not None:
+                self.emit("take", step, (x,), v, grid, taken)
             case _:
                 self.move_by_function(step, grid)
+
+    def taken(self, node: Node) -> dict[str, Any] | None:
+        """Return axis and indices of a gather that picks elements along one axis, else None."""
+        x, picked = node.inputs
+        assert isinstance(x, int)
+        if self.is_data(picked):
+            return None
+        numbers, lengths = node.eqn.params["dimension_numbers"], self.graph.avals[x].shape
+        indices, axes = np.asarray(self.value(picked)), numbers.start_index_map
+        others = tuple(a for a in range(len(lengths)) if a not in axes)
+        whole = all(node.eqn.params["slice_sizes"][a] == lengths[a] for a in others)
+        if len(axes) != 1 or numbers.collapsed_slice_dims != axes or indices.ndim != 2:
+            return None
+        if numbers.offset_dims != others or numbers.operand_batching_dims or not whole:
+            return None
+        if self.dims(lengths)[axes[0]] < 0 or not indices.size:
+            return None
+        if not 0 <= indices.min() <= indices.max() < lengths[axes[0]]:
+            return None
+        return {"axis": int(axes[0]), "indices": [int(i) for i in indices[:, 0]]}
 
     def sliced(self, step, x, v, grid, start, limit, strides) -> None:
         attributes = {"start": list(start), "limit": list(limit), "strides": list(strides)}

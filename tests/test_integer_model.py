@@ -60,6 +60,19 @@ def test_every_construct(name, tmp_path):
     )
 
 
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16():
+    def model(x):
+        return nn.Dense(50, dtype=jnp.bfloat16)(x).astype(jnp.float32)
+
+    qmodel, variables, evaluate = trained(case(model, (64, 6), 2, 1))
+    x = jax.random.normal(jax.random.key(3), (64, 6))
+    logits = evaluate(variables, x)
+    assert_same(sq.convert(qmodel, variables, x)(x), logits)
+    assert np.any(np.asarray(logits) != logits.astype(jnp.bfloat16).astype(jnp.float32))
+    gradient = jax.grad(lambda v: qmodel.apply({**variables, "params": v}, x).sum())
+    assert jax.tree.all(jax.tree.map(jnp.any, gradient(variables["params"])))
+
+
 @pytest.mark.parametrize(
     ("activation_bits", "weight_bits", "symmetric"),
     [(3, 2, False), (4, 8, True), (8, 4, False), (8, 8, True), (12, 8, False), (16, 8, False)],

@@ -210,6 +210,16 @@ CASES: dict[str, Case] = {
         3,
         2,
     ),
+    "upsampling": case(
+        between_convs(
+            lambda x: jax.image.resize(x, (x.shape[0], 16, 12, 4), "nearest")[
+                ..., jnp.array([1, 0, 3, 3])
+            ]
+        ),
+        IMAGE,
+        3,
+        2,
+    ),
     "split": case(lambda x: [nn.Dense(2)(p) for p in jnp.split(nn.Dense(6)(x), 2, -1)], ROW, 4, 3),
     "flatten": case(lambda x: nn.Dense(3)(Block(4)(x).reshape(2, -1)), IMAGE, 3, 2),
     "constant per channel": case(

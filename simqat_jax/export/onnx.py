@@ -363,6 +363,13 @@ def _reverse(w: Writer, op: Op) -> None:
     w.put(op.outputs[0], w.node("Slice", [w.get(op.inputs[0], layout), *bounds], op.path), layout)
 
 
+def _take(w: Writer, op: Op) -> None:
+    layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
+    axis = _first(op.attributes["axis"], rank, layout)
+    inputs = [w.get(op.inputs[0], layout), w.ints(op.attributes["indices"], op.path)]
+    w.put(op.outputs[0], w.node("Gather", inputs, op.path, axis=axis), layout)
+
+
 def _pad(w: Writer, op: Op) -> None:
     padding, layout = op.attributes["padding"], w.layout(op)
     if any(inner for _, _, inner in padding):
@@ -399,6 +406,7 @@ _WRITERS: dict[str, Callable[[Writer, Op], None]] = {
     "broadcast": _broadcast,
     "slice": _slice,
     "reverse": _reverse,
+    "take": _take,
     "pad": _pad,
     "quantize": _quantize,
 }

@@ -507,6 +507,11 @@ def _reverse(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     w.emit("REVERSE_V2", [x.index, w.constant([last])], y.index)
 
 
+def _take(w: Writer, op: Op, x: Codes, y: Codes) -> None:
+    axis, indices = op.attributes["axis"], w.constant(op.attributes["indices"])
+    w.emit("GATHER", [x.index, indices], y.index, axis=axis, batchDims=0)
+
+
 def _pad(w: Writer, op: Op, x: Codes, y: Codes) -> None:
     padding = [(lo, hi) for lo, hi, _ in op.attributes["padding"]]
     _check_padding(op, x, padding)
@@ -534,5 +539,6 @@ _WRITERS: dict[str, Callable[..., Codes | None]] = {
     "broadcast": _broadcast,
     "slice": _slice,
     "reverse": _reverse,
+    "take": _take,
     "pad": _pad,
 }

@@ -12,7 +12,8 @@ from simqat_jax import replay
 from simqat_jax.config import SimQATConfig
 from simqat_jax.graph import Graph
 from simqat_jax.integer_model import IntegerModel
-from simqat_jax.lowering import BATCH, NOT_EVALUATION, Lowering, needs_function
+from simqat_jax.lowering import BATCH, NOT_EVALUATION, Lowering
+from simqat_jax.lowering_moves import needs_function
 from simqat_jax.observers import as_range_state
 from simqat_jax.planning import Placement, place_quantizers
 from simqat_jax.qat import COLLECTION, QuantizedModule, check_numbers, check_observed

@@ -20,6 +20,7 @@ from simqat_jax.graph import Constant, Node, Operand
 from simqat_jax.integer_forms import channel_affine, deployed_arrays, lookup_table
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
+from simqat_jax.lowering_moves import move, primitive, window
 from simqat_jax.numerics import QuantParams, quant_params, quantize, rounded_product, true_divide
 from simqat_jax.observers import as_range_state
 from simqat_jax.planning import Placement, Quantizer, Step
@@ -32,21 +33,6 @@ NOT_EVALUATION = (
     "use_running_average=True."
 )
 _FREE = (-math.inf, math.inf)
-
-_MOVES = frozenset(
-    "reshape squeeze expand_dims transpose broadcast_in_dim slice split rev pad reduce_max "
-    "reduce_min reduce_window_max copy convert_element_type stop_gradient name "
-    "sharding_constraint".split()
-)
-
-
-def needs_function(node: Node) -> bool:
-    """Whether a node that moves codes has no operation of its own."""
-    return node.kind == "pass" and _primitive(node) not in _MOVES
-
-
-def _primitive(node: Node) -> str:
-    return node.eqn.primitive.name
 
 
 def _convolution(eqn: core.JaxprEqn) -> core.JaxprEqn:
@@ -189,19 +175,20 @@ class Lowering:
         if step.quantized:
             getattr(self, "_" + node.kind)(step)
         elif step.output in self.placement.grids and step.output not in self.placement.at:
-            self.move(step)
+            move(self, step)
         else:
             self.compute_in_float(step)
 
     def compute_in_float(self, step: Step) -> None:
         for node in step.nodes:
-            self._float(step, node)
+            self.ops.append(self.float_op(node))
         for v in (step.output, *step.node.outputs[1:]):
             if v in self.placement.at:
                 grid = self.grid_of(self.placement.at[v])
                 self.emit("quantize", step, (self.ids[v],), v, grid)
 
-    def _float(self, step: Step, node: Node) -> None:
+    def float_op(self, node: Node) -> Op:
+        """Return the operation that runs a node on real values."""
         data = [v for v in node.inputs if self.is_data(v)]
         positions = [self.is_data(v) for v in node.inputs]
         fixed = [None if p else self.value(v) for v, p in zip(node.inputs, positions, strict=True)]
@@ -221,7 +208,7 @@ class Lowering:
         held = {
             "constant_bytes": sum(x.nbytes for x in fixed if isinstance(x, jax.Array | np.ndarray))
         }
-        self.ops.append(Op("float", path, inputs, tuple(outputs), held, {}, function))
+        return Op("float", path, inputs, tuple(outputs), held, {}, function)
 
     # Layers ----------------------------------------------------------------------------------
 
@@ -474,7 +461,7 @@ class Lowering:
             attributes["axes"] = list(eqn["axes"])
         else:
             kind = "sum_pool"
-            attributes |= _window(eqn)
+            attributes |= window(eqn)
         x = self.data_id(node.inputs[0])
         arrays = {"multiplier": unit}
         self.emit(kind, step, (x,), step.output, self.out_grid(step), attributes, arrays)
@@ -497,118 +484,18 @@ class Lowering:
     def _concat(self, step: Step) -> None:
         ids = [self.operand(step, p) for p in range(len(step.node.inputs))]
         node, grid = step.node, self.out_grid(step)
-        axis = int(node.eqn.params["axis" if _primitive(node) == "stack" else "dimension"])
-        if _primitive(node) == "stack":
+        axis = int(node.eqn.params["axis" if primitive(node) == "stack" else "dimension"])
+        if primitive(node) == "stack":
             shapes = (self.tensors[i].shape for i in ids)
             one = [(*shape[:axis], 1, *shape[axis:]) for shape in shapes]
             ids = [self.reshaped(step, i, shape) for i, shape in zip(ids, one, strict=True)]
         attributes = {"axis": axis}
         self.emit("concat", step, ids, step.output, grid, attributes)
 
-    def move(self, step: Step) -> None:
-        """What keeps its input's grid."""
-        node, v = step.node, step.output
-        x, grid = self.data_id(node.inputs[0]), self.out_grid(step)
-        params = node.eqn.params
-        if node.kind == "clamp":
-            clamp = [grid.qmin, grid.qmax]
-            clamp = [
-                grid.zero_point if b == 0.0 else c for b, c in zip(node.bounds, clamp, strict=True)
-            ]
-            self.emit("clip", step, (x,), v, grid, {"clamp": clamp})
-            return
-        match _primitive(node):
-            case "reshape" | "squeeze" | "expand_dims":
-                self.emit("reshape", step, (x,), v, grid)
-            case "copy" | "convert_element_type" | "stop_gradient" | "name" | "sharding_constraint":
-                self.emit("reshape", step, (x,), v, grid)
-            case "transpose":
-                self.emit(
-                    "transpose", step, (x,), v, grid, {"permutation": list(params["permutation"])}
-                )
-            case "broadcast_in_dim":
-                dims = list(params["broadcast_dimensions"])
-                self.emit("broadcast", step, (x,), v, grid, {"dimensions": dims})
-            case "slice":
-                start, limit = params["start_indices"], self.dims(params["limit_indices"])
-                steps = params["strides"] or (1,) * len(start)
-                self.sliced(step, x, v, grid, start, limit, steps)
-            case "split":
-                self.split(step, x, grid)
-            case "rev":
-                self.emit("reverse", step, (x,), v, grid, {"axes": list(params["dimensions"])})
-            case "pad":
-                padding = [list(map(int, p)) for p in params["padding_config"]]
-                self.emit("pad", step, (x,), v, grid, {"padding": padding})
-            case "reduce_max" | "reduce_min" as name:
-                axes = {"axes": list(params["axes"])}
-                self.emit(name.removeprefix("reduce_"), step, (x,), v, grid, axes)
-            case "reduce_window_max" if not _dilated(params):
-                self.emit("max_pool", step, (x,), v, grid, _window(params))
-            case "gather" if (taken := self.taken(node)) is not None:
-                self.emit("take", step, (x,), v, grid, taken)
-            case _:
-                self.move_by_function(step, grid)
-
-    def taken(self, node: Node) -> dict[str, Any] | None:
-        """Return axis and indices of a gather that picks elements along one axis, else None."""
-        x, picked = node.inputs
-        assert isinstance(x, int)
-        if self.is_data(picked):
-            return None
-        numbers, lengths = node.eqn.params["dimension_numbers"], self.graph.avals[x].shape
-        indices, axes = np.asarray(self.value(picked)), numbers.start_index_map
-        others = tuple(a for a in range(len(lengths)) if a not in axes)
-        whole = all(node.eqn.params["slice_sizes"][a] == lengths[a] for a in others)
-        if len(axes) != 1 or numbers.collapsed_slice_dims != axes or indices.ndim != 2:
-            return None
-        if numbers.offset_dims != others or numbers.operand_batching_dims or not whole:
-            return None
-        if self.dims(lengths)[axes[0]] < 0 or not indices.size:
-            return None
-        if not 0 <= indices.min() <= indices.max() < lengths[axes[0]]:
-            return None
-        return {"axis": int(axes[0]), "indices": [int(i) for i in indices[:, 0]]}
-
-    def sliced(self, step, x, v, grid, start, limit, strides) -> None:
-        attributes = {"start": list(start), "limit": list(limit), "strides": list(strides)}
-        self.emit("slice", step, (x,), v, grid, attributes)
-
-    def split(self, step: Step, x: int, grid: Grid) -> None:
-        params, shape = step.node.eqn.params, self.tensors[x].shape
-        begin = 0
-        for v, size in zip(step.node.outputs, map(int, params["sizes"]), strict=True):
-            start, limit = [0] * len(shape), list(shape)
-            start[params["axis"]], limit[params["axis"]] = begin, begin + size
-            begin += size
-            self.sliced(step, x, v, grid, start, limit, [1] * len(shape))
-
-    def move_by_function(self, step: Step, grid: Grid) -> None:
-        before = len(self.ops)
-        self._float(step, step.node)
-        op = self.ops.pop()
-        assert len(self.ops) == before
-        for v, i in zip(step.node.outputs, op.outputs, strict=True):
-            if v in self.placement.grids:
-                self.tensors[i] = dataclasses.replace(self.tensors[i], grid=grid)
-        self.ops.append(dataclasses.replace(op, kind="move"))
-
 
 def _grid(params: QuantParams, quantizer: Quantizer) -> Grid:
     spec = quantizer.spec
     return Grid(float(params.scale), int(params.zero_point), spec.qmin, spec.qmax)
-
-
-def _window(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "window": list(params["window_dimensions"]),
-        "strides": list(params["window_strides"]),
-        "padding": [list(map(int, p)) for p in params["padding"]],
-    }
-
-
-def _dilated(params: Mapping[str, Any]) -> bool:
-    return any(d != 1 for d in (*params["base_dilation"], *params["window_dilation"]))
 
 
 def _plain(tree: Any) -> Any:

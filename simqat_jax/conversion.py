@@ -8,12 +8,12 @@ import flax.errors
 import jax
 from jax.core import Tracer
 
-from simqat_jax import replay
+from simqat_jax.batch_size import BATCH, same_graphs, same_models, same_values
+from simqat_jax.capture import Capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.graph import Graph
 from simqat_jax.integer_model import IntegerModel
-from simqat_jax.lowering import BATCH, NOT_EVALUATION, Lowering
-from simqat_jax.lowering_moves import needs_function
+from simqat_jax.lowering import NOT_EVALUATION, Lowering
 from simqat_jax.observers import as_range_state
 from simqat_jax.planning import Placement, place_quantizers
 from simqat_jax.qat import COLLECTION, QuantizedModule, check_numbers, check_observed
@@ -24,6 +24,7 @@ def convert(
     variables: Mapping[str, Any],
     *args: Any,
     backend: str | None = None,
+    method: Any = None,
     **kwargs: Any,
 ) -> IntegerModel:
     """Make the integer-only model of a trained quantization-aware model.
@@ -37,6 +38,7 @@ def convert(
       variables: its trained variables.
       args: a sample of the model's arguments, arrays or ShapeDtypeStructs.
       backend: "tflite" or "onnx"; by default `SimQATConfig.backend`.
+      method: of the float model, by name or function; by default its `__call__`.
       kwargs: keyword arguments of the call in evaluation: `train=False`.
     Returns: an IntegerModel.
     Raises: TypeError: no QuantizedModule, or traced variables. ValueError: ranges never observed,
@@ -63,16 +65,27 @@ def convert(
             "an integer layer cannot sum over channels of different scales: convert takes models "
             "with SimQATConfig(activation=QuantSpec(per_channel=False))."
         )
-    call = _Call(qmodule, variables, args, kwargs)
-    sample = call.captured(None)
-    placement = place_quantizers(sample.graph, config)
+    call = _Call(qmodule, variables, args, method, kwargs)
     stats = variables.get(COLLECTION, {})
-    _check_ranges(placement, stats, config)
-    free = call.captured_with_free_batch(sample)
-    if free is not None:
-        placement = place_quantizers(free.graph, config)
-    lowering = Lowering(placement, config, stats, (free or sample).inputs, free is not None)
-    return lowering.model((free or sample).restore)
+    programs: dict[Any, Any] = {}
+
+    def lowered(captured: Capture, free_batch: bool) -> tuple[Lowering, IntegerModel]:
+        placement = place_quantizers(captured.graph, config)
+        if not free_batch:
+            _check_ranges(placement, stats, config)
+        lowering = Lowering(placement, config, stats, captured.inputs, programs, free_batch)
+        return lowering, lowering.model(captured.restore)
+
+    sample = call.captured(None)
+    lowering, model = lowered(sample, free_batch=False)
+    free = call.captured_with_free_batch(sample.graph)
+    if free is None or call.size is None:
+        return model
+    free_lowering, free_model = lowered(free, free_batch=True)
+    same = same_models(model, free_model, call.size) and same_values(
+        lowering.float_constants, free_lowering.float_constants
+    )
+    return free_model if same else model
 
 
 def _check_ranges(placement: Placement, stats: Mapping[str, Any], config: SimQATConfig) -> None:
@@ -96,10 +109,16 @@ class _Call:
     """A call of a quantized module, to be captured with one batch size or another."""
 
     def __init__(
-        self, qmodule: QuantizedModule, variables: Mapping[str, Any], args: tuple, kwargs: Mapping
+        self,
+        qmodule: QuantizedModule,
+        variables: Mapping[str, Any],
+        args: tuple,
+        method: Any,
+        kwargs: Mapping[str, Any],
     ):
         self.qmodule = qmodule
         self.variables = variables
+        self.method = method
         self.kwargs = kwargs
         self.args = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, args
@@ -110,7 +129,7 @@ class _Call:
         lengths = {x.shape[0] if x.shape else None for x in arrays}
         self.size = lengths.pop() if len(lengths) == 1 else None
 
-    def captured(self, batch: int | None) -> Any:
+    def captured(self, batch: int | None) -> Capture:
         def resized(x: Any) -> Any:
             if batch is None or not hasattr(x, "dtype"):
                 return x
@@ -118,11 +137,11 @@ class _Call:
 
         args = jax.tree.map(resized, self.args)
         try:
-            return self.qmodule._trace(self.variables, None, args, self.kwargs, {}, None)
+            return self.qmodule._trace(self.variables, self.method, args, self.kwargs, {}, None)
         except flax.errors.InvalidRngError as error:
             raise ValueError(NOT_EVALUATION.format(path="the model")) from error
 
-    def captured_with_free_batch(self, sample: Any) -> Any:
+    def captured_with_free_batch(self, sample: Graph) -> Capture | None:
         """Capture with `BATCH` for the batch size; None where the model holds on to its own."""
         if self.size is None:
             return None
@@ -130,19 +149,4 @@ class _Call:
             free = self.captured(BATCH)
         except Exception:  # whatever a model raises for a batch size that it does not take
             return None
-        return free if _same_but_for_batch(sample.graph, free.graph, self.size) else None
-
-
-def _same_but_for_batch(sample: Graph, free: Graph, size: int) -> bool:
-    if [n.kind for n in sample.nodes] != [n.kind for n in free.nodes]:
-        return False
-    if sample.avals.keys() != free.avals.keys():
-        return False
-    shapes = ((sample.avals[v].shape, free.avals[v].shape) for v in free.avals)
-    resized = all(a == tuple(_at(d, size) for d in b) for a, b in shapes)
-    floats = (n for n in free.nodes if n.kind == "float" or needs_function(n))
-    return resized and all(map(replay.scales_with_batch, floats))
-
-
-def _at(length: int, size: int) -> int:
-    return length // BATCH * size if length and length % BATCH == 0 else length
+        return free if same_graphs(sample, free.graph, self.size) else None

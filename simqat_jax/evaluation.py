@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from simqat_jax import folding
 from simqat_jax.config import SimQATConfig
 from simqat_jax.graph import LAYER_KINDS, Constant, Node, Operand
-from simqat_jax.integer_arithmetic import Codes, centered_codes, real_values
+from simqat_jax.integer_arithmetic import Codes, centered_codes, codes_fit, real_values
 from simqat_jax.integer_forms import deployed_layer, integer_form
 from simqat_jax.interception import batch_norm
 from simqat_jax.numerics import QuantParams, fake_quant, quant_params, straight_through
@@ -371,13 +371,18 @@ class _Run:
             for n in step.nodes
             if n.layer is not None
         ]
-        if self.is_quantized_layer(node):
-            delay = self.kernel_quantizer(node).spec.quant_delay
-            layer = deployed_layer(
-                step, values, lambda kernel: self.kernel_codes(node, kernel), self.config.bn_fold
-            )
         if step.quantized:
             inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
+            if self.is_quantized_layer(node):
+                delay = self.kernel_quantizer(node).spec.quant_delay
+            if self.is_quantized_layer(node) and inputs[0] is not None:
+                layer = deployed_layer(
+                    step,
+                    values,
+                    lambda kernel: self.kernel_codes(node, kernel),
+                    self.config.bn_fold,
+                    inputs[0].params.scale,
+                )
             reals = [value.real for value in operands]
             codes = integer_form(
                 step,
@@ -431,8 +436,3 @@ class _Run:
             for operand in operands
         ]
         return node.run(*values)[node.outputs.index(v)].astype(jnp.float32)
-
-
-def codes_fit(dtype: Any, spec: Any) -> bool:
-    """Whether a float dtype holds every centered code of a width exactly."""
-    return spec.qmax - spec.qmin < 2 ** (jnp.finfo(np.dtype(dtype)).nmant + 1)

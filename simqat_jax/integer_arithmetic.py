@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.config import QuantSpec
@@ -116,17 +117,32 @@ def _by_digits(
 def exact_sum(
     sums: Callable[[jax.Array], jax.Array], x: jax.Array, count: int, spec: QuantSpec
 ) -> jax.Array | None:
-    """Sum centered codes exactly with a function that adds up float32 and divides and multiplies.
+    """Sum centered codes exactly with a function that adds up float32.
 
     Args:
-      sums: adds up at most `count` elements; right up to 2^22, beyond it off by a few units.
+      sums: adds up at most `count` elements.
       x: centered codes.
       spec: their width.
-    Returns: int32 sums, or None where int32 or float32 digits cannot hold them.
+    Returns: int32 sums, or None where `sum_fits` tells that they are too many.
     """
-    if count * largest_code(spec) >= _INT32 or count > _EXACT // 8:
+    if not sum_fits(count, spec):
         return None
     return _by_digits(sums, x, spec.num_bits, int(math.log2(_EXACT // 4 / count)))
+
+
+def sum_fits(count: int, spec: QuantSpec) -> bool:
+    """Whether int32 and float32 digits hold sums of `count` codes of this width."""
+    return count * largest_code(spec) < _INT32 and count <= _EXACT // 8
+
+
+def product_fits(x: QuantSpec, y: QuantSpec) -> bool:
+    """Whether float32 holds products of codes of these widths."""
+    return x.num_bits + y.num_bits <= 24
+
+
+def codes_fit(dtype: Any, spec: QuantSpec) -> bool:
+    """Whether a float dtype holds every centered code of a width exactly."""
+    return spec.qmax - spec.qmin < 2 ** (jnp.finfo(np.dtype(dtype)).nmant + 1)
 
 
 def requantize(

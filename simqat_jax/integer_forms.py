@@ -11,7 +11,7 @@ import numpy as np
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax.config import QuantSpec
 from simqat_jax.folding import batch_norm_state, folding_scale, running_affine, scaled_kernel
-from simqat_jax.graph import LAYER_KINDS, Constant, Node
+from simqat_jax.graph import LAYER_KINDS, Node
 from simqat_jax.integer_arithmetic import Codes
 from simqat_jax.numerics import (
     QuantParams,
@@ -66,7 +66,7 @@ def integer_form(
     if kind == "batch_norm":
         return _batch_norm(step, x, values, output)
     if kind == "mean":
-        return _mean(step, x, output)
+        return _mean(step, x, operands, output)
     if kind in ("add", "mul") and len(inputs) == 2 and inputs[1] is not None:
         if kind == "mul":
             return _mul(x, inputs[1], output, backend)
@@ -79,6 +79,7 @@ def deployed_layer(
     values: Sequence[Mapping[str, Any]],
     quantize: Callable[[jax.Array], Codes],
     bn_fold: str,
+    x_scale: jax.Array,
 ) -> tuple[Codes, jax.Array | None] | None:
     """Return the kernel's codes and the real bias of a Conv or Dense with BatchNorm folded in.
 
@@ -90,8 +91,28 @@ def deployed_layer(
       values: for each node of the step its parameters and statistics, by name, real units.
       quantize: quantizes a kernel.
       bn_fold: the mode.
+      x_scale: real units per code of the input.
     Returns: None for a BatchNorm on batch statistics.
     """
+    layer = _folded_layer(step, values, quantize, bn_fold)
+    if layer is None:
+        return None
+    kernel, bias = layer
+    if bias is None:
+        return layer
+    flat = bias.reshape(-1)
+    scale = jnp.broadcast_to(kernel.params.scale, flat.shape)
+    codes, scale = _with_room_for_bias(kernel.codes.reshape(-1, flat.size), scale, flat, x_scale)
+    params = QuantParams(scale, jnp.zeros(scale.shape, jnp.int32))
+    return Codes(codes.reshape(kernel.codes.shape), params, kernel.spec), bias
+
+
+def _folded_layer(
+    step: Step,
+    values: Sequence[Mapping[str, Any]],
+    quantize: Callable[[jax.Array], Codes],
+    bn_fold: str,
+) -> tuple[Codes, jax.Array | None] | None:
     kernel, bias = values[0]["kernel"], values[0].get("bias")
     if step.batch_norm is None or step.batch_norm.layer is None:
         return quantize(kernel), bias
@@ -121,8 +142,8 @@ def deployed_arrays(
     mask: jax.Array | None,
     x_scale: jax.Array,
     y_scale: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return a layer's real bias and its integer arrays: kernel, scale, bias and multiplier.
+) -> dict[str, jax.Array]:
+    """Return a layer's integer arrays: kernel, scale, bias and multiplier.
 
     Of `step` nothing counts but the number of features and the epsilon of a BatchNorm: layers that
     have these in common share one compiled function.
@@ -150,7 +171,7 @@ def deployed_arrays(
         codes = integer.centered_codes(flat, params, quantizer.spec)
         return Codes(codes.reshape(kernel.shape), params, quantizer.spec)
 
-    layer = deployed_layer(step, values, quantized, bn_fold)
+    layer = deployed_layer(step, values, quantized, bn_fold, x_scale)
     assert layer is not None
     kernel, bias = layer
     codes = kernel.codes if mask is None else kernel.codes * mask
@@ -159,7 +180,7 @@ def deployed_arrays(
     scale = jnp.broadcast_to(kernel.params.scale, (count,))
     unit = x_scale * scale
     bias = jnp.zeros(count) if bias is None else jnp.asarray(bias).reshape(-1)
-    return bias, {
+    return {
         "kernel": codes.astype(np.int8 if quantizer.spec.num_bits <= 8 else np.int16),
         "scale": scale,
         "bias": integer.integer_bias(bias, unit),
@@ -202,7 +223,7 @@ def _batch_norm(
         return None
     module: Any = layer.module
     slope, shift = running_affine(batch_norm_state(values, module.epsilon))
-    kernel, scale = channel_affine(slope)
+    kernel, scale = channel_affine(slope, shift, x.params.scale)
     unit = x.params.scale * scale
     acc = (x.codes * along_channel(kernel, x.codes.ndim, -1)).astype(jnp.int32)
     acc = acc + along_channel(integer.integer_bias(shift, unit), acc.ndim, -1)
@@ -233,27 +254,28 @@ def lookup_table(
     return integer.centered_codes(pointwise(node, [x, *operands[1:]]), params, spec, None)
 
 
-def _mean(step: Step, x: Codes, output: _Output) -> jax.Array | None:
+def _mean(step: Step, x: Codes, operands: Sequence[Any], output: _Output) -> jax.Array | None:
     """`rint(sum(q - z_x) * f32(s_x / (s_y * n))) + z_y`."""
     node = step.node
-    divisor = 1.0 if node.divisor is None else node.divisor
-    if isinstance(divisor, int):
+    divisor = 1.0 if node.divisor is None else operands[-1]
+    if np.size(divisor) != 1:
         return None
-    if isinstance(divisor, Constant):
-        divisor = divisor.value
-    if jnp.result_type(divisor) != jnp.float32:
-        return None
-    rest = [v.value for v in node.inputs[1:] if isinstance(v, Constant)]
-    count = x.codes.size if node.divisor is None else int(np.max(divisor))
-
-    def layer(codes: jax.Array) -> jax.Array:
-        return jnp.round(node.run(codes, *rest)[0] * divisor)  # undoes the division
-
-    total = integer.exact_sum(layer, x.codes, count, x.spec)
+    divisor = jnp.asarray(divisor, jnp.float32).reshape(())
+    adder = node.parts[0] if node.parts else node  # without the division behind it
+    count = sum_count(node, x.codes.shape)
+    total = integer.exact_sum(lambda codes: adder.run(codes)[0], x.codes, count, x.spec)
     if total is None:
         return None
     unit = true_divide(x.params.scale, rounded_product(output[0].scale, divisor))
     return integer.requantize(total, unit, *output)
+
+
+def sum_count(node: Node, shape: Sequence[int]) -> int:
+    """Return how many elements of a tensor of this shape a sum or pooled sum adds up."""
+    params = node.eqn.params
+    if "axes" in params:
+        return math.prod(shape[axis] for axis in params["axes"])
+    return math.prod(params["window_dimensions"])
 
 
 def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
@@ -264,10 +286,37 @@ def _add(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
     return integer.add(x.codes, y.codes, scales, *output)
 
 
-def channel_affine(slope: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return, for a factor for each channel, a weight of 127, 0 or -127 and its scale."""
+def channel_affine(
+    slope: jax.Array, shift: jax.Array, x_scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return a weight for each channel and its scale: 127, 0 or -127 where the shift allows."""
     scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    return jnp.sign(slope) * 127, scale
+    kernel, scale = _with_room_for_bias(jnp.sign(slope)[None] * 127, scale, shift, x_scale)
+    return kernel[0], scale
+
+
+def _with_room_for_bias(
+    codes: jax.Array, scale: jax.Array, bias: jax.Array, x_scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Coarsen the weights of channels that are too small for their bias.
+
+    A bias counts in units of `x_scale * scale`. Where weights are so small that int32 does not hold
+    it, they lose digits that no output shows; where all are zero, the scale is the bias's alone.
+
+    Args:
+      codes: of the kernel, (inputs, C).
+      scale: of its channels, (C,), real units.
+      bias: (C,), real units.
+      x_scale: real units per code of the input.
+    Returns: codes and scales.
+    """
+    magnitude = true_divide(jnp.abs(bias.astype(jnp.float32)), x_scale)
+    dead = jnp.all(codes == 0, axis=0) & (magnitude > 0)
+    least = jnp.where(dead, magnitude * 2.0**-23, magnitude * 2.0**-29)
+    coarser = dead | (least > scale)
+    new = jnp.where(coarser, jnp.maximum(least, 1e-30), scale)
+    coarse = jnp.round(codes * true_divide(scale, new)[None])
+    return jnp.where(coarser[None], coarse, codes), new
 
 
 def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | None:
@@ -287,7 +336,7 @@ def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | No
 
 
 def _mul(x: Codes, y: Codes, output: _Output, backend: str) -> jax.Array | None:
-    if x.spec.num_bits + y.spec.num_bits > 24:
+    if not integer.product_fits(x.spec, y.spec):
         return None
     product = (x.codes * y.codes).astype(jnp.int32)
     unit = true_divide(x.params.scale * y.params.scale, output[0].scale)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -316,7 +317,9 @@ class IntegerModel:
             with zipfile.ZipFile(path) as archive:
                 header = json.loads(archive.read("header.json"))
                 body = archive.read("model.npz")
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+        except FileNotFoundError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
             raise ValueError(
                 f"{path} is no integer model of simqat_jax, or damaged: {error}."
             ) from error
@@ -405,6 +408,10 @@ def _decoded(structure: Any) -> Any:
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is whole."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no directory {target.parent} to write {target.name} to.")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory. Give the name of a file.")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

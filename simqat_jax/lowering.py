@@ -14,10 +14,11 @@ from jax.extend import core
 
 from simqat_jax import integer_arithmetic as integer
 from simqat_jax import replay
+from simqat_jax.batch_size import BATCH
 from simqat_jax.config import SimQATConfig
 from simqat_jax.folding import batch_norm_state, running_affine
 from simqat_jax.graph import Constant, Node, Operand
-from simqat_jax.integer_forms import channel_affine, deployed_arrays, lookup_table
+from simqat_jax.integer_forms import channel_affine, deployed_arrays, lookup_table, sum_count
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
 from simqat_jax.lowering_moves import move, primitive, window
@@ -25,8 +26,6 @@ from simqat_jax.numerics import QuantParams, quant_params, quantize, rounded_pro
 from simqat_jax.observers import as_range_state
 from simqat_jax.planning import Placement, Quantizer, Step
 
-BATCH = 10_007
-"""Stands for the batch size in a captured model: a prime that divides no other length."""
 NOT_EVALUATION = (
     "{path}: convert takes the model in evaluation, and here it drops out values or uses batch "
     "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
@@ -57,6 +56,7 @@ class Lowering:
         config: SimQATConfig,
         stats: Mapping[str, Any],
         inputs: Sequence[Any],
+        programs: dict[Any, Callable[..., Any]],
         free_batch: bool,
     ):
         self.placement, self.config, self.stats = placement, config, stats
@@ -68,7 +68,8 @@ class Lowering:
         self.tensors: list[Tensor] = []
         self.ops: list[Op] = []
         self.ids: dict[int, int] = {}
-        self.programs: dict[Any, Callable[..., Any]] = {}
+        self.programs = programs
+        self.float_constants: list[Any] = []
 
     def model(self, restore: Callable[[Sequence[Any]], Any]) -> IntegerModel:
         inputs = []
@@ -76,7 +77,7 @@ class Lowering:
             if v in self.graph.data:
                 quantizer = self.placement.at.get(v)
                 grid = None if quantizer is None else self.grid_of(quantizer)
-                shown = quantizer.name if quantizer else name or f"input_{len(inputs)}"
+                shown = name or f"input_{len(inputs)}"
                 self.ids[v] = self.tensor(shown, v, grid)
                 inputs.append(self.ids[v])
         for step in self.placement.steps:
@@ -90,17 +91,27 @@ class Lowering:
         if others:
             raise ValueError(f"convert takes models that return arrays, and this returns {others}.")
         outputs = [self.output(self.graph.outputs[i]) for i in read]
+        ops = self.read_operations(outputs)
         numbers = {i: n for n, i in enumerate(read)}
         metadata = {"simqat_jax": version("simqat-jax"), "config": dataclasses.asdict(self.config)}
         return IntegerModel(
             self.tensors,
-            self.ops,
+            ops,
             inputs,
             outputs,
             _plain(jax.tree.map(lambda i: numbers[i], result)),
             self.config.backend,
             metadata,
         )
+
+    def read_operations(self, outputs: Sequence[int]) -> list[Op]:
+        """Return the operations whose results somebody reads."""
+        needed, ops = set(outputs), []
+        for op in reversed(self.ops):
+            if not needed.isdisjoint(op.outputs):
+                needed.update(op.inputs)
+                ops.append(op)
+        return ops[::-1]
 
     # Tensors ---------------------------------------------------------------------------------
 
@@ -205,6 +216,7 @@ class Lowering:
             self.ids[v] = self.tensor(path, v, None)
             outputs.append(self.ids[v])
         inputs = tuple(map(self.data_id, data))
+        self.float_constants += [*fixed, *replay.constants(node)]
         held = {
             "constant_bytes": sum(x.nbytes for x in fixed if isinstance(x, jax.Array | np.ndarray))
         }
@@ -253,19 +265,7 @@ class Lowering:
         state = as_range_state(self.stats[quantizer.name]) if quantizer.has_state else None
         mask = getattr(module, "mask", None)
         x_scale, y_scale = self.in_params(step)[0].scale, self.out_params(step)[0].scale
-        program = self.programs[key]
-        bias, made = jax.device_get(program(values, state, mask, x_scale, y_scale))
-        self.check_bias(step, bias, np.float32(x_scale) * made["scale"])
-        return made
-
-    def check_bias(self, step: Step, bias: Any, unit: Any) -> None:
-        largest = float(np.max(np.abs(np.asarray(bias, np.float64).reshape(-1) / np.asarray(unit))))
-        if largest > 2.0**30:
-            raise ValueError(
-                f"{'/'.join(step.node.path)}: its bias is {largest:.3g} units of its accumulator, "
-                "and int32 holds 2^30 next to the sums. The ranges of its input or kernel are "
-                "tiny against its bias: train or calibrate on data that reaches the layer."
-            )
+        return jax.device_get(self.programs[key](values, state, mask, x_scale, y_scale))
 
     def check_sums(self, step: Step, arrays: Mapping[str, np.ndarray]) -> None:
         kernel, bias = arrays["kernel"], arrays["bias"]
@@ -375,9 +375,8 @@ class Lowering:
         x_params, _ = self.in_params(step)
         norm = batch_norm_state(self.named_values(node), module.epsilon)
         slope, shift = running_affine(norm)
-        kernel, scale = channel_affine(slope)
+        kernel, scale = channel_affine(slope, shift, x_params.scale)
         unit = x_params.scale * scale
-        self.check_bias(step, shift, unit)
         arrays = {
             "kernel": np.asarray(kernel).astype(np.int8),
             "scale": scale,
@@ -438,6 +437,9 @@ class Lowering:
 
     def _mul(self, step: Step) -> None:
         ids, grids = self.pair(step)
+        if sum((g.qmax - g.qmin).bit_length() for g in grids) > 24:
+            self.compute_in_float(step)
+            return
         unit = jnp.float32(grids[0].scale) * jnp.float32(grids[1].scale)
         multiplier = true_divide(unit, self.out_params(step)[0].scale)
         attributes = {"clamp": self.clamp(step)}
@@ -448,7 +450,10 @@ class Lowering:
     def _mean(self, step: Step) -> None:
         node = step.node
         divisor: Any = 1.0 if node.divisor is None else self.value(node.divisor)
-        if np.size(divisor) != 1:
+        x = node.inputs[0]
+        assert isinstance(x, int)
+        count = sum_count(node, self.graph.avals[x].shape)
+        if np.size(divisor) != 1 or not integer.sum_fits(count, self.in_params(step)[1].spec):
             self.compute_in_float(step)
             return
         divisor = jnp.asarray(divisor, jnp.float32).reshape(())
@@ -482,8 +487,9 @@ class Lowering:
     _clamp = _elementwise
 
     def _concat(self, step: Step) -> None:
-        ids = [self.operand(step, p) for p in range(len(step.node.inputs))]
         node, grid = step.node, self.out_grid(step)
+        ids = [self.operand(step, p) for p in range(len(node.inputs))]
+        ids = [i for i in ids if 0 not in self.tensors[i].shape] or ids
         axis = int(node.eqn.params["axis" if primitive(node) == "stack" else "dimension"])
         if primitive(node) == "stack":
             shapes = (self.tensors[i].shape for i in ids)
@@ -500,8 +506,13 @@ def _grid(params: QuantParams, quantizer: Quantizer) -> Grid:
 
 def _plain(tree: Any) -> Any:
     """Rebuild a tree from dictionaries, lists and tuples, as a file can hold it."""
-    if isinstance(tree, Mapping):
+    if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
         return {k: _plain(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
         return (list if isinstance(tree, list) else tuple)(map(_plain, tree))
-    return tree
+    if tree is None or isinstance(tree, int):
+        return tree
+    raise ValueError(
+        f"the model returns a {type(tree).__name__}, which a file cannot hold. Return arrays, "
+        "lists, tuples or dictionaries with strings as keys."
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simqat_jax.graph import Node
+from simqat_jax.integer_arithmetic import codes_fit
 from simqat_jax.integer_operations import Grid
 from simqat_jax.planning import Step
 
@@ -34,7 +35,12 @@ def move(lowering: "Lowering", step: Step) -> None:
     """Lower a step whose output keeps the grid of its input."""
     node, v = step.node, step.output
     x, grid = lowering.data_id(node.inputs[0]), lowering.out_grid(step)
-    params = node.eqn.params
+    params, dtype = node.eqn.params, lowering.graph.avals[node.inputs[0]].dtype  # type: ignore[index]
+    if not codes_fit(dtype, lowering.out_params(step)[1].spec):
+        raise ValueError(
+            f"{'/'.join(node.path) or node.op}: {dtype} does not hold codes of so many bits, so "
+            "that evaluation computes with real values behind it. Use 8 bits, or float32."
+        )
     if node.kind == "clamp":
         clamp = [grid.qmin, grid.qmax]
         clamp = [

@@ -94,6 +94,26 @@ def _is_plain(eqn: core.JaxprEqn) -> bool:
     return not list(core.jaxprs_in_params(eqn.params))
 
 
+def constants(node: Node) -> list[Any]:
+    """Return the constants that a node's operations hold, at any depth."""
+    found = []
+    for part in node.parts or (node,):
+        found += [v.value for v in part.inputs if isinstance(v, Constant)]
+        found += _constants_of(part.eqn)
+    return found
+
+
+def _constants_of(eqn: core.JaxprEqn) -> list[Any]:
+    found = [v.val for v in eqn.invars if isinstance(v, core.Literal)]
+    for value in jax.tree.leaves(list(eqn.params.values())):
+        if isinstance(value, core.ClosedJaxpr):
+            found += value.consts
+    for sub in core.jaxprs_in_params(eqn.params):
+        for inner in sub.eqns:
+            found += _constants_of(inner)
+    return found
+
+
 def _rescaled(value: Any, old: int, new: Any) -> Any:
     if type(value) is int and value and value % old == 0:
         return value // old * new

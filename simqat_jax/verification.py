@@ -208,6 +208,11 @@ def _differences(
 ) -> list[np.ndarray]:
     """Return for each output which of its codes differ."""
     codes = jax.tree.leaves(model.quantize(*batch))
+    if len(runtime.float_inputs) != len(model.inputs):
+        raise ValueError(
+            f"the file takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
+            "it was written from another model."
+        )
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
         kind = np.int8 if runtime.offset(Grid(1.0, 0, 0, 255)) else np.uint8

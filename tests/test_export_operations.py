@@ -179,6 +179,19 @@ def test_sums(backend, folder, x, y, seed, axes, divisor):
 
 
 @both
+@pytest.mark.parametrize("side", [28, 56, 112])
+@pytest.mark.parametrize("ratio", [1.0, 0.37])
+def test_means_of_large_images(backend, folder, side, ratio):
+    divisor = np.float32(side**2)
+    x, y = (0.0437, 3), (0.0437 / ratio, 17)
+    attributes = {"axes": [1, 2], "count": float(divisor)}
+    arrays = {"multiplier": np.float32(x[0]) / (np.float32(y[0]) * divisor)}
+    shape, out = (-1, side, side, 2), (-1, 2)
+    model = single(backend, "sum", (x, y), attributes, arrays, shape, out)
+    compared(model, folder, random_codes(model, 4))
+
+
+@both
 @given(grids, grids, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1))
 @settings(max_examples=20, deadline=None)
 def test_pooled_sums(backend, folder, x, y, seed, length, stride, pad):

@@ -115,6 +115,9 @@ def test_bad_input(data, tmp_path):
     sq.export_onnx(model, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="takes 1 arrays, got 2"):
         sq.verify(model, tmp_path / "m.onnx", data, data)
+    sq.export_onnx(converted("two inputs", "onnx"), tmp_path / "two.onnx")
+    with pytest.raises(ValueError, match="takes 2 inputs and the model 1"):
+        sq.verify(model, tmp_path / "two.onnx", data)
     with pytest.raises(ValueError, match="no examples"):
         sq.verify(model, tmp_path / "m.onnx", data[:0])
     with pytest.raises(ValueError, match="cannot be counted"):

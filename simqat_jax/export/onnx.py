@@ -137,7 +137,7 @@ def _conv(w: Writer, op: Op) -> None:
 
 def _dense(w: Writer, op: Op) -> None:
     tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
-    kernel, names = op.arrays["kernel"], w.written[op.inputs[0]]
+    kernel, names = op.arrays["kernel"], w.layouts(op.inputs[0])
     flat = next((layout for layout in names if isinstance(layout, tuple)), None)
     if flat is not None:  # flattened with channels first: the kernel's rows are moved along
         kernel = np.moveaxis(kernel.reshape(*flat, -1), -2, 0).reshape(kernel.shape)
@@ -148,7 +148,7 @@ def _dense(w: Writer, op: Op) -> None:
     real = w.node("Gemm", [w.dequantize(x, tensor), *_weights(w, op, kernel, 1, tensor)], op.path)
     w.finish(op, real, LAST)
     if rows:
-        shape = w.ints(_reshape_target(output.shape), op.path)
+        shape = w.ints(_reshape_target(op, output.shape), op.path)
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
 
 
@@ -304,17 +304,22 @@ def _concat(w: Writer, op: Op) -> None:
     w.put(op.outputs[0], w.node("Concat", parts, op.path, axis=axis), layout)
 
 
-def _reshape_target(shape: Sequence[int]) -> list[int]:
+def _reshape_target(op: Op, shape: Sequence[int]) -> list[int]:
+    if sum(d < 0 for d in shape) > 1:
+        raise ValueError(
+            f"{op.path}: {op.kind} makes a tensor with the batch size in two of its lengths, which "
+            "ONNX cannot write. Compute it behind the file."
+        )
     return [-1 if d < 0 else d for d in shape]
 
 
 def _reshape(w: Writer, op: Op) -> None:
     source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
-    names = w.written[op.inputs[0]]
+    names = w.layouts(op.inputs[0])
     if source == target:
         w.written[op.outputs[0]] = dict(names)
         return
-    shape = w.ints(_reshape_target(target), op.path)
+    shape = w.ints(_reshape_target(op, target), op.path)
     flattens = len(source) > 2 and target == (source[0], math.prod(source[1:]))
     if flattens and FIRST in names and _only_dense(w, op.outputs[0]):
         name = w.node("Reshape", [names[FIRST], shape], op.path)
@@ -339,7 +344,7 @@ def _broadcast(w: Writer, op: Op) -> None:
     aligned = [1] * len(target)
     for axis, length in zip(op.attributes["dimensions"], source, strict=True):
         aligned[axis] = length
-    shape = w.ints(_reshape_target(aligned), op.path)
+    shape = w.ints(_reshape_target(op, aligned), op.path)
     x = w.node("Reshape", [w.get(op.inputs[0]), shape], op.path)
     whole = w.ints([1 if d < 0 else d for d in target], op.path)  # 1: as long as it is
     w.put(op.outputs[0], w.node("Expand", [x, whole], op.path))

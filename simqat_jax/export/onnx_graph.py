@@ -130,6 +130,12 @@ class Writer:
             names[layout] = self.node("Transpose", [source], tensor.name, perm=order)
         return names[layout]
 
+    def layouts(self, i: int) -> dict[Any, str]:
+        """Return the names under which a tensor is written, by layout."""
+        if not self.written.get(i):
+            self.get(i)
+        return self.written[i]
+
     def codes_of(self, tensor: Tensor) -> np.ndarray:
         assert tensor.value is not None
         if tensor.grid is None:

@@ -362,11 +362,16 @@ def _ones(op: Op, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
     largest = count * max(x.zero_point - x.qmin, x.qmax - x.zero_point)
     last = min(largest, int(300 / multiplier))  # beyond it every code saturates
     sums = np.arange(last + 1, dtype=np.float32)
-    codes, s_x, s_y = np.rint(sums * multiplier), np.float32(x.scale), np.float32(y.scale)
-    for weight in range(1, 128 if last < 2**17 else 1):
+    s_x, s_y = np.float32(x.scale), np.float32(y.scale)
+    for weight in range(1, 128):
         near = np.float32(multiplier * np.float64(s_y) / s_x / weight)
         for scale in (near, *(np.nextafter(near, np.float32(end)) for end in (0, 1))):
-            if np.array_equal(np.rint(sums * weight * (s_x * scale / s_y)), codes):
+            factor = s_x * scale / s_y
+            # A few sums first: there may be millions.
+            if all(
+                np.array_equal(np.rint(some * weight * factor), np.rint(some * multiplier))
+                for some in (sums[:: 1 + last // 4096], sums)
+            ):
                 return weight, scale
     refuse(
         op,

@@ -63,6 +63,8 @@ def _rows_first(op: Op, tensors: list[Tensor], most: int) -> list[Op] | None:
     x, y = tensors[op.inputs[0]], tensors[op.outputs[0]]
     _, height, width, channels = x.shape
     lengths = op.attributes["window"]
+    if min(height, width) < 0:
+        return None
     if channels >= most or lengths[0] != 1 or lengths[3] != 1 or min(lengths[1:3]) == 1:
         return None
     nothing = {"window": 1, "strides": 1, "padding": (0, 0)}
@@ -93,6 +95,8 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
     x, y = tensors[op.inputs[0]], tensors[op.outputs[0]]
     _, height, width, channels = x.shape
     _, rows, outputs, features = y.shape
+    if min(height, width, rows, outputs) < 0:
+        return None
     old, stride = op.arrays["kernel"], a["strides"][1]
     block = columns.get(channels, 0)
     together = block // stride  # columns of an output block

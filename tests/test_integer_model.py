@@ -297,7 +297,9 @@ def test_channels_with_tiny_weights_keep_their_bias(fold, norm, tmp_path):
     variables = {**variables, **updates}
     evaluated, integer = qmodel.apply(variables, x), sq.convert(qmodel, variables, x)
     step = integer.tensors[integer.outputs[0]].grid.scale
-    np.testing.assert_allclose(evaluated, Model(model).apply(floats, x), atol=2 * step)
+    want = Model(model).apply(floats, x)
+    np.testing.assert_allclose(evaluated[..., :3], want[..., :3], atol=step)
+    np.testing.assert_allclose(evaluated, want, atol=4 * step)
     assert_same(integer(x), evaluated)
     sq.export_tflite(integer, tmp_path / "m.tflite")
     assert sq.verify(integer, tmp_path / "m.tflite", x).differing == 0

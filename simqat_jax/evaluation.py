@@ -375,13 +375,14 @@ class _Run:
             inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
             if self.is_quantized_layer(node):
                 delay = self.kernel_quantizer(node).spec.quant_delay
-            if self.is_quantized_layer(node) and inputs[0] is not None:
+            x_codes = inputs[0]
+            if self.is_quantized_layer(node) and x_codes and not x_codes.spec.per_channel:
                 layer = deployed_layer(
                     step,
                     values,
                     lambda kernel: self.kernel_codes(node, kernel),
                     self.config.bn_fold,
-                    inputs[0].params.scale,
+                    x_codes.params.scale,
                 )
             reals = [value.real for value in operands]
             codes = integer_form(

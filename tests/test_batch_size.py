@@ -9,6 +9,7 @@ from zoo import case
 
 import simqat_jax as sq
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROW, IMAGE = (4, 6), (8, 8, 4)
 
 

@@ -13,6 +13,7 @@ from zoo import CASES
 
 import simqat_jax as sq
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="onnx")
 FLOAT_PARTS = ("softmax", "attention", "preprocessing", "avg_pool without padding")

@@ -12,6 +12,7 @@ from simqat_jax import integer_arithmetic as integer
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
 
 

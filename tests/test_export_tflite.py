@@ -14,6 +14,7 @@ import simqat_jax as sq
 from simqat_jax.export import tflite
 from simqat_jax.integer_model import IntegerModel
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="tflite")
 REFUSED = {
@@ -33,16 +34,6 @@ SAME = (
     *("weight norm", "pre-activation", "concat with itself", "relu", "flatten"),
     *("strided", "dilated", "padding int", "padding pairs", "subtract", "multiply"),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling takes longer than running such small models."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
 
 
 def converted(case, config=CONFIG):

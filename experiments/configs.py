@@ -221,7 +221,7 @@ def mobilenetv2_strided_cifar10() -> Experiment:
     Images are 16 pixels wide behind the stem and one behind the last blocks: a check of the
     operations, not of what the architecture can reach.
 
-    Expected: see the table in experiments/README.md.
+    Expected: see experiments/README.md.
     """
     return Experiment(
         config="mobilenetv2_strided_cifar10",

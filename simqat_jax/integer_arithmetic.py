@@ -135,9 +135,9 @@ def sum_fits(count: int, spec: QuantSpec) -> bool:
     return count * largest_code(spec) < _INT32 and count <= _EXACT // 8
 
 
-def product_fits(x: QuantSpec, y: QuantSpec) -> bool:
+def product_fits(x_bits: int, y_bits: int) -> bool:
     """Whether float32 holds products of codes of these widths."""
-    return x.num_bits + y.num_bits <= 24
+    return x_bits + y_bits <= 24
 
 
 def codes_fit(dtype: Any, spec: QuantSpec) -> bool:

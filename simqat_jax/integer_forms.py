@@ -336,7 +336,7 @@ def _add_onnx(step: Step, x: Codes, y: Codes, output: _Output) -> jax.Array | No
 
 
 def _mul(x: Codes, y: Codes, output: _Output, backend: str) -> jax.Array | None:
-    if not integer.product_fits(x.spec, y.spec):
+    if not integer.product_fits(x.spec.num_bits, y.spec.num_bits):
         return None
     product = (x.codes * y.codes).astype(jnp.int32)
     unit = true_divide(x.params.scale * y.params.scale, output[0].scale)

@@ -313,13 +313,15 @@ class IntegerModel:
         Raises: FileNotFoundError: no such file. ValueError: a file that is no model, of another
           format, truncated or altered.
         """
+        data = Path(path).read_bytes()
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 header = json.loads(archive.read("header.json"))
                 body = archive.read("model.npz")
-        except FileNotFoundError:
-            raise
-        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError) as error:
+        except (
+            *(zipfile.BadZipFile, zlib.error, KeyError, ValueError),
+            *(EOFError, OSError, NotImplementedError),
+        ) as error:
             raise ValueError(
                 f"{path} is no integer model of simqat_jax, or damaged: {error}."
             ) from error

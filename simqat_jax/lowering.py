@@ -437,7 +437,7 @@ class Lowering:
 
     def _mul(self, step: Step) -> None:
         ids, grids = self.pair(step)
-        if sum((g.qmax - g.qmin).bit_length() for g in grids) > 24:
+        if not integer.product_fits(*((g.qmax - g.qmin).bit_length() for g in grids)):
             self.compute_in_float(step)
             return
         unit = jnp.float32(grids[0].scale) * jnp.float32(grids[1].scale)

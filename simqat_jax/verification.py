@@ -69,6 +69,11 @@ def verify(
     if floats:
         raise ValueError(f"{', '.join(floats)}: an output that is no code cannot be counted.")
     runtime = open_file(path)
+    if len(runtime.float_inputs) != len(model.inputs):
+        raise ValueError(
+            f"the file takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
+            "it was written from another model."
+        )
     arrays = [np.asarray(a) for a in data]
     codes = differing = 0
     first = None
@@ -208,11 +213,6 @@ def _differences(
 ) -> list[np.ndarray]:
     """Return for each output which of its codes differ."""
     codes = jax.tree.leaves(model.quantize(*batch))
-    if len(runtime.float_inputs) != len(model.inputs):
-        raise ValueError(
-            f"the file takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
-            "it was written from another model."
-        )
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
         kind = np.int8 if runtime.offset(Grid(1.0, 0, 0, 255)) else np.uint8

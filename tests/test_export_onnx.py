@@ -12,6 +12,7 @@ import pytest
 from zoo import CASES
 
 import simqat_jax as sq
+from simqat_jax.verification import onnxruntime_saturates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
@@ -36,7 +37,8 @@ def session(path, optimized=None):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if onnxruntime_saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

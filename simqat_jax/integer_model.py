@@ -1,6 +1,5 @@
 """An integer-only model: tensors on fixed grids, operations on their codes, one jitted function."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -8,15 +7,16 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from simqat_jax.files import atomic_file
 from simqat_jax.integer_operations import OPERATIONS, Context, Grid, Op, Tensor
 
 FORMAT = 1
@@ -404,23 +404,6 @@ def _decoded(structure: Any) -> Any:
     if kind == "dict":
         return {k: _decoded(v) for k, v in value.items()}
     return (tuple if kind == "tuple" else list)(map(_decoded, value))
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name only once it is whole."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no directory {target.parent} to write {target.name} to.")
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a directory. Give the name of a file.")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _shape_text(shape: Sequence[int]) -> str:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.export.onnx import export_onnx
-from simqat_jax.export.onnx_graph import import_extra
 from simqat_jax.export.tflite import export_tflite
+from simqat_jax.files import import_extra
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from simqat_jax.export.onnx_graph import FIRST, LAST, Writer, shift
 from simqat_jax.export.width_blocks import in_width_blocks, pooling_rows_first
-from simqat_jax.integer_model import IntegerModel, atomic_file
+from simqat_jax.files import atomic_file
+from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Op, Tensor
 
 _BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in ONNX Runtime 1.32

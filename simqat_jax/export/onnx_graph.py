@@ -1,6 +1,5 @@
 """Build an ONNX graph: nodes, initializers, and tensors of codes in two layouts."""
 
-import importlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -8,22 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from simqat_jax.files import import_extra
 from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op, Tensor
 
 _OPSET, _IR_VERSION = 19, 9
 _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
 LAST, FIRST = "channels last", "channels first"
-
-
-def import_extra(name: str) -> Any:
-    """Import a package of the extra `export`."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"exporting needs {name}, of the extra 'export': pip install 'simqat-jax[export]'."
-        ) from error
 
 
 def shift(grid: Grid) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from simqat_jax.export.onnx_graph import import_extra
 from simqat_jax.export.tflite_graph import Codes, Writer, refuse, stored_clamp
 from simqat_jax.export.width_blocks import in_width_blocks
-from simqat_jax.integer_model import IntegerModel, atomic_file
+from simqat_jax.files import atomic_file, import_extra
+from simqat_jax.integer_model import IntegerModel
 from simqat_jax.integer_operations import Grid, Op
 
 _BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast in LiteRT 2.3

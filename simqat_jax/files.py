@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and packages that only some users have."""
+
+import contextlib
+import importlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its name only once it is whole.
+
+    It is written under a name that nobody else has, also in another thread or process, and beside
+    its target, so that the renaming is one step.
+
+    Args:
+      path: of the file; one that exists is replaced.
+
+    Raises:
+      FileNotFoundError: there is no directory to write it to.
+      IsADirectoryError: `path` is a directory.
+      OSError: the directory cannot be written.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no directory {target.parent} to write {target.name} to.")
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a directory. Give the name of a file.")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def import_extra(name: str) -> ModuleType:
+    """Import a package of the extra `export`.
+
+    Raises:
+      ImportError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"exporting needs {name}, of the extra 'export': pip install 'simqat-jax[export]'."
+        ) from error

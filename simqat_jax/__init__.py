@@ -10,23 +10,25 @@ print(qmodel.plan(variables, x))
 
 from importlib.metadata import version as _version
 
-from simqat_jax.config import QuantSpec, SimQATConfig
-from simqat_jax.conversion import convert
-from simqat_jax.export.onnx import export_onnx
-from simqat_jax.export.tflite import export_tflite
-from simqat_jax.folding import fold_batch_norm
-from simqat_jax.integer_model import IntegerModel
-from simqat_jax.integer_operations import Grid
-from simqat_jax.numerics import QuantParams, dequantize, fake_quant, quant_params, quantize
-from simqat_jax.observers import RangeState, init_range, observe, observed, update_range
-from simqat_jax.qat import (
+from simqat_jax.config import SimQATConfig
+from simqat_jax.integer.convert import convert
+from simqat_jax.integer.model import IntegerModel
+from simqat_jax.numerics.affine import QuantParams, dequantize, fake_quant, quant_params, quantize
+from simqat_jax.numerics.folding import fold_batch_norm
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.observers import RangeState, init_range, observe, observed, update_range
+from simqat_jax.numerics.spec import QuantSpec
+from simqat_jax.targets import OpenFile
+from simqat_jax.targets.onnx.target import export_onnx
+from simqat_jax.targets.tflite.target import export_tflite
+from simqat_jax.targets.verify import Verification, open_file, verify
+from simqat_jax.training.module import (
     QuantizedModule,
     SimQAT,
     SimulatedQuantizationAwareTraining,
-    nonfinite_ranges,
 )
-from simqat_jax.report import Plan
-from simqat_jax.verification import OpenFile, Verification, open_file, verify
+from simqat_jax.training.plan_table import Plan
+from simqat_jax.training.ranges import nonfinite_ranges
 
 __version__ = _version("simqat-jax")
 

@@ -1,93 +1,11 @@
-"""What to quantize and how: two frozen dataclasses, validated at construction."""
+"""What to quantize and how, for a whole model: a frozen dataclass, validated at construction."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import get_args
 
-Observer = Literal["ema", "minmax", "batch"]
-Backend = Literal["tflite", "onnx"]
-BatchNormFold = Literal["none", "one_conv", "two_conv"]
-
-
-def _require_type(owner: object, field: str, kind: type) -> None:
-    """Raise TypeError unless `owner.field` is exactly of `kind` (a bool is not an int here)."""
-    value = getattr(owner, field)
-    if type(value) is not kind:
-        raise TypeError(
-            f"{type(owner).__name__}.{field} must be of type {kind.__name__}, "
-            f"got {value!r} of type {type(value).__name__}."
-        )
-
-
-def _require_choice(owner: object, field: str, choices: tuple[str, ...]) -> None:
-    value = getattr(owner, field)
-    if value not in choices:
-        raise ValueError(
-            f"{type(owner).__name__}.{field} must be one of {', '.join(map(repr, choices))}, "
-            f"got {value!r}."
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-    """Describe one quantizer: its integer grid and how its range is observed.
-
-    The defaults are those of an activation; `SimQATConfig` sets those of a weight.
-
-    Raises: TypeError: a field of the wrong type, a bool for an int included.
-      ValueError: `num_bits` outside 2 to 16, `ema_decay` outside [0, 1), a negative
-      `quant_delay`, an unknown `observer`.
-    Example:
-      >>> QuantSpec(num_bits=4, symmetric=True, narrow_range=True).qmin
-      -7
-
-    Source: Jacob et al., arXiv:1712.05877; Krishnamoorthi, arXiv:1806.08342.
-    """
-
-    num_bits: int = 8
-    """Width of the integer codes, 2 to 16."""
-    symmetric: bool = False
-    """Zero point 0 and signed codes; otherwise unsigned codes with a zero point."""
-    per_channel: bool = False
-    """One range per channel (last axis), else one per tensor."""
-    narrow_range: bool = False
-    """Leave out the lowest code: [-127, 127] for 8 symmetric bits, [1, 255] for asymmetric."""
-    observer: Observer = "ema"
-    """`ema`: exponential moving average of each batch's extremes; `minmax`: the extremes of all
-    batches so far; `batch`: the extremes of the last batch. A weight under `batch` has the range
-    of its present values, in training and in evaluation, and keeps no state."""
-    ema_decay: float = 0.99
-    """Weight of the old range in `ema`: new = decay * old + (1 - decay) * batch."""
-    quant_delay: int = 0
-    """Training steps during which values pass unquantized while ranges are observed."""
-
-    def __post_init__(self) -> None:
-        _require_type(self, "num_bits", int)
-        for field in ("symmetric", "per_channel", "narrow_range"):
-            _require_type(self, field, bool)
-        _require_type(self, "observer", str)
-        _require_type(self, "ema_decay", float)
-        _require_type(self, "quant_delay", int)
-        _require_choice(self, "observer", get_args(Observer))
-        if not 2 <= self.num_bits <= 16:
-            raise ValueError(f"QuantSpec.num_bits must be 2 to 16, got {self.num_bits}.")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(
-                f"QuantSpec.ema_decay must be in [0, 1), got {self.ema_decay}: it is the weight "
-                "of the old range, 0.99 for slow ranges, 0.9 for fast ones."
-            )
-        if self.quant_delay < 0:
-            raise ValueError(f"QuantSpec.quant_delay must be 0 or more, got {self.quant_delay}.")
-
-    @property
-    def qmin(self) -> int:
-        """Lowest integer code."""
-        lowest = -(2 ** (self.num_bits - 1)) if self.symmetric else 0
-        return lowest + self.narrow_range
-
-    @property
-    def qmax(self) -> int:
-        """Highest integer code."""
-        return 2 ** (self.num_bits - 1) - 1 if self.symmetric else 2**self.num_bits - 1
+from simqat_jax.numerics.folding import BatchNormFold
+from simqat_jax.numerics.rounding import Backend
+from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
 
 
 def _weight_spec() -> QuantSpec:
@@ -98,8 +16,11 @@ def _weight_spec() -> QuantSpec:
 class SimQATConfig:
     """Configure simulated quantization of a whole model.
 
-    Raises: TypeError: a field of the wrong type. ValueError: an unknown `bn_fold`, a negative
-      `freeze_bn`, asymmetric weights, an empty pattern in `exclude`.
+    Raises:
+      TypeError: a field of the wrong type.
+      ValueError: an unknown `bn_fold`, a negative `freeze_bn`, asymmetric weights, an empty pattern
+        in `exclude`.
+
     Example:
       >>> SimQATConfig(weight=QuantSpec(num_bits=4, symmetric=True, per_channel=True),
       ...              exclude=("Dense_2",)).weight.qmin
@@ -128,15 +49,15 @@ class SimQATConfig:
     plan says why."""
 
     def __post_init__(self) -> None:
-        _require_type(self, "weight", QuantSpec)
-        _require_type(self, "activation", QuantSpec)
-        _require_type(self, "bn_fold", str)
-        _require_type(self, "strict", bool)
-        _require_choice(self, "bn_fold", get_args(BatchNormFold))
-        _require_type(self, "backend", str)
-        _require_choice(self, "backend", get_args(Backend))
+        check_type(self, "weight", QuantSpec)
+        check_type(self, "activation", QuantSpec)
+        check_type(self, "bn_fold", str)
+        check_type(self, "strict", bool)
+        check_choice(self, "bn_fold", get_args(BatchNormFold))
+        check_type(self, "backend", str)
+        check_choice(self, "backend", get_args(Backend))
         if self.freeze_bn is not None:
-            _require_type(self, "freeze_bn", int)
+            check_type(self, "freeze_bn", int)
             if self.freeze_bn < 0:
                 raise ValueError(
                     f"SimQATConfig.freeze_bn must be a number of steps, 0 or more, or None, got "
@@ -147,7 +68,7 @@ class SimQATConfig:
                 "SimQATConfig.weight must be symmetric: integer kernels of every target have "
                 "zero point 0. Use QuantSpec(symmetric=True, ...)."
             )
-        _require_type(self, "exclude", tuple)
+        check_type(self, "exclude", tuple)
         for pattern in self.exclude:
             if not isinstance(pattern, str) or not pattern:
                 raise TypeError(

@@ -1,10 +1,13 @@
 """Integer models of one operation, with any grids: what the exporters' tests write and run."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import strategies as st
 
-from simqat_jax.integer_model import IntegerModel
-from simqat_jax.integer_operations import Grid, Op, Tensor
+import simqat_jax as sq
+from simqat_jax.ir.program import Op, Program, Tensor
+from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
 points = st.integers(0, 255)
 # Scales whose sums and products often lie in the middle of two codes.
@@ -13,17 +16,44 @@ grids = st.one_of(st.tuples(st.floats(0.003, 0.3), points), ties)
 seeds = st.integers(0, 2**31)
 
 
+def operation(kind, inputs, outputs, attributes=None, arrays=None, path="layer"):
+    """An operation of a program by its name in files; attributes that it has not are left out."""
+    op = PROGRAM_OPERATIONS[kind]
+    names = {field.name for field in dataclasses.fields(op)}
+    given = {k: as_tuple(v) for k, v in (attributes or {}).items() if k in names}
+    return op(kind=kind, path=path, inputs=inputs, outputs=outputs, arrays=arrays or {}, **given)
+
+
+def as_tuple(value):
+    return tuple(map(as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def integer_model(backend: str, tensors: list[Tensor], ops: list[Op], inputs, outputs):
+    """An integer model that returns one array."""
+    program = Program(
+        tensors=tuple(tensors),
+        ops=tuple(ops),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        structure=0,
+        backend=backend,
+        metadata={},
+    )
+    program.validate()
+    return sq.IntegerModel(program)
+
+
 def single(backend, kind, grids, attributes, arrays=None, shape=(-1, 16), out=None, clamp=(0, 255)):
     """An integer model of one operation; the last of `grids` is its output's."""
     shapes = [shape] * (len(grids) - 1) + [out or shape]
     tensors = [
-        Tensor(f"t{n}", s, "float32", Grid(float(np.float32(scale)), z, 0, 255))
+        Tensor(f"t{n}", s, "float32", sq.Grid(float(np.float32(scale)), z, 0, 255))
         for n, (s, (scale, z)) in enumerate(zip(shapes, grids, strict=True))
     ]
     last = len(grids) - 1
     attributes = {"clamp": list(clamp), **attributes}
-    op = Op(kind, "layer", tuple(range(last)), (last,), attributes, arrays or {})
-    return IntegerModel(tensors, [op], range(last), [last], 0, backend, {})
+    op = operation(kind, tuple(range(last)), (last,), attributes, arrays)
+    return integer_model(backend, tensors, [op], range(last), [last])
 
 
 def layer(rng, x, y, shape, tie):

@@ -12,7 +12,7 @@ import pytest
 from zoo import CASES
 
 import simqat_jax as sq
-from simqat_jax.verification import onnxruntime_saturates
+from simqat_jax.targets.onnx.runtime import onnxruntime_saturates
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}

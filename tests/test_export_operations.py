@@ -1,16 +1,23 @@
 """Each operation alone, with any grids: both runtimes compute the integer model's codes."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from single_operations import grids, layer, random_codes, seeds, single
+from single_operations import (
+    grids,
+    integer_model,
+    layer,
+    operation,
+    random_codes,
+    seeds,
+    single,
+)
 
 import simqat_jax as sq
-from simqat_jax import integer_arithmetic as integer
-from simqat_jax.integer_model import IntegerModel
-from simqat_jax.integer_operations import Grid, Op, Tensor
+from simqat_jax.ir.program import Tensor
+from simqat_jax.numerics.exact_sums import MOST
+from simqat_jax.numerics.rounding import ROUNDINGS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
@@ -42,16 +49,11 @@ def folder(tmp_path_factory):
 
 
 def addition(backend, a, b, c, subtract=False, clamp=(0, 255)):
-    if backend == "onnx" and subtract:
-        return single(backend, "sub_onnx", (a, b, c), {}, clamp=clamp)
-    if backend == "onnx":
-        params = [sq.QuantParams(jnp.float32(s), jnp.int32(z)) for s, z in (a, b, c)]
-        multipliers = [float(m) for m in integer.add_onnxruntime_multipliers(*params)]
-        return single(backend, "add_onnx", (a, b, c), {"multipliers": multipliers}, clamp=clamp)
-    scales = [jnp.float32(s) for s, _ in (a, b, c)]
-    signs = (scales[0], -scales[1] if subtract else scales[1])
-    multipliers = [int(m) for m in integer.add_multipliers(signs, scales[2])]
-    return single(backend, "add", (a, b, c), {"multipliers": multipliers}, clamp=clamp)
+    rounding = ROUNDINGS[backend]
+    how = rounding.subtract if subtract else rounding.add
+    grids = tuple(sq.Grid(float(np.float32(scale)), zero, 0, 255) for scale, zero in (a, b, c))
+    multipliers = [m.item() for m in how.constants(grids)]
+    return single(backend, how.kind, (a, b, c), {"multipliers": multipliers}, clamp=clamp)
 
 
 @both
@@ -100,7 +102,7 @@ def test_matrix_products(backend, folder, x, y, seed, depth, tie):
 @both
 @pytest.mark.parametrize("zero_point", [0, 128, 255])
 def test_sums_as_large_as_int32_holds(backend, folder, zero_point):
-    depth = integer.MOST // (127 * 255)
+    depth = MOST // (127 * 255)
     rng = np.random.default_rng(0)
     kernel = np.where(rng.random((depth, 16)) < np.linspace(0, 1, 16), 127, -127).astype(np.int8)
     scale = np.full(16, 2.0**-24, np.float32)
@@ -201,6 +203,7 @@ def test_pooled_sums(backend, folder, x, y, seed, length, stride, pad):
         "window": [1, length, length, 1],
         "strides": [1, stride, stride, 1],
         "padding": [[0, 0], [pad, pad], [pad, pad], [0, 0]],
+        "count": float(length**2),
     }
     multiplier = np.float32(x[0]) / (np.float32(y[0]) * np.float32(length**2))
     shape, out = (-1, 6, 6, 5), (-1, size, size, 5)
@@ -223,12 +226,12 @@ def test_clips(backend, folder, x, lo, hi):
 @both
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_tables_of_every_code(backend, symmetric, tmp_path):
-    grid = Grid(0.1, 0, -127, 127) if symmetric else Grid(0.1, 9, 0, 255)
+    grid = sq.Grid(0.1, 0, -127, 127) if symmetric else sq.Grid(0.1, 9, 0, 255)
     tensors = [Tensor("x", (-1,), "float32", grid), Tensor("y", (-1,), "float32", grid)]
     codes = np.arange(grid.qmin, grid.qmax + 1)
     table = np.random.default_rng(0).permutation(codes).astype(grid.dtype)
-    op = Op("table", "layer", (0,), (1,), {}, {"table": table})
-    model = IntegerModel(tensors, [op], [0], [1], 0, backend, {})
+    op = operation("table", (0,), (1,), {}, {"table": table})
+    model = integer_model(backend, tensors, [op], [0], [1])
     compared(model, tmp_path, [codes.astype(grid.dtype)])
 
 
@@ -236,15 +239,15 @@ def test_tables_of_every_code(backend, symmetric, tmp_path):
 @pytest.mark.parametrize("shape, out", [((-1, 4), (-1, 3, 3, 4)), ((-1, 3, 1, 4), (-1, 3, 3, 4))])
 @pytest.mark.parametrize("multiplied", [False, True])
 def test_broadcasts(backend, shape, out, multiplied, tmp_path):
-    grid = Grid(0.1, 9, 0, 255)
+    grid = sq.Grid(0.1, 9, 0, 255)
     shapes = {"x": shape, "y": out, "wide": out, "product": out}
     tensors = [Tensor(name, s, "float32", grid) for name, s in shapes.items()]
     dims = [0, 3] if len(shape) == 2 else [0, 1, 2, 3]
-    ops = [Op("broadcast", "wide", (0,), (2,), {"dimensions": dims})]
+    ops = [operation("broadcast", (0,), (2,), {"dimensions": dims}, path="wide")]
     if multiplied:
         scale = np.float32(grid.scale)
         arrays = {"multiplier": scale * scale / scale}
         kind = "mul_onnx" if backend == "onnx" else "mul"
-        ops.append(Op(kind, "product", (1, 2), (3,), {"clamp": [0, 255]}, arrays))
-    model = IntegerModel(tensors, ops, [0, 1], [3 if multiplied else 2], 0, backend, {})
+        ops.append(operation(kind, (1, 2), (3,), {"clamp": [0, 255]}, arrays))
+    model = integer_model(backend, tensors, ops, [0, 1], [3 if multiplied else 2])
     compared(model, tmp_path, random_codes(model, 3))

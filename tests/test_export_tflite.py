@@ -1,5 +1,6 @@
 """TFLite files: LiteRT with XNNPACK computes the integer model's codes."""
 
+import dataclasses
 import importlib
 
 import flax.linen as nn
@@ -11,8 +12,7 @@ from single_operations import random_codes, single
 from zoo import CASES, Case
 
 import simqat_jax as sq
-from simqat_jax.export import tflite
-from simqat_jax.integer_model import IntegerModel
+from simqat_jax.targets.tflite import target as tflite
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
@@ -169,10 +169,10 @@ def test_narrow_widths(num_bits, symmetric, tmp_path):
 def test_every_tensor_as_an_output(tmp_path):
     """Inputs, constants and repeated tensors too."""
     model = converted(CASES["constant per channel"])
-    outputs = [*range(len(model.tensors)), len(model.tensors) - 1]
-    model = IntegerModel(
-        model.tensors, model.ops, model.inputs, outputs, list(range(len(outputs))), "tflite", {}
-    )
+    outputs = (*range(len(model.tensors)), len(model.tensors) - 1)
+    structure = list(range(len(outputs)))
+    program = dataclasses.replace(model.program, outputs=outputs, structure=structure)
+    model = sq.IntegerModel(program)
     sq.export_tflite(model, tmp_path / "m.tflite", integer_io=True)
     assert differences(model, interpreter(tmp_path / "m.tflite"), random_codes(model, 3)) == 0
 

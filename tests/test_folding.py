@@ -12,7 +12,7 @@ import pytest
 from flax.core import unfreeze
 
 import simqat_jax as sq
-from simqat_jax import evaluation, folding
+from simqat_jax.numerics import affine, folding
 
 MODES = ("none", "one_conv", "two_conv")
 EPSILON = 1e-5
@@ -59,8 +59,8 @@ def quantized(model, mode, floats, x, **config):
     return qmodel, {**qmodel.init(jax.random.key(0), x), **floats}
 
 
-def identity(x, lo, hi, spec, channel_axis=-1):
-    del lo, hi, spec, channel_axis
+def identity(x, scale, zero_point, bounds):
+    del scale, zero_point, bounds
     return x
 
 
@@ -95,7 +95,7 @@ def test_without_rounding_training_equals_the_float_network(setup, mode):
     model, floats, x = setup
     qmodel, variables = quantized(model, mode, floats, x)
     want_y, want_updates, want_grads = train_step(model, floats, x)
-    with mock.patch.object(evaluation, "fake_quant", identity):
+    with mock.patch.object(affine, "_fake_quant", identity):
         y, updates, grads = train_step(qmodel, variables, x)
     assert_close(y, want_y, 1e-5)
     assert_close(updates["batch_stats"], want_updates["batch_stats"], 1e-5)
@@ -106,7 +106,7 @@ def test_without_rounding_training_equals_the_float_network(setup, mode):
 def test_without_rounding_evaluation_equals_the_float_network(setup, mode):
     model, floats, x = setup
     qmodel, variables = quantized(model, mode, floats, x)
-    with mock.patch.object(evaluation, "fake_quant", identity):
+    with mock.patch.object(affine, "_fake_quant", identity):
         y, _ = qmodel.apply(variables, x, train=False, mutable=["quant_stats"])
     assert_close(y, model.apply(floats, x, train=False), 1e-5)
 
@@ -116,7 +116,7 @@ def test_frozen_training_uses_and_keeps_running_statistics(setup, mode):
     model, floats, x = setup
     qmodel, variables = quantized(model, mode, floats, x, freeze_bn=1)
     step = jax.jit(lambda v: train_step(qmodel, v, x))
-    with mock.patch.object(evaluation, "fake_quant", identity):
+    with mock.patch.object(affine, "_fake_quant", identity):
         _, first, _ = step(variables)
         variables = {**variables, **first}
         y, second, grads = step(variables)
@@ -137,7 +137,7 @@ def test_frozen_training_uses_and_keeps_running_statistics(setup, mode):
 def test_frozen_unfolded_batch_norm(setup):
     model, floats, x = setup
     qmodel, variables = quantized(model, "none", floats, x, freeze_bn=0)
-    with mock.patch.object(evaluation, "fake_quant", identity):
+    with mock.patch.object(affine, "_fake_quant", identity):
         y, updates, _ = train_step(qmodel, variables, x)
     assert_close(y, model.apply(floats, x, train=False), 1e-5)
     jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], floats["batch_stats"])
@@ -175,20 +175,18 @@ def test_two_conv_equals_the_paper(frozen):
     norm = folding.batch_norm_state(
         {"scale": gamma, "bias": beta, "mean": mean, "var": var}, EPSILON
     )
+    spec = sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True)
     got = folding.two_conv(
-        lambda kernel: jnp.asarray(x) @ kernel,
-        jnp.asarray(w),
-        None,
-        norm,
-        lambda kernel: sq.fake_quant(
-            kernel,
-            kernel.min(0),
-            kernel.max(0),
-            sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True),
-        ),
-        EPSILON,
-        folding.Moments(),
-        jnp.asarray(frozen),
+        folding.Layer(
+            run=lambda kernel: jnp.asarray(x) @ kernel,
+            kernel=jnp.asarray(w),
+            bias=None,
+            norm=norm,
+            epsilon=EPSILON,
+            quantize=lambda kernel: sq.fake_quant(kernel, kernel.min(0), kernel.max(0), spec),
+            moments=folding.Moments(),
+            frozen=jnp.asarray(frozen),
+        )
     )
     want = numpy_two_conv(x, w, gamma, beta, mean, var, frozen)
     np.testing.assert_allclose(got.output, want, rtol=2e-5, atol=2e-5)
@@ -434,7 +432,7 @@ def test_batch_statistics_over_a_named_axis(mode):
         return jax.vmap(one, axis_name="batch")(x)
 
     want_y, want = apply(model, floats)
-    with mock.patch.object(evaluation, "fake_quant", identity):
+    with mock.patch.object(affine, "_fake_quant", identity):
         y, updates = apply(qmodel, variables)
     assert_close(y, want_y, 1e-5)
     assert_close(updates["batch_stats"], want["batch_stats"], 1e-5)
@@ -496,9 +494,16 @@ def test_one_conv_reads_and_writes_less_than_dividing_the_output():
 
     def ours(kernel, values):
         norm = folding.batch_norm_state(values, EPSILON)
-        return folding.one_conv(
-            conv, kernel, None, norm, lambda w: w, EPSILON, folding.Moments()
-        ).output
+        layer = folding.Layer(
+            run=conv,
+            kernel=kernel,
+            bias=None,
+            norm=norm,
+            epsilon=EPSILON,
+            quantize=lambda w: w,
+            moments=folding.Moments(),
+        )
+        return folding.one_conv(layer).output
 
     def plain(kernel, values):
         del values

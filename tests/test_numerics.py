@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import simqat_jax as sq
-from simqat_jax import numerics
+from simqat_jax.numerics import affine as numerics
 
 F32 = np.float32
 

@@ -1,5 +1,6 @@
 """`verify` and its command: differing codes are counted, and where they begin is named."""
 
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from zoo import CASES
 
 import simqat_jax as sq
-from simqat_jax import verification
-from simqat_jax.export import onnx as onnx_export
+from simqat_jax.ops.products import Conv
+from simqat_jax.targets import verify as verification
+from simqat_jax.targets.onnx import ops as onnx_ops
+from simqat_jax.targets.onnx import runtime
 
 RNGS = {"params": jax.random.key(0)}
 
@@ -53,15 +56,15 @@ def test_a_file_of_another_model_is_found_out(data, tmp_path):
 
 def test_the_first_layer_that_differs_is_named(data, tmp_path, monkeypatch):
     model = converted("residual", "onnx")
-    conv = onnx_export._conv
+    conv = onnx_ops._WRITERS[Conv]
 
     def wrong(writer, op):
         if op.path == "Conv_1":
             kernel = np.roll(op.arrays["kernel"], 1, axis=0)
-            op = op.__class__(**{**vars(op), "arrays": {**op.arrays, "kernel": kernel}})
+            op = dataclasses.replace(op, arrays={**op.arrays, "kernel": kernel})
         conv(writer, op)
 
-    monkeypatch.setitem(onnx_export._WRITERS, "conv", wrong)
+    monkeypatch.setitem(onnx_ops._WRITERS, Conv, wrong)
     sq.export_onnx(model, tmp_path / "m.onnx")
     found = sq.verify(model, tmp_path / "m.onnx", data[:4])
     assert found.first_layer == "Conv_1"
@@ -69,12 +72,12 @@ def test_the_first_layer_that_differs_is_named(data, tmp_path, monkeypatch):
 
 def test_saturating_sums_are_found_where_the_processor_has_no_vnni():
     if platform.machine() != "x86_64":
-        assert not verification.onnxruntime_saturates()
+        assert not runtime.onnxruntime_saturates()
         return
     if not Path("/proc/cpuinfo").exists():
         pytest.skip("the processor's instructions are read from /proc/cpuinfo, which is not here")
     vnni = {"avx512_vnni", "avx_vnni"} & set(Path("/proc/cpuinfo").read_text().split())
-    assert verification.onnxruntime_saturates() == (not vnni)
+    assert runtime.onnxruntime_saturates() == (not vnni)
 
 
 @pytest.mark.parametrize("saturates", [False, True])
@@ -87,7 +90,7 @@ def test_the_exact_option_is_set_where_sums_saturate(saturates, data, tmp_path, 
             entries.append(entry)
             super().add_session_config_entry(*entry)
 
-    monkeypatch.setattr(verification, "onnxruntime_saturates", lambda: saturates)
+    monkeypatch.setattr(runtime, "onnxruntime_saturates", lambda: saturates)
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     sq.open_file(tmp_path / "m.onnx")
     assert (("session.x64quantprecision", "1") in entries) == saturates

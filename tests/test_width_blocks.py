@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import simqat_jax as sq
-from simqat_jax.export.width_blocks import in_width_blocks, pooling_rows_first
+from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 
 
 def converted(module, shape):
@@ -22,6 +22,12 @@ def converted(module, shape):
     _, state = qmodel.apply(variables, x, mutable=["quant_stats"])
     model = sq.convert(qmodel, {**variables, **state}, x[:1])
     return model, model.quantize(x)
+
+
+def rewritten(rewrite, model, argument):
+    program = rewrite(model.program, argument)
+    program.validate()
+    return sq.IntegerModel(program)
 
 
 @settings(max_examples=15)
@@ -39,7 +45,7 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
     assume(width > 0)
     layer = nn.Conv(5, kernel, strides, padding=padding)
     model, codes = converted(layer, (6, width, channels))
-    changed = in_width_blocks(model, {channels: block})
+    changed = rewritten(in_width_blocks, model, {channels: block})
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 
 
@@ -60,7 +66,7 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
 )
 def test_which_convolutions_are_rewritten(layer, shape, kinds):
     model, codes = converted(layer, shape)
-    changed = in_width_blocks(model, {1: 4, 2: 4, 3: 4})
+    changed = rewritten(in_width_blocks, model, {1: 4, 2: 4, 3: 4})
     assert [op.kind for op in changed.ops] == kinds
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 
@@ -83,8 +89,8 @@ class Pool(nn.Module):
 )
 def test_pooling_rows_first(window, strides, padding):
     model, codes = converted(Pool(window, strides, padding), (9, 11, 2))
-    changed = pooling_rows_first(model, 16)
-    pools = [op.attributes["window"] for op in changed.ops if op.kind == "max_pool"]
+    changed = rewritten(pooling_rows_first, model, 16)
+    pools = [op.window for op in changed.ops if op.kind == "max_pool"]
     assert pools == [(1, window[0], 1, 1), (1, 1, window[1], 1)]
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 
@@ -92,7 +98,7 @@ def test_pooling_rows_first(window, strides, padding):
 @pytest.mark.parametrize("model", [Pool((2, 2), (2, 2), "VALID", 16), Pool((1, 2), (1, 2), "SAME")])
 def test_other_pooling_stays(model):
     model, _ = converted(model, (8, 8, 2))
-    assert pooling_rows_first(model, 16).ops == model.ops
+    assert pooling_rows_first(model.program, 16).ops == model.ops
 
 
 @pytest.mark.parametrize("suffix, export", [("onnx", sq.export_onnx), ("tflite", sq.export_tflite)])

@@ -1,0 +1,230 @@
+"""Capture a call of a Flax model as a Graph: an interceptor marks layers, a jaxpr shows all."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core.scope import CollectionFilter, LazyRng
+from flax.typing import VariableDict
+from jax.extend import core
+
+from simqat_jax.capture.flatten import Flattener
+from simqat_jax.capture.interception import Kwargs, Recorder
+from simqat_jax.capture.passes import simplify
+from simqat_jax.ir.graph import Graph, Node, shape_of
+
+Result = tuple[object, VariableDict]
+"""What a call returns: `(output, updated collections)`."""
+Restore = Callable[[Sequence[jax.Array]], Result]
+"""Maps the values of a graph's outputs to the call's result."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A call `module.apply(variables, *args, method=method, **kwargs)`.
+
+    Attributes:
+      module: an unbound module.
+      variables: its variables; arrays, tracers or ShapeDtypeStructs.
+      args: positional arguments; arrays are inputs of the graph, everything else is part of it.
+      kwargs: keyword arguments, likewise.
+      method: which of the module's methods, as Flax takes it; None for `__call__`.
+      rngs: one key, or Flax's own LazyRng, per random stream.
+      mutable: the collections that the call may update.
+    """
+
+    module: nn.Module
+    variables: VariableDict
+    args: tuple
+    kwargs: Kwargs
+    method: Callable[..., object] | str | None
+    rngs: Mapping[str, jax.Array | LazyRng]
+    mutable: CollectionFilter
+
+    @property
+    def start(self) -> tuple[str, ...]:
+        """The path of what is outside of every module.
+
+        A method of its own has inputs of its own, whose ranges are not those of `__call__`.
+        """
+        if self.method is None:
+            return ()
+        return (self.method if isinstance(self.method, str) else self.method.__name__,)
+
+
+class Capture(NamedTuple):
+    """A captured call.
+
+    Attributes:
+      graph: the call as a graph.
+      inputs: the value of each of `graph.inputs`.
+      restore: maps the values of `graph.outputs` to the call's `(output, updated collections)`.
+    """
+
+    graph: Graph
+    inputs: list[jax.Array]
+    restore: Restore
+
+
+def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module]) -> Capture:
+    """Trace a call of a model into a graph.
+
+    Args:
+      call: what is called, and how.
+      exclude: patterns of module paths to leave float.
+      forbidden: a module class that must not occur inside.
+
+    Returns:
+      The graph, the values of its inputs, and what makes the call's result of its outputs.
+
+    Raises:
+      ValueError: a pattern that matches no module, a `forbidden` module inside, a BatchNorm
+        without its statistics.
+    """
+    recorder = Recorder(exclude, forbidden)
+    arguments = _flattened(call)
+    operands = (call.variables, arguments.arrays, call.rngs)
+    closed, restore = _trace(call, arguments, operands, recorder)
+    _check_patterns(recorder, call.module)
+    graph = _graph(call, arguments, closed, recorder)
+    return Capture(simplify(graph), jax.tree.leaves(operands), restore)
+
+
+# Arguments ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Arguments:
+    """The arguments of a call, flattened.
+
+    Attributes:
+      leaves: all of them.
+      unflatten: makes `(args, kwargs)` of them.
+      places: which of them are arrays.
+      names: of each array that is floating-point its name; None for others.
+    """
+
+    leaves: list[object]
+    unflatten: Callable[[list[object]], tuple[tuple, Kwargs]]
+    places: list[int]
+    names: list[str | None]
+
+    @property
+    def arrays(self) -> list[object]:
+        """Those that are inputs of the graph."""
+        return [self.leaves[i] for i in self.places]
+
+    def with_arrays(self, arrays: Sequence[jax.Array]) -> tuple[tuple, Kwargs]:
+        """Return `(args, kwargs)` with other arrays."""
+        leaves = list(self.leaves)
+        for i, array in zip(self.places, arrays, strict=True):
+            leaves[i] = array
+        return self.unflatten(leaves)
+
+
+def _flattened(call: Call) -> _Arguments:
+    at_paths, tree = jax.tree.flatten_with_path((call.args, dict(call.kwargs)))
+    leaves = [leaf for _, leaf in at_paths]
+    places = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    floats = [i for i in places if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
+    prefix = "".join(f"{name}/" for name in call.start)
+
+    def name(i: int) -> str | None:
+        """Name an array: "input" if it is the only one, else by its place."""
+        if i not in floats:
+            return None
+        if len(floats) == 1:
+            return f"{prefix}input"
+        place = jax.tree_util.keystr(at_paths[i][0][1:], simple=True, separator="/")
+        return f"{prefix}input/{place}"
+
+    unflatten = functools.partial(jax.tree.unflatten, tree)
+    return _Arguments(leaves, unflatten, places, list(map(name, places)))
+
+
+def _is_array(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+# Tracing -----------------------------------------------------------------------------------------
+
+
+def _trace(
+    call: Call, arguments: _Arguments, operands: tuple[object, ...], recorder: Recorder
+) -> tuple[core.ClosedJaxpr, Restore]:
+    """Trace a call, its layers marked; return also what makes its result of its arrays."""
+    restores: list[Restore] = []
+
+    def traced(
+        variables: VariableDict, arrays: Sequence[jax.Array], rngs: dict[str, jax.Array]
+    ) -> list[jax.Array]:
+        args, kwargs = arguments.with_arrays(arrays)
+        with recorder.traces, nn.intercept_methods(recorder.intercept):
+            recorder.forget_traces()
+            result = call.module.apply(
+                variables, *args, rngs=rngs, mutable=call.mutable, method=call.method, **kwargs
+            )
+        leaves, tree = jax.tree.flatten(result)
+        restores.append(_restore(functools.partial(jax.tree.unflatten, tree), leaves))
+        return [v for v in leaves if _is_array(v)]
+
+    with jax.disable_jit(False):  # layers are marked as named jitted calls
+        closed = jax.make_jaxpr(traced)(*operands)
+    return closed, restores[-1]
+
+
+def _restore(unflatten: Callable[[list[object]], Result], leaves: Sequence[object]) -> Restore:
+    """Return what makes a result of its arrays; the other leaves are part of it."""
+    statics = [None if _is_array(v) else v for v in leaves]
+
+    def restore(values: Sequence[jax.Array]) -> Result:
+        rest = iter(values)
+        return unflatten([next(rest) if s is None else s for s in statics])
+
+    return restore
+
+
+def _check_patterns(recorder: Recorder, module: nn.Module) -> None:
+    unmatched = recorder.unmatched()
+    if unmatched:
+        raise ValueError(
+            f"SimQATConfig.exclude holds {unmatched[0]!r}, which matches no module of "
+            f"{type(module).__name__}. Its modules: {recorder.module_names()}."
+        )
+
+
+# The graph ---------------------------------------------------------------------------------------
+
+
+def _graph(
+    call: Call, arguments: _Arguments, closed: core.ClosedJaxpr, recorder: Recorder
+) -> Graph:
+    """Turn a traced call into a graph, as it was traced."""
+    flattener = Flattener(recorder)
+    inputs = tuple(flattener.new(shape_of(v)) for v in closed.jaxpr.invars)
+    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, call.start)
+    fixed = len(jax.tree.leaves(call.variables))
+    keys = len(inputs) - fixed - len(arguments.names)
+    return Graph(
+        nodes=tuple(flattener.nodes),
+        inputs=inputs,
+        input_names=(*[None] * fixed, *arguments.names, *[None] * keys),
+        outputs=outputs,
+        avals=flattener.avals,
+        data=_data_tensors(flattener.nodes, inputs[fixed:]),
+        # Of a layer called several times the last reason.
+        unquantizable=tuple({u.path: u for u in flattener.unquantizable}.values()),
+    )
+
+
+def _data_tensors(nodes: Sequence[Node], sources: Sequence[int]) -> frozenset[int]:
+    data = set(sources)
+    for node in nodes:
+        if any(isinstance(v, int) and v in data for v in node.inputs):
+            data.update(node.outputs)
+    return frozenset(data)

@@ -1,0 +1,377 @@
+"""What happens while a captured model is traced: an interceptor marks its layers."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.linen.module import InterceptorContext
+from flax.typing import VariableDict
+from jax.extend import core
+
+from simqat_jax.ir.graph import (
+    BatchNorm,
+    Dropout,
+    Float,
+    Layer,
+    Node,
+    Product,
+    Unquantizable,
+)
+
+LAYER_MARK = "simqat_layer_"
+PATH_MARK = "simqat_path_"
+# Part of the key of every jit cache while a model is captured: without it `nn.jit` would hand out
+# traces made without the interceptor, or made for another module of the same class.
+_trace_context = jax.make_user_context()
+_fresh = itertools.count(1)
+
+Kwargs = Mapping[str, Any]
+"""Keyword arguments of a call."""
+MakeNode = Callable[..., Node]
+"""Makes a node of one class, given what all nodes have in common."""
+_Function = Callable[..., Sequence[jax.Array]]
+
+
+def excluded(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern matches the module path or a module around it."""
+    prefixes = ["/".join(path[:depth]) for depth in range(1, len(path) + 1)]
+    return any(fnmatch.filter(prefixes, pattern) for pattern in patterns)
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer, as the interceptor saw it.
+
+    Attributes:
+      layer: the layer, a pure function of its inputs and parameters.
+      make: makes its node.
+      op: the name of the node, for display.
+      shapes: those of its operands.
+    """
+
+    layer: Layer
+    make: MakeNode
+    op: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it would be quantized where it can be reached."""
+        return type(self.layer.module) in _PRODUCTS
+
+
+@dataclasses.dataclass(frozen=True)
+class _ModuleCall:
+    """A call of a Flax layer's own `__call__`, before it happens."""
+
+    base: type[nn.Module]
+    module: nn.Module
+    next_fun: Callable[..., object]
+    args: tuple
+    kwargs: Kwargs
+
+    def proceed(self) -> object:
+        """Call it as Flax would."""
+        return self.next_fun(*self.args, **self.kwargs)
+
+    def layer(self, names: Iterable[str]) -> Layer:
+        return Layer(_unbound(self.base, self.module), self.module.path, tuple(names))
+
+
+@dataclasses.dataclass
+class Recorder:
+    """What the interceptor notes down while the model is traced.
+
+    Attributes:
+      exclude: patterns of module paths to leave float.
+      forbidden: a module class that must not occur inside.
+      calls: of layers; the number in a layer's mark is its place here.
+      modules: the paths of all modules that were called.
+      paths: those of the methods called; the number in a path's mark is its place here.
+      unquantizable: the layers that are called as Flax would, and why.
+      traces: closes when traces made before the capture may be used again.
+    """
+
+    exclude: tuple[str, ...]
+    forbidden: type[nn.Module]
+    calls: list[LayerCall] = dataclasses.field(default_factory=list)
+    modules: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
+    unquantizable: list[Unquantizable] = dataclasses.field(default_factory=list)
+    traces: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    _states: list[object] = dataclasses.field(default_factory=list)
+    _inside_layer: bool = False
+
+    def module_names(self) -> list[str]:
+        """Return the names of the modules called, in order, each once."""
+        return ["/".join(path) for path in dict.fromkeys(self.modules) if path]
+
+    def unmatched(self) -> list[str]:
+        """Return the patterns that match no module called."""
+        return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
+
+    def forget_traces(self) -> None:
+        """From here on, until `traces` closes, use no trace that was made before."""
+        self.traces.enter_context(_trace_context(next(_fresh)))
+
+    @contextlib.contextmanager
+    def _forget_if_lifted(self) -> Iterator[None]:
+        """Forget the trace of a module that runs in another trace than its caller (`nn.jit`)."""
+        state = core.get_opaque_trace_state(convention="simqat")
+        self._states.append(state)
+        yield
+        self._states.pop()
+        if self._states and self._states[-1] != state:
+            self.forget_traces()
+
+    def intercept(
+        self,
+        next_fun: Callable[..., object],
+        args: tuple,
+        kwargs: Kwargs,
+        context: InterceptorContext,
+    ) -> object:
+        """Mark the call of a module; of a layer that is known, put a boundary around it."""
+        module = context.module
+        if self._inside_layer:
+            return next_fun(*args, **kwargs)
+        if isinstance(module, self.forbidden):
+            raise ValueError(
+                f"SimQAT was applied twice: {'/'.join(module.path) or type(module).__name__} is "
+                "already quantization-aware. Apply it once, to the outermost model."
+            )
+        with self._forget_if_lifted(), self._path_mark(module.path, context.method_name):
+            base = _base_of(module, context)
+            if base is None or excluded(module.path, self.exclude):
+                return next_fun(*args, **kwargs)
+            return _HANDLERS[base](self, _ModuleCall(base, module, next_fun, args, kwargs))
+
+    def _path_mark(
+        self, path: tuple[str, ...], method: str
+    ) -> contextlib.AbstractContextManager[object]:
+        self.modules.append(path)
+        # Operations of a method keep its name, whoever calls it.
+        self.paths.append(path if method in ("__call__", "setup") else (*path, method))
+        return jax.named_scope(f"{PATH_MARK}{len(self.paths) - 1}")
+
+    def bind(
+        self, layer: Layer, make: MakeNode, op: str, fn: _Function, *operands: jax.Array
+    ) -> Sequence[jax.Array]:
+        """Call `fn` behind a boundary that the jaxpr shows as one named call."""
+
+        def boundary(*operands: jax.Array) -> Sequence[jax.Array]:
+            self._inside_layer = True
+            try:
+                return fn(*operands)
+            finally:
+                self._inside_layer = False
+
+        boundary.__name__ = f"{LAYER_MARK}{len(self.calls)}"
+        self.calls.append(LayerCall(layer, make, op, tuple(map(jnp.shape, operands))))
+        return jax.jit(boundary)(*operands)
+
+    def refuse(self, call: _ModuleCall, reason: str) -> object:
+        """Note that a layer cannot be quantized, and call it as Flax would."""
+        self.unquantizable.append(Unquantizable(call.module.path, reason))
+        return call.proceed()
+
+
+# Layers ------------------------------------------------------------------------------------------
+
+
+def _call_product(recorder: Recorder, call: _ModuleCall) -> object:
+    reason = _not_plain(call.module)
+    if reason:
+        return recorder.refuse(call, reason)
+    (x,) = (*call.args, *call.kwargs.values())
+    params = _own_variables(call.module, "params", ("kernel", "bias"))
+    layer = call.layer(params)
+    kind, features = _PRODUCTS[call.base], _features(layer.module)
+    make = functools.partial(Product, layer=layer, kind=kind, features=features)
+
+    def fn(x: jax.Array, *values: jax.Array) -> Sequence[jax.Array]:
+        return _applied(layer, {"params": layer.named(values)}, x)
+
+    return recorder.bind(layer, make, call.base.__name__, fn, x, *params.values())[0]
+
+
+def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
+    module, kwargs = call.module, call.kwargs
+    assert isinstance(module, nn.BatchNorm)
+    x, *rest = call.args if call.args else (kwargs["x"],)
+    running = nn.merge_param(
+        "use_running_average",
+        module.use_running_average,
+        rest[0] if rest else kwargs.get("use_running_average"),
+    )
+    mask = {k: v for k, v in kwargs.items() if k == "mask" and v is not None}
+    params = _own_variables(module, "params", ("scale", "bias"))
+    stats = _own_variables(module, "batch_stats", ("mean", "var"))
+    if len(stats) < 2:
+        raise ValueError(
+            f"{'/'.join(module.path)}: the variables hold no batch_stats 'mean' and 'var'. "
+            "Pass the batch_stats of init, or of the float checkpoint."
+        )
+    operands = params | stats | mask
+    layer = call.layer(operands)
+    make = functools.partial(BatchNorm, layer=layer, training=not running)
+    fn = functools.partial(batch_norm, layer, use_running_average=running)
+    y, *updated = recorder.bind(layer, make, "BatchNorm", fn, x, *operands.values())
+    for name, value in zip(stats, updated, strict=False):
+        module.variable("batch_stats", name).value = value
+    return y
+
+
+def _call_dropout(recorder: Recorder, call: _ModuleCall) -> object:
+    module = call.module
+    assert isinstance(module, nn.Dropout)
+    names = ("inputs", "deterministic", "rng")
+    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+    deterministic = nn.merge_param(
+        "deterministic", module.deterministic, given.get("deterministic")
+    )
+    if deterministic or module.rate == 0.0:
+        return call.proceed()
+    rng = given.get("rng")
+    rng = module.make_rng(module.rng_collection) if rng is None else rng
+    layer = call.layer(("rng",))
+
+    def fn(x: jax.Array, rng: jax.Array) -> Sequence[jax.Array]:
+        return _applied(layer, {}, x, deterministic=False, rng=rng)
+
+    make = functools.partial(Dropout, layer=layer)
+    return recorder.bind(layer, make, "dropout", fn, given["inputs"], rng)[0]
+
+
+def _call_float(recorder: Recorder, call: _ModuleCall) -> object:
+    params = _own_variables(call.module, "params", ("scale", "bias"))
+    layer = call.layer(params)
+    count = len(params)
+
+    def fn(*values: jax.Array) -> Sequence[jax.Array]:
+        variables = {"params": layer.named(values[:count])}
+        return _applied(layer, variables, *values[count:], **call.kwargs)
+
+    make = functools.partial(Float, layer=layer)
+    operands = (*params.values(), *call.args)
+    return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]
+
+
+def _call_unsupported(recorder: Recorder, call: _ModuleCall) -> object:
+    return recorder.refuse(call, f"nn.{call.base.__name__} has no quantized form")
+
+
+_PRODUCTS: dict[type[nn.Module], str] = {
+    nn.Conv: "conv",
+    nn.Dense: "dense",
+    nn.DenseGeneral: "dense",
+}
+# In this order: the first whose `__call__` it is tells what a module is.
+_HANDLERS: dict[type[nn.Module], Callable[[Recorder, _ModuleCall], object]] = {
+    **dict.fromkeys(_PRODUCTS, _call_product),
+    **dict.fromkeys((nn.ConvTranspose, nn.ConvLocal, nn.Einsum), _call_unsupported),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm), _call_float),
+    nn.BatchNorm: _call_batch_norm,
+    nn.Dropout: _call_dropout,
+}
+
+
+def batch_norm(
+    layer: Layer, x: jax.Array, *values: jax.Array, use_running_average: bool
+) -> tuple[jax.Array, ...]:
+    """Run a BatchNorm layer as a pure function.
+
+    Args:
+      layer: the layer; `layer.names` tells what `values` are.
+      x: the input, features along the layer's axis.
+      values: scale and bias (if the layer has them), running mean and variance, mask (if any).
+      use_running_average: normalise with the running statistics.
+
+    Returns:
+      The output; with batch statistics also the new running mean and variance.
+    """
+    named = layer.named(values)
+    variables = {
+        "params": {k: v for k, v in named.items() if k in ("scale", "bias")},
+        "batch_stats": {k: v for k, v in named.items() if k in ("mean", "var")},
+    }
+    y, updates = layer.module.apply(
+        variables,
+        x,
+        use_running_average=use_running_average,
+        mask=named.get("mask"),
+        mutable=["batch_stats"],
+    )
+    if use_running_average:
+        return (y,)
+    stats: Any = updates["batch_stats"]
+    return y, stats["mean"], stats["var"]
+
+
+# Flax modules ------------------------------------------------------------------------------------
+
+
+def _base_of(module: nn.Module, context: InterceptorContext) -> type[nn.Module] | None:
+    """Return the Flax layer whose own `__call__` this is, also for a subclass that calls super."""
+    if context.method_name != "__call__":
+        return None
+    method = getattr(context.orig_method, "func", context.orig_method)
+    for base in _HANDLERS:
+        if isinstance(module, base) and method.__qualname__ == base.__call__.__qualname__:
+            return base
+    return None
+
+
+def _unbound(base: type[nn.Module], module: nn.Module) -> nn.Module:
+    """Return the layer with the module's attributes and no parent, name or scope.
+
+    Of a BatchNorm or Dropout, `use_running_average` and `deterministic` are left to the call.
+    """
+    per_call = ("use_running_average", "deterministic")
+    fields = {
+        f.name: getattr(module, f.name)
+        for f in dataclasses.fields(base)
+        if f.init and f.name not in ("parent", "name", *per_call)
+    }
+    return base(**fields, parent=None)
+
+
+def _applied(
+    layer: Layer, variables: VariableDict, *args: jax.Array, **kwargs: Any
+) -> Sequence[jax.Array]:
+    y = layer.module.apply(variables, *args, **kwargs)
+    assert isinstance(y, jax.Array)
+    return (y,)
+
+
+def _own_variables(
+    module: nn.Module, collection: str, names: Sequence[str]
+) -> dict[str, jax.Array]:
+    return {
+        name: meta.unbox(module.get_variable(collection, name))
+        for name in names
+        if module.has_variable(collection, name)
+    }
+
+
+def _features(module: nn.Module) -> tuple[int, ...]:
+    assert isinstance(module, nn.Conv | nn.Dense | nn.DenseGeneral)
+    features = module.features
+    return tuple(map(int, features)) if isinstance(features, Iterable) else (int(features),)
+
+
+def _not_plain(module: nn.Module) -> str | None:
+    """Return why this Conv or Dense is not one plain convolution or matrix product."""
+    if isinstance(module, nn.DenseGeneral) and module.batch_dims:
+        return "DenseGeneral with batch_dims is not one matrix product"
+    for hook in ("dot_general", "dot_general_cls", "conv_general_dilated"):
+        if getattr(module, hook, None) is not None:
+            return f"it computes with a {hook} of its own"
+    return None

@@ -1,0 +1,196 @@
+"""Passes over a captured graph: drop what nobody reads, merge what belongs together."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from simqat_jax.ir.graph import (
+    Add,
+    Clamp,
+    Constant,
+    Elementwise,
+    Float,
+    Graph,
+    Mean,
+    Mul,
+    Node,
+    Operand,
+    as_kind,
+)
+from simqat_jax.numerics.requantize import FREE, Bounds
+
+_SAME_VALUES = ("broadcast_in_dim", "convert_element_type", "reshape")
+_POINTWISE = (Elementwise, Clamp, Add, Mul)
+
+
+def _chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Return the function that runs `parts` on values for `inputs`."""
+
+    def run(*values):
+        env = {v: value for v, value in zip(inputs, values, strict=True) if isinstance(v, int)}
+        for part in parts:
+            operands = (v.value if isinstance(v, Constant) else env[v] for v in part.inputs)
+            env.update(zip(part.outputs, part.run(*operands), strict=True))
+        return tuple(env[v] for v in parts[-1].outputs)
+
+    return run
+
+
+def prune(graph: Graph) -> Graph:
+    """Leave out nodes whose results nobody reads, unless they have an effect."""
+    needed = {v for v in graph.outputs if isinstance(v, int)}
+    kept = []
+    for node in reversed(graph.nodes):
+        if node.effects or not needed.isdisjoint(node.outputs):
+            needed.update(v for v in node.inputs if isinstance(v, int))
+            kept.append(node)
+    return dataclasses.replace(graph, nodes=tuple(reversed(kept)))
+
+
+def merge_means(graph: Graph) -> Graph:
+    """Merge a sum and the division of its result by a constant into one "mean" node."""
+    readers = graph.readers()
+    merged: dict[Node, Node | None] = {}
+    for node in graph.nodes:
+        if not isinstance(node, Mean) or node.outputs[0] in graph.outputs:
+            continue
+        users = readers[node.outputs[0]]
+        if len(users) != 1 or users[0].primitive != "div" or users[0].remat != node.remat:
+            continue
+        numerator, divisor = users[0].inputs
+        if numerator != node.outputs[0] or (isinstance(divisor, int) and divisor in graph.data):
+            continue
+        inputs = (*node.inputs, divisor)
+        merged[node] = None
+        merged[users[0]] = as_kind(
+            Mean,
+            users[0],
+            op="avg_pool" if node.primitive == "reduce_window_sum" else "mean",
+            inputs=inputs,
+            run=_chain((node, users[0]), inputs),
+            divisor=divisor,
+            eqn=node.eqn,
+            parts=(node, users[0]),
+        )
+    nodes = (merged.get(node, node) for node in graph.nodes)
+    return dataclasses.replace(graph, nodes=tuple(n for n in nodes if n is not None))
+
+
+def _scalars(graph: Graph) -> set[int]:
+    """Return the tensors that hold one number, maybe broadcast, and do not depend on the data."""
+    scalars = {v for v, a in graph.avals.items() if a.size == 1 and v not in graph.data}
+    for node in graph.nodes:
+        if node.primitive in _SAME_VALUES and all(
+            v in scalars if isinstance(v, int) else np.size(v.value) == 1 for v in node.inputs
+        ):
+            scalars.update(node.outputs)
+    return scalars
+
+
+def _roots(graph: Graph, scalars: set[int], cuts: set[int]) -> dict[int, int]:
+    """Return, for each tensor, the tensor of which it is an elementwise function."""
+    roots: dict[int, int] = {}
+    for node in graph.nodes:
+        operands = [
+            v
+            for v in node.inputs
+            if (v not in scalars if isinstance(v, int) else np.size(v.value) != 1)
+        ]
+        sources = {roots.get(v, v) if v not in cuts else v for v in operands if isinstance(v, int)}
+        out = node.outputs[0]
+        if (
+            isinstance(node, _POINTWISE)
+            and len(sources) == 1
+            and all(isinstance(v, int) and v in graph.data for v in operands)
+            and graph.avals[out].shape == graph.avals[next(iter(sources))].shape
+        ):
+            roots[out] = sources.pop()
+    return roots
+
+
+def _elementwise_outputs(graph: Graph) -> tuple[dict[int, int], set[int]]:
+    """Return each tensor's root, and the tensors that are seen outside of their function."""
+    readers = graph.readers()
+    producers = {v: node for node in graph.nodes for v in node.outputs}
+    scalars = _scalars(graph)
+    cuts = {v for v in graph.outputs if isinstance(v, int)}
+    whole = _roots(graph, scalars, cuts)
+    # A clamp right behind a tensor that only it reads belongs to that tensor's producer.
+    cuts |= {
+        node.outputs[0]
+        for node in graph.nodes
+        if isinstance(node, Clamp)
+        for source in node.data_inputs(graph.data)
+        if len(readers[source]) == 1
+        and source not in whole
+        and any(not isinstance(reader, Clamp) for reader in readers[node.outputs[0]])
+    }
+    while True:
+        roots = _roots(graph, scalars, cuts)
+        seen = {
+            v
+            for v, root in roots.items()
+            for reader in readers[v]
+            if roots.get(reader.outputs[0]) != root or reader.remat != producers[v].remat
+        }
+        if seen <= cuts:
+            return roots, cuts
+        cuts |= seen
+
+
+def _merged_bounds(parts: Sequence[Clamp]) -> Bounds:
+    lo, hi = FREE
+    for part in parts:
+        lo, hi = (min(max(b, part.bounds[0]), part.bounds[1]) for b in (lo, hi))
+    return lo, hi
+
+
+def merge_elementwise(graph: Graph) -> Graph:
+    """Merge operations that together are a function of one tensor and scalars into one node.
+
+    GELU, `x * sigmoid(x)` or a clip written by hand becomes one node, whatever it is made of. A
+    node made of clamps alone stays a "clamp", with their joint bounds.
+    """
+    roots, cuts = _elementwise_outputs(graph)
+    parts_of: dict[int, list[Node]] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        out = node.outputs[0]
+        if out not in roots:
+            # An operation on several tensors that is none of the known ones.
+            several = isinstance(node, Elementwise | Clamp)
+            nodes.append(as_kind(Float, node) if several else node)
+            continue
+        parts = list(
+            dict.fromkeys(
+                part
+                for v in node.inputs
+                if isinstance(v, int) and v in parts_of and v not in cuts
+                for part in parts_of[v]
+            )
+        )
+        parts_of[out] = parts = [*parts, node]
+        if out not in cuts:
+            continue
+        made = {v for part in parts for v in part.outputs}
+        inputs = tuple(
+            dict.fromkeys(
+                v for part in parts for v in part.inputs if isinstance(v, int) and v not in made
+            )
+        )
+        inputs = (roots[out], *(v for v in inputs if v != roots[out]))
+        whole = {"inputs": inputs, "run": _chain(parts, inputs), "parts": tuple(parts)}
+        clamps = [part for part in parts if isinstance(part, Clamp)]
+        if len(clamps) == len(parts):
+            nodes.append(as_kind(Clamp, node, bounds=_merged_bounds(clamps), **whole))
+        else:
+            op = node.op if len(parts) == 1 else "elementwise"
+            nodes.append(as_kind(Elementwise, node, op=op, **whole))
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def simplify(graph: Graph) -> Graph:
+    """Drop what nobody reads, then merge means and elementwise functions."""
+    return merge_elementwise(merge_means(prune(graph)))

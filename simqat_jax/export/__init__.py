@@ -1,1 +1,0 @@
-"""Files that other runtimes execute, written from an integer model."""

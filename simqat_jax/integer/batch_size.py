@@ -1,0 +1,95 @@
+"""Tell whether a model that was captured with another batch size is the same model.
+
+The integer model takes any batch size where the model itself does. It is therefore captured twice,
+with the sample's batch size and with one that no other length is a multiple of. Whatever differs
+between the two but for that length depends on the batch size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from simqat_jax.ir import replay
+from simqat_jax.ir.graph import Float, Graph
+from simqat_jax.ir.program import Program
+from simqat_jax.ir.program_builder import BATCH
+from simqat_jax.ops.moves import needs_function
+
+
+def same_graphs(sample: Graph, free: Graph, size: int) -> bool:
+    """Whether the operations are the same, on tensors that differ in the batch size alone.
+
+    Args:
+      sample: captured with batches of `size`.
+      free: captured with batches of `BATCH`.
+      size: the sample's batch size.
+    """
+    if [type(n) for n in sample.nodes] != [type(n) for n in free.nodes]:
+        return False
+    if sample.avals.keys() != free.avals.keys():
+        return False
+    shapes = ((sample.avals[v].shape, free.avals[v].shape) for v in free.avals)
+    resized = all(a == tuple(_at(d, size) for d in b) for a, b in shapes)
+    floats = (n for n in free.nodes if isinstance(n, Float) or needs_function(n))
+    return resized and all(map(replay.scales_with_batch, floats))
+
+
+def _at(length: int, size: int) -> int:
+    return length // BATCH * size if length and length % BATCH == 0 else length
+
+
+def same_programs(sample: Program, free: Program, size: int) -> bool:
+    """Whether two programs are the same, with -k for k times the batch size in `free`.
+
+    Args:
+      sample: lowered with batches of `size`.
+      free: lowered with a free batch size.
+      size: the sample's batch size.
+    """
+    if len(sample.ops) != len(free.ops) or len(sample.tensors) != len(free.tensors):
+        return False
+    return (
+        all(
+            (a.kind, a.path, a.inputs, a.outputs) == (b.kind, b.path, b.inputs, b.outputs)
+            and _same_attributes(a.attributes, b.attributes, size)
+            and a.arrays.keys() == b.arrays.keys()
+            and same_values(list(a.arrays.values()), list(b.arrays.values()))
+            for a, b in zip(sample.ops, free.ops, strict=True)
+        )
+        and all(
+            (a.name, a.dtype, a.grid) == (b.name, b.dtype, b.grid)
+            and _same_attributes(a.shape, b.shape, size)
+            and same_values([a.value], [b.value])
+            for a, b in zip(sample.tensors, free.tensors, strict=True)
+        )
+        and sample.structure == free.structure
+    )
+
+
+def _same_attributes(sample: Any, free: Any, size: int) -> bool:
+    if isinstance(sample, Mapping):
+        return sample.keys() == free.keys() and all(
+            _same_attributes(sample[k], free[k], size) for k in sample
+        )
+    if isinstance(sample, (list, tuple)):
+        return len(sample) == len(free) and all(
+            _same_attributes(a, b, size) for a, b in zip(sample, free, strict=True)
+        )
+    return sample == free or (isinstance(free, int) and free < 0 and sample == -free * size)
+
+
+def same_values(sample: Sequence[Any], free: Sequence[Any]) -> bool:
+    """Whether constants are equal, shapes included."""
+    return len(sample) == len(free) and all(map(_same_value, sample, free))
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if a is None or b is None:
+        return False
+    if np.shape(a) != np.shape(b):
+        return False
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.tobytes() == b.tobytes()

@@ -1,0 +1,171 @@
+"""Convert a trained quantization-aware model to integers only."""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import flax.errors
+import jax
+from flax.typing import VariableDict
+from jax.core import Tracer
+
+from simqat_jax.capture import Capture
+from simqat_jax.config import SimQATConfig
+from simqat_jax.integer.batch_size import same_graphs, same_programs, same_values
+from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
+from simqat_jax.integer.model import IntegerModel
+from simqat_jax.ir.graph import Graph
+from simqat_jax.ir.plan import Placement
+from simqat_jax.ir.program import Program
+from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.numerics.observers import Range
+from simqat_jax.numerics.rounding import Backend
+from simqat_jax.training.module import Method, QuantizedModule, trace
+from simqat_jax.training.planner import place_quantizers
+from simqat_jax.training.ranges import COLLECTION, STEP, check
+
+
+def convert(
+    qmodule: QuantizedModule,
+    variables: VariableDict,
+    *args: Any,
+    backend: Backend | None = None,
+    method: Method = None,
+    **kwargs: Any,
+) -> IntegerModel:
+    """Make the integer-only model of a trained quantization-aware model.
+
+    Where all sample arrays have the same first length, that is the batch size, and the integer
+    model takes any. Its codes are those of evaluation under `SimQATConfig.backend`; another
+    `backend` rounds additions and products of tensors as that runtime does.
+
+    Args:
+      qmodule: what `SimQAT.apply` returned.
+      variables: its trained variables.
+      args: a sample of the model's arguments, arrays or ShapeDtypeStructs.
+      backend: "tflite" or "onnx"; by default `SimQATConfig.backend`.
+      method: of the float model, by name or function; by default its `__call__`.
+      kwargs: keyword arguments of the call in evaluation: `train=False`.
+
+    Returns:
+      An IntegerModel.
+
+    Raises:
+      TypeError: no QuantizedModule, or traced variables.
+      ValueError: ranges never observed, variables of another model, weights that are not finite, a
+        `quant_delay` that has not passed, per-channel activations, a layer without an integer form.
+
+    Example:
+      >>> qmodel = SimQAT().apply(nn.Dense(2))
+      >>> x = jnp.linspace(-1, 1, 12).reshape(4, 3)
+      >>> variables = qmodel.init(jax.random.key(0), x)
+      >>> _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
+      >>> model = convert(qmodel, variables | updates, x)
+      >>> model(x[:1]).shape
+      (1, 2)
+    """
+    config = _checked(qmodule, variables, backend)
+    call = _Call(qmodule, variables, args, method, kwargs)
+    metadata = {"simqat_jax": version("simqat-jax"), "config": dataclasses.asdict(config)}
+    compiled: Compiled = {}
+
+    def lowered(captured: Capture, free_batch: bool) -> tuple[ProgramBuilder, Program]:
+        placement = place_quantizers(captured.graph, config)
+        ranges = _ranges(placement, variables.get(COLLECTION, {}))
+        builder = ProgramBuilder(captured.graph, captured.inputs, free_batch)
+        program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
+        return builder, program
+
+    sample = call.captured(None)
+    builder, program = lowered(sample, free_batch=False)
+    free = call.captured_with_free_batch(sample.graph)
+    if free is None or call.size is None:
+        return IntegerModel(program)
+    free_builder, free_program = lowered(free, free_batch=True)
+    held = builder.float_constants, free_builder.float_constants
+    same = same_programs(program, free_program, call.size) and same_values(*held)
+    return IntegerModel(free_program if same else program)
+
+
+def _checked(
+    qmodule: QuantizedModule, variables: VariableDict, backend: Backend | None
+) -> SimQATConfig:
+    """Return the configuration to convert with; raise for what cannot be converted at all."""
+    if not isinstance(qmodule, QuantizedModule):
+        raise TypeError(f"convert takes what SimQAT.apply returned, got {type(qmodule).__name__}.")
+    if any(isinstance(v, Tracer) for v in jax.tree.leaves(variables)):
+        raise TypeError("convert takes concrete variables: call it outside of jit.")
+    config = qmodule.config
+    if backend is not None:
+        config = dataclasses.replace(config, backend=backend)
+    if config.activation.per_channel:
+        raise ValueError(
+            "an integer layer cannot sum over channels of different scales: convert takes models "
+            "with SimQATConfig(activation=QuantSpec(per_channel=False))."
+        )
+    return config
+
+
+def _ranges(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Range]:
+    """Return the range of each quantizer with a state, by name.
+
+    Raises:
+      ValueError: one was never observed; quantization is delayed to a later step.
+    """
+    states = check(placement, stats)
+    delay = max(placement.delay("weight"), placement.delay("activation"))
+    if int(states[STEP]) < delay:
+        raise ValueError(
+            f"the model has trained for {int(states[STEP])} steps and quantizes from step {delay} "
+            "on (quant_delay): what it computes by now is not quantized. Train on, or lower the "
+            "delay."
+        )
+    return {name: q.observer.range(states[name]) for name, q in placement.stateful.items()}
+
+
+class _Call:
+    """A call of a quantized module, to be captured with one batch size or another."""
+
+    def __init__(
+        self,
+        qmodule: QuantizedModule,
+        variables: VariableDict,
+        args: tuple,
+        method: Method,
+        kwargs: Mapping[str, Any],
+    ):
+        self.qmodule = qmodule
+        self.variables = variables
+        self.method = method
+        self.kwargs = kwargs
+        self.args = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, args
+        )
+        if any(hasattr(x, "dtype") for x in jax.tree.leaves(dict(kwargs))):
+            raise ValueError("convert takes arrays as positional arguments, not by keyword.")
+        arrays = [x for x in jax.tree.leaves(self.args) if hasattr(x, "dtype")]
+        lengths = {x.shape[0] if x.shape else None for x in arrays}
+        self.size = lengths.pop() if len(lengths) == 1 else None
+
+    def captured(self, batch: int | None) -> Capture:
+        def resized(x: Any) -> Any:
+            if batch is None or not hasattr(x, "dtype"):
+                return x
+            return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+
+        args = jax.tree.map(resized, self.args)
+        try:
+            return trace(self.qmodule, self.variables, args, self.kwargs, self.method, rngs={})
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(NOT_EVALUATION.format(path="the model")) from error
+
+    def captured_with_free_batch(self, sample: Graph) -> Capture | None:
+        """Capture with `BATCH` for the batch size; None where the model holds on to its own."""
+        if self.size is None:
+            return None
+        try:
+            free = self.captured(BATCH)
+        except Exception:  # whatever a model raises for a batch size that it does not take
+            return None
+        return free if same_graphs(sample, free.graph, self.size) else None

@@ -1,0 +1,201 @@
+"""The file of an integer model: a checksum, a program in JSON, arrays."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from simqat_jax.files import atomic_file
+from simqat_jax.ir.program import Function, Op, Program, Structure, Tensor, at_batch
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.ops.floats import FloatOp, MoveOp
+from simqat_jax.ops.registry import PROGRAM_OPERATIONS
+
+FORMAT = 1
+_MAGIC = "simqat_jax integer model"
+
+Arrays = dict[str, np.ndarray]
+
+
+def save(program: Program, path: str | os.PathLike) -> None:
+    """Write a program to a file, see IntegerModel.save."""
+    arrays: Arrays = {}
+    text = {
+        "tensors": [_tensor_fields(t, n, arrays) for n, t in enumerate(program.tensors)],
+        "ops": [_op_fields(program, op, n, arrays) for n, op in enumerate(program.ops)],
+        "inputs": program.inputs,
+        "outputs": program.outputs,
+        "structure": _encoded(program.structure),
+        "backend": program.backend,
+        "metadata": program.metadata,
+    }
+    body = io.BytesIO()
+    arrays["program"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    np.savez(body, allow_pickle=False, **arrays)
+    header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body.getvalue())}
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("header.json", json.dumps(header))
+        archive.writestr("model.npz", body.getvalue())
+
+
+def load(path: str | os.PathLike) -> Program:
+    """Read a program from a file, see IntegerModel.load."""
+    with np.load(io.BytesIO(_body(path))) as arrays:
+        text = json.loads(arrays["program"].tobytes())
+        tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
+        ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
+    return Program(
+        tensors=tuple(tensors),
+        ops=tuple(ops),
+        inputs=tuple(text["inputs"]),
+        outputs=tuple(text["outputs"]),
+        structure=_decoded(text["structure"]),
+        backend=text["backend"],
+        metadata=text["metadata"],
+    )
+
+
+def _body(path: str | os.PathLike) -> bytes:
+    """Return what the file holds, once its checksum is that of what was written."""
+    data = Path(path).read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            header = json.loads(archive.read("header.json"))
+            body = archive.read("model.npz")
+    except (
+        *(zipfile.BadZipFile, zlib.error, KeyError, ValueError),
+        *(EOFError, OSError, NotImplementedError),
+    ) as error:
+        raise ValueError(
+            f"{path} is no integer model of simqat_jax, or damaged: {error}."
+        ) from error
+    if not isinstance(header, dict) or header.get("what") != _MAGIC:
+        raise ValueError(f"{path} is no integer model of simqat_jax.")
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {header.get('format')}; this version of simqat_jax reads "
+            f"{FORMAT}. Convert the model again."
+        )
+    if header.get("sha256") != _digest(body):
+        raise ValueError(f"{path} is damaged: its checksum does not match.")
+    return body
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# Tensors and operations --------------------------------------------------------------------------
+
+
+def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> dict[str, Any]:
+    grid = None if tensor.grid is None else dataclasses.asdict(tensor.grid)
+    fields = {"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype, "grid": grid}
+    if tensor.value is not None:
+        arrays[f"constant/{number}"] = tensor.value
+    return fields | {"constant": tensor.value is not None}
+
+
+def _tensor(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndarray]) -> Tensor:
+    return Tensor(
+        fields["name"],
+        tuple(fields["shape"]),
+        fields["dtype"],
+        None if fields["grid"] is None else Grid(**fields["grid"]),
+        arrays[f"constant/{number}"] if fields["constant"] else None,
+    )
+
+
+def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> dict[str, Any]:
+    held = dict(op.arrays)
+    if isinstance(op, FloatOp):
+        held["function"] = np.frombuffer(_exported(program, op), np.uint8)
+    arrays |= {f"{number}/{name}": a for name, a in held.items()}
+    fields = {"kind": op.kind, "path": op.path, "inputs": op.inputs, "outputs": op.outputs}
+    return fields | {"attributes": op.attributes, "arrays": sorted(held)}
+
+
+def _op(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndarray]) -> Op:
+    held = {name: arrays[f"{number}/{name}"] for name in fields["arrays"]}
+    given = _tuples(fields["attributes"])
+    if "function" in held:
+        given["function"] = _imported(held.pop("function").tobytes())
+    return PROGRAM_OPERATIONS[fields["kind"]](
+        kind=fields["kind"],
+        path=fields["path"],
+        inputs=tuple(fields["inputs"]),
+        outputs=tuple(fields["outputs"]),
+        arrays=held,
+        **given,
+    )
+
+
+def _exported(program: Program, op: FloatOp) -> bytes:
+    """Serialize a float function, for any batch size."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    dims = [program.tensors[i].shape for i in op.inputs]
+    shapes = [
+        jax.ShapeDtypeStruct(
+            at_batch(program.tensors[i].shape, batch),
+            np.int32 if _takes_codes(program, op, i) else program.tensors[i].dtype,
+        )
+        for i in op.inputs
+    ]
+    # Where the batch size can be read off: the first input that has it, and its axis.
+    where = next(((p, axis) for p, d in enumerate(dims) for axis, n in enumerate(d) if n < 0), None)
+
+    def run(*values: jax.Array) -> tuple[jax.Array, ...]:
+        if where is None:
+            return tuple(op.function(values, 1))
+        position, axis = where
+        size = values[position].shape[axis] // -dims[position][axis]
+        return tuple(op.function(values, size))
+
+    return bytes(jax.export.export(jax.jit(run))(*shapes).serialize())
+
+
+def _takes_codes(program: Program, op: FloatOp, i: int) -> bool:
+    return isinstance(op, MoveOp) and program.tensors[i].grid is not None
+
+
+def _imported(data: bytes) -> Function:
+    exported = jax.export.deserialize(bytearray(data))
+    return lambda values, batch: tuple(exported.call(*values))
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+def _tuples(value: Any) -> Any:
+    """Undo what JSON does to tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _encoded(structure: Structure) -> Any:
+    """Write a structure so that JSON keeps tuples apart from lists."""
+    if isinstance(structure, dict):
+        return {"dict": {k: _encoded(v) for k, v in structure.items()}}
+    if isinstance(structure, (list, tuple)):
+        return {type(structure).__name__: [_encoded(v) for v in structure]}
+    return structure
+
+
+def _decoded(structure: Any) -> Structure:
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, value),) = structure.items()
+    if kind == "dict":
+        return {k: _decoded(v) for k, v in value.items()}
+    return (tuple if kind == "tuple" else list)(map(_decoded, value))

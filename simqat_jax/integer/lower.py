@@ -1,0 +1,111 @@
+"""Lower a planned model to a program on integers."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from simqat_jax.ir.graph import BatchNorm, Dropout
+from simqat_jax.ir.plan import Placement
+from simqat_jax.ir.program import Program, Structure
+from simqat_jax.ir.program_builder import ProgramBuilder
+from simqat_jax.numerics.grid import grid_of_range
+from simqat_jax.numerics.observers import Range
+from simqat_jax.ops.floats import emit_float
+from simqat_jax.ops.operation import LoweredStep, concrete
+from simqat_jax.ops.registry import operation_of
+
+NOT_EVALUATION = (
+    "{path}: convert takes the model in evaluation, and here it drops out values or uses batch "
+    "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
+    "use_running_average=True."
+)
+Compiled = dict[Hashable, Callable[..., Any]]
+"""Functions that layers which are alike share."""
+
+
+class _Index(int):
+    """The number of an output, in the place of its value."""
+
+
+def lower(
+    placement: Placement,
+    ranges: Mapping[str, Range],
+    builder: ProgramBuilder,
+    restore: Callable[[Sequence[Any]], Any],
+    compiled: Compiled,
+    metadata: Mapping[str, Any],
+) -> Program:
+    """Make the program of a planned model, one step of the plan after the other.
+
+    Args:
+      placement: the planned model.
+      ranges: the range of each quantizer with a state, by name.
+      builder: an empty program of the same graph.
+      restore: makes what the model returns of its outputs.
+      compiled: functions that layers which are alike share, of this or another lowering.
+      metadata: for the program.
+
+    Raises:
+      ValueError: a model in training, a weight that is not finite, a layer without an integer
+        form, an output that no file can hold.
+    """
+    graph, inputs = placement.graph, []
+    for v, name in zip(graph.inputs, graph.input_names, strict=True):
+        if v in graph.data:
+            quantizer = placement.at.get(v)
+            grid = None
+            if quantizer is not None:
+                grid = concrete(grid_of_range(*ranges[quantizer.name], quantizer.spec))
+            inputs.append(builder.tensor(name or f"input_{len(inputs)}", v, grid))
+    for step in placement.steps:
+        if step.node.data_inputs(graph.data):
+            _lower(LoweredStep(step, placement, builder, ranges, compiled))
+        else:
+            for node in step.nodes:
+                builder.compute(node)
+    read, structure = _returned(restore, len(graph.outputs))
+    outputs = [builder.output(graph.outputs[i]) for i in read]
+    return builder.program(inputs, outputs, structure, placement.rounding.name, metadata)
+
+
+def _lower(at: LoweredStep) -> None:
+    step, placement = at.step, at.placement
+    training = any(isinstance(n, BatchNorm) and n.training for n in step.nodes)
+    if training or isinstance(step.node, Dropout):
+        raise ValueError(NOT_EVALUATION.format(path="/".join(step.node.path)))
+    operation = operation_of(step.node)
+    if step.quantized:
+        if not operation.lower(at):
+            emit_float(at)
+    elif step.output in placement.grids and step.output not in placement.at:
+        operation.move(at)
+    else:
+        emit_float(at)
+
+
+def _returned(
+    restore: Callable[[Sequence[Any]], Any], count: int
+) -> tuple[list[_Index], Structure]:
+    """Return which outputs the model returns, in order, and in what structure."""
+    result, _ = restore(list(map(_Index, range(count))))
+    read = jax.tree.leaves(result)
+    others = [x for x in read if not isinstance(x, _Index)]
+    if others:
+        raise ValueError(f"convert takes models that return arrays, and this returns {others}.")
+    numbers = {i: n for n, i in enumerate(read)}
+    return read, _plain(jax.tree.map(lambda i: numbers[i], result))
+
+
+def _plain(tree: Any) -> Structure:
+    """Rebuild a tree from dictionaries, lists and tuples, as a file can hold it."""
+    if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
+        return {k: _plain(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return (list if isinstance(tree, list) else tuple)(map(_plain, tree))
+    if tree is None or isinstance(tree, int):
+        return tree
+    raise ValueError(
+        f"the model returns a {type(tree).__name__}, which a file cannot hold. Return arrays, "
+        "lists, tuples or dictionaries with strings as keys."
+    )

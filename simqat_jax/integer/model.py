@@ -1,0 +1,221 @@
+"""An integer-only model: a program on codes, as one jitted function."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from simqat_jax.integer import file
+from simqat_jax.integer.table import shape_text, table
+from simqat_jax.ir.program import Context, Op, Program, Structure, Tensor, at_batch, grid_of
+
+
+class IntegerModel:
+    """A model on integer codes: int8 kernels, int32 biases, fixed scales.
+
+    Made by `convert` or `IntegerModel.load`.
+
+    Attributes:
+      program: what it computes, as data.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self._run = jax.jit(self._run_stored)
+        self._quantize = jax.jit(self._quantize_all)
+        self._dequantize = jax.jit(self._dequantize_all)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor, by number."""
+        return self.program.tensors
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The operations, in order."""
+        return self.program.ops
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Numbers of the input tensors, one for each array of the call."""
+        return self.program.inputs
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Numbers of the output tensors."""
+        return self.program.outputs
+
+    @property
+    def structure(self) -> Structure:
+        """The outputs as they are returned, with an index of `outputs` for each."""
+        return self.program.structure
+
+    @property
+    def backend(self) -> str:
+        """Whose rounding it mirrors: "tflite" or "onnx"."""
+        return self.program.backend
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Library version and configuration."""
+        return self.program.metadata
+
+    @property
+    def params(self) -> list[Mapping[str, np.ndarray]]:
+        """The weights: for each operation its arrays, by name."""
+        return [op.arrays for op in self.ops]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and constants."""
+        return self.program.nbytes
+
+    def __str__(self) -> str:
+        return table(self.program)
+
+    # Running ---------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on real values.
+
+        Args:
+          args: what the float model takes: arrays of the converted sample's shapes, with any
+            batch size.
+
+        Returns:
+          What the float model returns.
+
+        Raises:
+          ValueError: an array of another shape or kind.
+        """
+        leaves = jax.tree.leaves(args)
+        results = self._dequantize(self._codes(self._quantized(leaves)))
+        raw = dict(zip(self.inputs, leaves, strict=True))
+        values = [raw.get(i, r) for i, r in zip(self.outputs, results, strict=True)]
+        return _structured(self.structure, values)
+
+    def quantize(self, *args: Any) -> Any:
+        """Map inputs to their codes; what has none stays as it is. One array: itself, else a list.
+
+        Raises:
+          ValueError: an array of another shape or kind.
+        """
+        codes = self._quantized(jax.tree.leaves(args))
+        return codes[0] if len(codes) == 1 else codes
+
+    def run_codes(self, *codes: Any) -> Any:
+        """Run on codes, as `quantize` returns them.
+
+        Returns:
+          What the float model returns, as codes (real values of what is on no grid).
+
+        Raises:
+          ValueError: an array of another shape or type.
+        """
+        return _structured(self.structure, self._codes(jax.tree.leaves(codes)))
+
+    def dequantize(self, codes: Any) -> Any:
+        """Map what `run_codes` returned to real values."""
+        leaves = jax.tree.leaves(codes)
+        return jax.tree.unflatten(jax.tree.structure(codes), self._dequantize(leaves))
+
+    def _quantized(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
+        arrays = [jnp.asarray(x) for x in leaves]
+        self._batch(arrays, "real values")
+        for i, x in zip(self.inputs, arrays, strict=True):
+            tensor = self.tensors[i]
+            if tensor.grid is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+                raise ValueError(f"{tensor.name} must be of a floating-point type, got {x.dtype}.")
+        return self._quantize(arrays)
+
+    def _codes(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
+        arrays = [jnp.asarray(x) for x in leaves]
+        self._batch(arrays, "codes")
+        for i, x in zip(self.inputs, arrays, strict=True):
+            grid = self.tensors[i].grid
+            if grid is not None and x.dtype != grid.dtype:
+                raise ValueError(
+                    f"{self.tensors[i].name}: codes must be of type {grid.dtype}, got {x.dtype}. "
+                    "Make them with quantize(x)."
+                )
+        return self._run(self.params, arrays)
+
+    def _batch(self, leaves: Sequence[jax.Array], what: str) -> int:
+        """Check shapes; return the batch size (1 where there is none)."""
+        if len(leaves) != len(self.inputs):
+            raise ValueError(
+                f"the model takes {len(self.inputs)} arrays of {what}, got {len(leaves)}."
+            )
+        batch = 1
+        for i, x in zip(self.inputs, leaves, strict=True):
+            for want, got in zip(self.tensors[i].shape, x.shape, strict=False):
+                batch = got // -want if want < 0 else batch
+        for i, x in zip(self.inputs, leaves, strict=True):
+            tensor = self.tensors[i]
+            if x.shape != at_batch(tensor.shape, batch):
+                raise ValueError(
+                    f"{tensor.name} must have shape {shape_text(tensor.shape)}, got {x.shape}."
+                )
+        return batch
+
+    def _quantize_all(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        pairs = [(self.tensors[i].grid, x) for i, x in zip(self.inputs, leaves, strict=True)]
+        return [x if grid is None else grid.quantize(x) for grid, x in pairs]
+
+    def _dequantize_all(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+        tensors = [self.tensors[i] for i in self.outputs]
+        return [
+            x if t.grid is None else t.grid.dequantize(x).astype(t.dtype)
+            for t, x in zip(tensors, leaves, strict=True)
+        ]
+
+    def _run_stored(
+        self, params: Sequence[Mapping[str, jax.Array]], leaves: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        batch = self._batch(leaves, "codes")
+        env: dict[int, jax.Array] = {}
+
+        constants = ((i, t.value) for i, t in enumerate(self.tensors) if t.value is not None)
+        for i, x in (*constants, *zip(self.inputs, leaves, strict=True)):
+            grid = self.tensors[i].grid
+            env[i] = jnp.asarray(x) if grid is None else grid.stored(x)
+        for op, arrays in zip(self.ops, params, strict=True):
+            inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
+            results = op.run(Context(inputs, outputs, arrays, batch), *(env[i] for i in op.inputs))
+            env.update(zip(op.outputs, results, strict=True))
+        ends = [(self.tensors[i], env[i]) for i in self.outputs]
+        return [x if t.grid is None else grid_of(t).codes(x) for t, x in ends]
+
+    # Files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the model to one file; no file appears under this name unless it is whole.
+
+        Raises:
+          ValueError: an operation in float that holds a loop.
+          OSError: an unwritable path.
+        """
+        file.save(self.program, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "IntegerModel":
+        """Read a model that `save` wrote.
+
+        Raises:
+          FileNotFoundError: no such file.
+          ValueError: a file that is no model, of another format, truncated or altered.
+        """
+        return cls(file.load(path))
+
+
+def _structured(structure: Structure, values: Sequence[ArrayLike]) -> Any:
+    """Put outputs into the structure that the float model returns them in."""
+    if isinstance(structure, dict):
+        return {k: _structured(v, values) for k, v in structure.items()}
+    if isinstance(structure, (list, tuple)):
+        return type(structure)(_structured(v, values) for v in structure)
+    return values[structure] if isinstance(structure, int) else structure

@@ -1,0 +1,1 @@
+"""Three forms of a model, as data: Graph, Placement, Program."""

@@ -1,0 +1,280 @@
+"""A model seen as a graph: tensors are numbers, nodes are layers and functional operations."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import flax.linen as nn
+import jax
+from jax.extend import core
+
+from simqat_jax.numerics.requantize import FREE, Bounds
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """An operand that is a constant of the model."""
+
+    value: Any
+
+
+Operand = int | Constant
+"""A tensor, by its number, or a constant."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One Flax layer as a pure function of its inputs and parameters.
+
+    Attributes:
+      module: the layer, unbound, as the model constructed it.
+      path: where it sits in the model.
+      names: what each input after the first is: "kernel", "bias", "mean" ...
+    """
+
+    module: nn.Module
+    path: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    def named(self, values: Sequence[Any]) -> dict[str, Any]:
+        """Name the values of the inputs after the first."""
+        return dict(zip(self.names, values, strict=True))
+
+
+def shape_of(v: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of an operand or a result of an equation."""
+    aval: Any = v.aval
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """A call of `nn.remat`.
+
+    Attributes:
+      number: which one, in order of the calls.
+      params: its parameters, those of `jax.checkpoint`.
+    """
+
+    number: int
+    params: Mapping[str, Any] = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Node:
+    """One operation: `outputs = run(*inputs)`. Its class says what it is.
+
+    Attributes:
+      op: its name, for display and in the names of quantizers; nothing else depends on it.
+      path: of the module that it belongs to.
+      inputs: its operands.
+      outputs: the tensors that it makes.
+      run: computes them.
+      eqn: what it was captured as; of a mean, its sum.
+      layer: the Flax layer that it is; None for a functional operation.
+      remat: the call of `nn.remat` that it is inside of.
+      effects: whether it does more than return values: `jax.debug.print`.
+      parts: what it was merged from; empty: nothing.
+      kind: what a plan calls its class; nothing else depends on it.
+    """
+
+    op: str
+    path: tuple[str, ...]
+    inputs: tuple[Operand, ...]
+    outputs: tuple[int, ...]
+    run: Callable[..., Sequence[Any]]
+    eqn: core.JaxprEqn
+    layer: Layer | None = None
+    remat: Remat | None = None
+    effects: bool = False
+    parts: tuple["Node", ...] = ()
+    kind: str = "float"
+
+    @property
+    def primitive(self) -> str:
+        """The name of the operation that it was captured as."""
+        return self.eqn.primitive.name
+
+    @property
+    def where(self) -> str:
+        """Its path, for messages; of an operation of the model itself, its name."""
+        return "/".join(self.path) or self.op
+
+    def data_inputs(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The tensors among the inputs that depend on the model's inputs."""
+        return tuple(v for v in self.inputs if isinstance(v, int) and v in data)
+
+
+N = TypeVar("N", bound=Node)
+
+
+def as_kind(kind: type[N], node: Node, **changes: Any) -> N:
+    """Return an operation as one of another class, with changes."""
+    shared = {f.name: getattr(node, f.name) for f in dataclasses.fields(Node) if f.name != "kind"}
+    return kind(**{**shared, **changes})
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Float(Node):
+    """What has no integer form."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Product(Node):
+    """A layer that multiplies data by a kernel, its second input: Conv, Dense, DenseGeneral.
+
+    Attributes:
+      features: lengths of the output channels' axes, the last ones of the kernel.
+    """
+
+    layer: Layer = dataclasses.field()
+    features: tuple[int, ...]
+    kind: str = dataclasses.field()
+
+    @property
+    def num_channels(self) -> int:
+        """The number of output channels."""
+        return math.prod(self.features)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class BatchNorm(Node):
+    """A BatchNorm layer.
+
+    Attributes:
+      training: it uses batch statistics and returns new running ones.
+    """
+
+    layer: Layer = dataclasses.field()
+    training: bool
+    kind: str = "batch_norm"
+
+    @property
+    def module(self) -> nn.BatchNorm:
+        """The layer."""
+        assert isinstance(self.layer.module, nn.BatchNorm)
+        return self.layer.module
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Its feature axes, none of them negative."""
+        axes = (self.module.axis,) if isinstance(self.module.axis, int) else self.module.axis
+        return tuple(axis % self._rank for axis in axes)
+
+    @property
+    def on_last_axis(self) -> bool:
+        """Whether its features are the channels of a layer."""
+        return self.axes == (self._rank - 1,)
+
+    @property
+    def _rank(self) -> int:
+        return shape_of(self.eqn.outvars[0]).ndim
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Add(Node):
+    """A sum or difference of two tensors."""
+
+    kind: str = "add"
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether it is a difference."""
+        return self.primitive == "sub"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Mul(Node):
+    """A product of two tensors, element by element."""
+
+    kind: str = "mul"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Mean(Node):
+    """A sum along axes or over windows, and maybe a division behind it.
+
+    Attributes:
+      divisor: by what.
+    """
+
+    divisor: Operand | None = None
+    kind: str = "mean"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Concat(Node):
+    """A concatenation or stack of tensors."""
+
+    kind: str = "concat"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Elementwise(Node):
+    """A function of each element of one tensor, and of scalars."""
+
+    kind: str = "elementwise"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Clamp(Node):
+    """A relu, relu6 or clip.
+
+    Attributes:
+      bounds: what it clamps to, real units.
+    """
+
+    bounds: Bounds = FREE
+    kind: str = "clamp"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Move(Node):
+    """What moves values without changing them: reshape, max_pool, slicing."""
+
+    kind: str = "pass"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Dropout(Move):
+    """An active dropout: it keeps the grid of its input for the next layer, not its codes."""
+
+
+class Unquantizable(NamedTuple):
+    """A layer that cannot be quantized, and why."""
+
+    path: tuple[str, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A model call, flattened.
+
+    Attributes:
+      nodes: in the order of evaluation.
+      inputs: one tensor per flattened input of the call (variables, arguments, random keys).
+      input_names: for a floating-point argument its name ("input", "input/0"); None otherwise.
+      outputs: operands, one per flattened output.
+      avals: shape and dtype of every tensor.
+      data: the tensors that depend on the arguments.
+      unquantizable: the layers that cannot be quantized.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[int, ...]
+    input_names: tuple[str | None, ...]
+    outputs: tuple[Operand, ...]
+    avals: dict[int, jax.ShapeDtypeStruct]
+    data: frozenset[int]
+    unquantizable: tuple[Unquantizable, ...]
+
+    def readers(self) -> dict[int, list[Node]]:
+        """Return the nodes that read each tensor."""
+        result: dict[int, list[Node]] = defaultdict(list)
+        for node in self.nodes:
+            for v in dict.fromkeys(v for v in node.inputs if isinstance(v, int)):
+                result[v].append(node)
+        return result

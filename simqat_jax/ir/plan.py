@@ -1,0 +1,137 @@
+"""Where a model is quantized, and how: data only."""
+
+import dataclasses
+from collections import Counter
+from typing import NamedTuple
+
+from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node
+from simqat_jax.numerics.folding import BatchNormFold
+from simqat_jax.numerics.observers import OBSERVERS, Observer, Role
+from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.numerics.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantizer:
+    """One quantizer and the name of its state in `quant_stats`.
+
+    Attributes:
+      name: "Conv_0/kernel", "Conv_0/output", "Block_0/add/output", "input".
+      spec: grid and observer.
+      num_channels: entries of its range, None for one per tensor.
+      role: what it quantizes.
+      nonnegative: the tensor holds nothing below zero (a ReLU's output), so that its range starts
+        at zero and its zero point is the lowest code.
+    """
+
+    name: str
+    spec: QuantSpec
+    num_channels: int | None
+    role: Role
+    nonnegative: bool = False
+
+    @property
+    def observer(self) -> Observer:
+        """What its range follows the data with."""
+        return OBSERVERS[self.spec.observer](self.spec, self.num_channels, self.nonnegative)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether `quant_stats` holds a range of this name; else it is that of the values."""
+        return self.observer.keeps_state(self.role)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A node with what is fused behind it, evaluated as one.
+
+    Attributes:
+      node: the operation.
+      batch_norm: the BatchNorm behind a Conv or Dense.
+      clamp: the ReLU, ReLU6 or clip behind it.
+      output: the tensor that leaves the step (of several, the first).
+      fold: how the BatchNorm behind it trains.
+      quantized: whether it runs on integers once converted.
+      reason: why it does not, where the operation alone does not tell.
+    """
+
+    node: Node
+    batch_norm: BatchNorm | None
+    clamp: Clamp | None
+    output: int
+    fold: BatchNormFold = "none"
+    quantized: bool = False
+    reason: str = ""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The operation and what is fused behind it."""
+        return tuple(n for n in (self.node, self.batch_norm, self.clamp) if n is not None)
+
+
+class Slot(NamedTuple):
+    """An operand of a step, by its position."""
+
+    step: Step
+    position: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """A planned model: all that training, evaluation and conversion need to know.
+
+    Attributes:
+      graph: the model.
+      steps: its nodes, grouped, in the order of evaluation.
+      at: the tensors that are quantized, each with its quantizer.
+      grids: every tensor that lies on an integer grid, with the quantizer that set the grid.
+      weights: the kernel quantizer of each layer path.
+      constants: the quantizers of constant operands.
+      rounding: whose rounding evaluation mirrors.
+      freeze_bn: training step from which BatchNorm uses its running statistics; None: never.
+    """
+
+    graph: Graph
+    steps: tuple[Step, ...]
+    at: dict[int, Quantizer]
+    grids: dict[int, Quantizer]
+    weights: dict[tuple[str, ...], Quantizer]
+    constants: dict[Slot, Quantizer]
+    rounding: Rounding
+    freeze_bn: int | None
+
+    def kernel_of(self, node: Node) -> Quantizer | None:
+        """Return the quantizer of a layer's kernel, None for what has none."""
+        return None if node.layer is None else self.weights.get(node.layer.path)
+
+    @property
+    def numbered(self) -> frozenset[str]:
+        """The names of quantizers that count operations: "Block_0/add/output", the first add."""
+        return frozenset(
+            self.grids[step.output].name
+            for step in self.steps
+            if step.node.layer is None and (step.quantized or step.output in self.at)
+        )
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """The names of quantizers that several tensors have in common."""
+        counts = Counter(q.name for q in (*self.at.values(), *self.constants.values()))
+        return frozenset(name for name, count in counts.items() if count > 1)
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """Every quantizer, by name."""
+        groups = (self.at.values(), self.weights.values(), self.constants.values())
+        return {q.name: q for group in groups for q in group}
+
+    @property
+    def stateful(self) -> dict[str, Quantizer]:
+        """Every quantizer with a range in `quant_stats`, by name, in order of evaluation."""
+        everything = (*self.at.values(), *self.weights.values())
+        return {q.name: q for q in everything if q.has_state}
+
+    def delay(self, role: Role) -> int:
+        """Return the training steps after which every quantizer of a role quantizes."""
+        delays = (q.spec.quant_delay for q in self.quantizers.values() if q.role == role)
+        return max(delays, default=0)

@@ -1,0 +1,168 @@
+"""A model on integers: tensors with their grids, and operations on their codes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from simqat_jax.numerics.grid import Grid
+
+Shape = tuple[int, ...]
+"""Lengths of a tensor; -k stands for k times the batch size."""
+Structure = Any
+"""Dictionaries, lists and tuples with the index of an output for each leaf."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of an integer model.
+
+    Attributes:
+      name: its quantizer's name where it is the first on a grid: "Conv_0/output".
+      shape: its lengths; -k stands for k times the batch size.
+      dtype: the float type of its real values (of another tensor: its type).
+      grid: where its codes lie; None: it is no tensor on a grid.
+      value: codes or values of a constant.
+    """
+
+    name: str
+    shape: Shape
+    dtype: str
+    grid: Grid | None
+    value: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+    """An operation of an integer model. Its class says what it computes, and how.
+
+    Attributes:
+      path: where it stands in the Flax model: "Block_0/Conv_1".
+      inputs: numbers of the tensors that it reads.
+      outputs: numbers of the tensors that it makes.
+      arrays: its weights: int8, int32 and multipliers in float32.
+      kind: its name in files and tables.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """The names that operations of this class may have in a file; the first is the default."""
+
+    path: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", self.kinds[0])
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What it needs to know besides its arrays, by name: strides, axes, clamp codes."""
+        common = {f.name for f in dataclasses.fields(Op)} | {"function"}
+        names = [f.name for f in dataclasses.fields(self) if f.name not in common]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+    def run(self, c: "Context", *inputs: jax.Array) -> Sequence[jax.Array]:
+        """Compute the outputs, stored codes, from the inputs, stored codes."""
+        raise NotImplementedError
+
+
+Function = Callable[[Sequence[jax.Array], Any], Sequence[jax.Array]]
+"""From values and the batch size to values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an operation sees when it runs.
+
+    Attributes:
+      inputs: the tensors that it reads.
+      outputs: the tensors that it makes.
+      arrays: its arrays, as traced.
+      batch: the batch size.
+    """
+
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    arrays: Mapping[str, jax.Array]
+    batch: Any
+
+    @property
+    def grid(self) -> Grid:
+        """Where the output's codes lie."""
+        return grid_of(self.outputs[0])
+
+    def in_grid(self, position: int = 0) -> Grid:
+        """Return where an input's codes lie."""
+        return grid_of(self.inputs[position])
+
+    def shape(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """Return lengths with the batch size in its places."""
+        return at_batch(dims, self.batch)
+
+
+def at_batch(dims: Sequence[int], batch: Any) -> tuple[Any, ...]:
+    """Put the batch size into lengths of which -k stands for k times it."""
+    return tuple(-d * batch if d < 0 else d for d in dims)
+
+
+def grid_of(tensor: Tensor) -> Grid:
+    """Return where the codes of a tensor lie that has codes."""
+    assert tensor.grid is not None, tensor.name
+    return tensor.grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model on integers, as data.
+
+    Attributes:
+      tensors: every tensor, by number.
+      ops: the operations, in order.
+      inputs: numbers of the input tensors, one for each array of the call.
+      outputs: numbers of the output tensors.
+      structure: the outputs as they are returned, with an index of `outputs` for each.
+      backend: whose rounding it mirrors: "tflite" or "onnx".
+      metadata: library version and configuration.
+    """
+
+    tensors: tuple[Tensor, ...]
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    structure: Structure
+    backend: str
+    metadata: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights and constants."""
+        constants = [t.value for t in self.tensors if t.value is not None]
+        return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
+
+    def validate(self) -> None:
+        """Check that every tensor that is read has been made, and made once.
+
+        Raises:
+          ValueError: one has not, or a number that no tensor has.
+        """
+        made = {i for i, tensor in enumerate(self.tensors) if tensor.value is not None}
+        made.update(self.inputs)
+        for op in self.ops:
+            missing = [i for i in op.inputs if i not in made]
+            if missing or not made.isdisjoint(op.outputs):
+                raise ValueError(f"{op.path} ({op.kind}) reads what nothing makes: {missing}.")
+            made.update(op.outputs)
+        strangers = [i for i in (*made, *self.outputs) if not 0 <= i < len(self.tensors)]
+        unmade = [i for i in self.outputs if i not in made]
+        if strangers or unmade:
+            raise ValueError(f"outputs that nothing makes: {unmade}; no tensors: {strangers}.")

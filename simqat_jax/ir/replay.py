@@ -1,0 +1,144 @@
+"""Run captured operations at other shapes than those they were captured with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from simqat_jax.ir.graph import Constant, Node
+
+_Bind = Callable[[core.JaxprEqn, Sequence[Any]], Sequence[Any]]
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
+
+
+def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], bind: _Bind) -> list[Any]:
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, values, strict=True))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, core.Literal) else env[v]
+
+    for eqn in jaxpr.eqns:
+        env.update(zip(eqn.outvars, _run_eqn(eqn, list(map(read, eqn.invars)), bind), strict=True))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """Return the function that a call calls, None for an operation of another kind."""
+    if eqn.primitive.name not in _CALLS:
+        return None
+    return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+
+
+def _run_eqn(eqn: core.JaxprEqn, values: Sequence[Any], bind: _Bind) -> Sequence[Any]:
+    closed = _called(eqn)
+    if closed is not None:
+        return _run(closed.jaxpr, closed.consts, values, bind)
+    return bind(eqn, values)
+
+
+def _results(eqn: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+    result = eqn.primitive.bind(*values, **params)
+    return result if eqn.primitive.multiple_results else (result,)
+
+
+# Elementwise functions ---------------------------------------------------------------------------
+
+
+def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    if eqn.primitive.name in ("broadcast_in_dim", "reshape"):
+        return (values[0],)
+    arrays = [jnp.reshape(v, ()) if np.size(v) == 1 else jnp.asarray(v) for v in values]
+    shape = np.broadcast_shapes(*(a.shape for a in arrays))
+    arrays = [jnp.broadcast_to(a, shape) for a in arrays]
+    # Each operation rounds by itself, with and without jit: nothing is contracted.
+    results = _results(eqn, arrays, eqn.primitive.get_bind_params(eqn.params))
+    return [lax.optimization_barrier(v) for v in results]
+
+
+def pointwise(node: Node, values: Sequence[Any]) -> jax.Array:
+    """Compute an elementwise node on a first operand of any shape.
+
+    Every operation rounds by itself: the results are the same with and without jit.
+
+    Args:
+      node: of kind "elementwise" or "clamp".
+      values: one for each of its inputs; those behind the first hold one number, maybe often.
+    """
+    first, *rest = values
+    values = [first, *(jnp.ravel(x)[0] for x in rest)]
+    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
+    parts = node.parts or (node,)
+    for part in parts:
+        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
+        env.update(zip(part.outputs, _run_eqn(part.eqn, operands, _bind_pointwise), strict=True))
+    return env[parts[-1].outputs[0]]
+
+
+# Another batch size ------------------------------------------------------------------------------
+
+
+def scales_with_batch(node: Node) -> bool:
+    """Whether `at_batch` can run the node: it holds no loop or branch of its own."""
+    return all(_is_plain(part.eqn) for part in node.parts or (node,))
+
+
+def _is_plain(eqn: core.JaxprEqn) -> bool:
+    closed = _called(eqn)
+    if closed is not None:
+        return all(map(_is_plain, closed.jaxpr.eqns))
+    return not list(core.jaxprs_in_params(eqn.params))
+
+
+def constants(node: Node) -> list[Any]:
+    """Return the constants that a node's operations hold, at any depth."""
+    found = []
+    for part in node.parts or (node,):
+        found += [v.value for v in part.inputs if isinstance(v, Constant)]
+        found += _constants_of(part.eqn)
+    return found
+
+
+def _constants_of(eqn: core.JaxprEqn) -> list[Any]:
+    found = [v.val for v in eqn.invars if isinstance(v, core.Literal)]
+    for value in jax.tree.leaves(list(eqn.params.values())):
+        if isinstance(value, core.ClosedJaxpr):
+            found += value.consts
+    for sub in core.jaxprs_in_params(eqn.params):
+        for inner in sub.eqns:
+            found += _constants_of(inner)
+    return found
+
+
+def _rescaled(value: Any, old: int, new: Any) -> Any:
+    if type(value) is int and value and value % old == 0:
+        return value // old * new
+    if type(value) is tuple:
+        return tuple(_rescaled(v, old, new) for v in value)
+    return value
+
+
+def at_batch(node: Node, values: Sequence[Any], old: int, new: Any) -> Sequence[Any]:
+    """Run a node that was captured with batches of `old` on batches of `new`.
+
+    Args:
+      node: one for which `scales_with_batch`.
+      values: one for each of its inputs.
+      old: a batch size that divides no other length in the model.
+      new: the batch size of `values`.
+    """
+
+    def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        return _results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
+
+    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
+    parts = node.parts or (node,)
+    for part in parts:
+        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
+        env.update(zip(part.outputs, _run_eqn(part.eqn, operands, bind), strict=True))
+    return [env[v] for v in node.outputs]

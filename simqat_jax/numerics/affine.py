@@ -1,0 +1,308 @@
+"""Affine quantization: pure functions on arrays, no Flax.
+
+Every function is exact by construction: eager, jitted, CPU and GPU results are the same bits.
+"""
+
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from simqat_jax.numerics.spec import QuantSpec
+
+
+class QuantParams(NamedTuple):
+    """Where the integer grid lies: `real = (code - zero_point) * scale`.
+
+    Invariant: `scale.shape == zero_point.shape`, `()` per tensor or `(C,)` per channel.
+    """
+
+    scale: jax.Array
+    """Real units per code, float32, always positive and finite."""
+    zero_point: jax.Array
+    """The code of real zero, int32."""
+
+
+class CodeRange(Protocol):
+    """What quantizing needs of a QuantSpec, or of a grid."""
+
+    @property
+    def qmin(self) -> int:
+        """Lowest integer code."""
+        ...
+
+    @property
+    def qmax(self) -> int:
+        """Highest integer code."""
+        ...
+
+
+def _rint(x: jax.Array) -> jax.Array:
+    """Round to the nearest whole number, halves to even."""
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def true_divide(x: jax.Array, divisor: ArrayLike) -> jax.Array:
+    """Divide with one correct rounding: `f32(x / divisor)`.
+
+    XLA rewrites division by a broadcast or constant divisor into a product with its reciprocal,
+    and by a square root into `rsqrt`: one unit in the last place off for every third quotient,
+    enough to move a rounding tie to another code. A divisor that is a `select` is left alone.
+    """
+    divisor = jnp.broadcast_to(jnp.asarray(divisor, x.dtype), x.shape)
+    return lax.div(x, lax.select(lax.ne(x, x), x, divisor))
+
+
+def rounded_product(x: jax.Array, factor: ArrayLike) -> jax.Array:
+    """Multiply with a rounding of its own: `f32(x * factor)`.
+
+    Compilers contract a product and the sum behind it into one fused multiply-add, which rounds
+    once instead of twice, with jit and not without. They do not reach through a minimum, and no
+    compiler can tell that this one changes nothing. (A product that overflows becomes finite.)
+    """
+    product = x * factor
+    return lax.min(product, lax.full_like(product, np.finfo(product.dtype).max))
+
+
+def along_channel(v: jax.Array, ndim: int, channel_axis: int | None) -> jax.Array:
+    """Reshape `(C,)` so that it broadcasts along `channel_axis` of `ndim` axes; `()` stays."""
+    if v.ndim == 0:
+        return v
+    shape = [1] * ndim
+    shape[channel_axis if channel_axis is not None else -1] = v.shape[0]
+    return v.reshape(shape)
+
+
+def _check_channels(name: str, v: jax.Array, x: jax.Array, channel_axis: int | None) -> None:
+    if v.ndim == 0:
+        return
+    if channel_axis is None:
+        raise ValueError(
+            f"{name} has shape {v.shape} but channel_axis is None (per tensor). Pass the channel "
+            "axis of x, or a scalar."
+        )
+    if not -x.ndim <= channel_axis < x.ndim:
+        raise ValueError(f"channel_axis {channel_axis} does not exist in x of shape {x.shape}.")
+    if v.shape != (x.shape[channel_axis],):
+        raise ValueError(
+            f"{name} has shape {v.shape}, but x of shape {x.shape} has {x.shape[channel_axis]} "
+            f"channels along axis {channel_axis}."
+        )
+
+
+def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
+    """Place the grid of `spec` on a range.
+
+    The range is widened to hold zero. Asymmetric: `scale = (hi - lo) / (qmax - qmin)`,
+    `zero_point = clip(rint(qmin - lo / scale), qmin, qmax)`. Symmetric:
+    `scale = max(|lo|, |hi|) / (2^(num_bits-1) - 1)`, zero point 0.
+
+    Args:
+      lo: lowest value, real units, shape () or (C,).
+      hi: highest value, real units, same shape.
+      spec: width and kind of the grid.
+
+    Returns:
+      QuantParams of shape () or (C,). An all-zero or empty range gives scale 1.
+
+    Raises:
+      ValueError: `lo` and `hi` of different shapes, or with more than one axis.
+
+    Example:
+      >>> quant_params(-1.0, 1.0, QuantSpec(symmetric=True, narrow_range=True)).zero_point
+      Array(0, dtype=int32)
+
+    Source:
+      Jacob et al., arXiv:1712.05877, section 3. The source system clips the largest positive
+      symmetric weight and divides by zero for a dead channel; this does neither.
+    """
+    starts_at_zero = not isinstance(lo, jax.Array) and not np.any(lo)
+    lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
+    if lo.shape != hi.shape or lo.ndim > 1:
+        raise ValueError(
+            f"lo and hi must both be scalars or both of shape (C,), got {lo.shape} and {hi.shape}."
+        )
+    lo, hi = lax.min(lo, lax.full_like(lo, 0)), lax.max(hi, lax.full_like(hi, 0))
+    if spec.symmetric:
+        span, steps = lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
+    else:
+        span, steps = hi - lo, spec.qmax - spec.qmin
+    # The difference of finite values can overflow. A subnormal scale is flushed to zero by some
+    # backends: such a range counts as all zero.
+    scale = true_divide(lax.min(span, lax.full_like(span, np.finfo(np.float32).max)), float(steps))
+    scale = lax.select(scale >= np.finfo(np.float32).tiny, scale, lax.full_like(scale, 1))
+    if spec.symmetric or starts_at_zero:
+        zero_point = 0 if spec.symmetric else spec.qmin
+        return QuantParams(scale, lax.full_like(scale, zero_point, jnp.int32))
+    codes = spec.qmin - _rint(true_divide(lo, scale))
+    codes = lax.clamp(jnp.float32(spec.qmin), codes, jnp.float32(spec.qmax))
+    return QuantParams(scale, codes.astype(jnp.int32))
+
+
+def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """Unclipped codes as float32: integers up to 2^24 are exact, and no cast can saturate."""
+    return _rint(true_divide(x, scale)) + zero_point.astype(jnp.float32)
+
+
+def quantize(
+    x: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike,
+    spec: CodeRange,
+    channel_axis: int | None = -1,
+) -> jax.Array:
+    """Map real values to integer codes: `clip(rint(x / scale) + zero_point, qmin, qmax)`.
+
+    Round half to even, then add the zero point, then clip.
+
+    Args:
+      x: values, real units, any shape and float dtype (computed in float32).
+      scale: shape () or (C,), real units per code.
+      zero_point: same shape, integer codes.
+      spec: gives `qmin` and `qmax`.
+      channel_axis: the axis of `x` with C entries; None: per tensor.
+
+    Returns:
+      Int32 codes of x's shape. NaN has no code and becomes the zero point.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> spec = QuantSpec()
+      >>> quantize([0.0, 0.2, 1.0], *quant_params(0.0, 1.0, spec), spec)
+      Array([  0,  51, 255], dtype=int32)
+
+    Source:
+      ONNX operator QuantizeLinear.
+    """
+    x = jnp.asarray(x, jnp.float32)
+    scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
+    _check_channels("scale", scale, x, channel_axis)
+    _check_channels("zero_point", zero_point, x, channel_axis)
+    scale = along_channel(scale, x.ndim, channel_axis)
+    zero_point = along_channel(zero_point, x.ndim, channel_axis)
+    codes = jnp.clip(_codes(x, scale, zero_point), spec.qmin, spec.qmax)
+    return jnp.where(jnp.isnan(codes), zero_point, codes.astype(jnp.int32))
+
+
+def dequantize(
+    codes: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike,
+    channel_axis: int | None = -1,
+) -> jax.Array:
+    """Map integer codes to real values: `(codes - zero_point) * scale`.
+
+    Args:
+      codes: integer codes, any shape and integer dtype.
+      scale: shape () or (C,), real units per code.
+      zero_point: same shape, integer codes.
+      channel_axis: the axis of `codes` with C entries; None: per tensor.
+
+    Returns:
+      Float32 values of the shape of `codes`, real units.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> dequantize([0, 128, 255], 0.5, 128)
+      Array([-64. ,   0. ,  63.5], dtype=float32)
+
+    Source:
+      ONNX operator DequantizeLinear.
+    """
+    codes = jnp.asarray(codes).astype(jnp.int32)
+    scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
+    _check_channels("scale", scale, codes, channel_axis)
+    _check_channels("zero_point", zero_point, codes, channel_axis)
+    scale = along_channel(scale, codes.ndim, channel_axis)
+    zero_point = along_channel(zero_point, codes.ndim, channel_axis)
+    return (codes - zero_point).astype(jnp.float32) * scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _fake_quant(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
+) -> jax.Array:
+    codes = _codes(x.astype(jnp.float32), scale, zero_point)
+    codes = lax.clamp(jnp.float32(bounds[0]), codes, jnp.float32(bounds[1]))
+    return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
+
+
+def _fake_quant_fwd(x, scale, zero_point, bounds):
+    # The barrier makes the backward pass divide again. Otherwise XLA stores the quotients.
+    residuals = x, lax.optimization_barrier(scale), zero_point
+    return _fake_quant(x, scale, zero_point, bounds), residuals
+
+
+def _fake_quant_bwd(bounds, residuals, g):
+    x, scale, zero_point = residuals
+    codes = _codes(x.astype(jnp.float32), scale, zero_point)
+    inside = (codes >= bounds[0]) & (codes <= bounds[1])
+    return lax.select(inside, g, lax.full_like(g, 0)), None, None
+
+
+_fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)
+
+
+def fake_quant(
+    x: ArrayLike,
+    lo: ArrayLike,
+    hi: ArrayLike,
+    spec: QuantSpec,
+    channel_axis: int | None = -1,
+) -> jax.Array:
+    """Round `x` to the grid that `spec` places on `[lo, hi]`: `dequantize(quantize(x))`.
+
+    Gradient: the straight-through estimator passes the gradient to `x` unchanged where
+    `qmin <= rint(x / scale) + zero_point <= qmax` and blocks it elsewhere; `lo` and `hi` get none.
+
+    Args:
+      x: values, real units, any shape and float dtype (computed in float32).
+      lo: lowest value of the range, real units, shape () or (C,).
+      hi: highest value, same shape.
+      spec: width and kind of the grid.
+      channel_axis: the axis of `x` with C entries; None: per tensor.
+
+    Returns:
+      Values of x's shape and dtype, each on the grid. NaN stays NaN.
+
+    Raises:
+      ValueError: shapes that do not fit.
+
+    Example:
+      >>> fake_quant(jnp.array([-1.0, 0.3, 9.0]), 0.0, 3.0, QuantSpec(num_bits=2))
+      Array([0., 0., 3.], dtype=float32)
+
+    Source:
+      Krishnamoorthi, arXiv:1806.08342, section 2.4.
+    """
+    x = jnp.asarray(x)
+    params = quant_params(lo, hi, spec)
+    _check_channels("lo", params.scale, x, channel_axis)
+    scale, zero_point = (along_channel(v, x.ndim, channel_axis) for v in params)
+    return _fake_quant(x, scale, zero_point, (spec.qmin, spec.qmax))
+
+
+@jax.custom_vjp
+def straight_through(exact: jax.Array, simulated: jax.Array) -> jax.Array:
+    """Return `exact`, with the gradient of `simulated` (which is dead code without one).
+
+    Args:
+      exact: the value, any shape.
+      simulated: the differentiable stand-in, same shape and dtype.
+    """
+    del simulated
+    return exact
+
+
+straight_through.defvjp(
+    lambda exact, simulated: (straight_through(exact, simulated), None),
+    lambda _, g: (jnp.zeros_like(g), g),
+)

@@ -1,0 +1,95 @@
+"""Exact sums of centered codes (`code - zero_point`), carried as whole float32 numbers.
+
+A float32 holds every integer up to 2^24: what may pass it is computed digit by digit.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax.numerics.grid import Codes
+
+_EXACT = 2**24
+_INT32 = 2**31
+MOST = int(0.99 * _INT32)
+"""The largest magnitude of a sum, its bias included, that an integer layer may have."""
+
+Linear = Callable[[jax.Array, jax.Array], jax.Array]
+"""A convolution or matrix product of data and a kernel, float32."""
+
+
+def _digits(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
+    """Split integers into `count` digits of `bits` bits, lowest first, the last one signed."""
+    digits = []
+    for _ in range(count - 1):
+        rest = jnp.floor(w * 2.0**-bits)
+        digits.append(w - rest * 2.0**bits)
+        w = rest
+    return [*digits, w]
+
+
+def linear(
+    layer: Linear, x: Codes, kernel: Codes, fan_in: int
+) -> tuple[jax.Array, jax.Array | None] | None:
+    """Convolve or multiply centered codes exactly.
+
+    Sums that may pass 2^24 are computed digit by digit of the weights and of the input.
+
+    Args:
+      layer: the layer as a function of data and kernel, without bias.
+      x: the input.
+      kernel: the kernel.
+      fan_in: how many products a sum adds up.
+
+    Returns:
+      Sums modulo 2^32, int32; and where they may pass 2^30 the sums in float32, rounded. None
+      where digits of one bit pass 2^24.
+    """
+    weight_bits, largest = kernel.grid.num_bits - 1, x.grid.largest
+    width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
+    if width < 1:
+        return None
+    digit_bits = int(math.log2(_EXACT / (min(largest, 2**width) * fan_in)))
+    total = jnp.zeros((), jnp.int32)
+    for place, part in enumerate(_digits(x.codes, width, math.ceil(largest.bit_length() / width))):
+        sums = _by_digits(partial(layer, part), kernel.codes, weight_bits, digit_bits)
+        total = total + (sums << (place * width))
+    rounded = largest * fan_in * 2**weight_bits >= 2**30
+    return total, layer(x.codes, kernel.codes) if rounded else None
+
+
+def _by_digits(
+    sums: Callable[[jax.Array], jax.Array], w: jax.Array, width: int, digit_bits: int
+) -> jax.Array:
+    """Apply a linear function to integers of `width` bits and a sign, digit by digit; int32."""
+    total = jnp.zeros((), jnp.int32)
+    for place, digit in enumerate(_digits(w, digit_bits, max(1, math.ceil(width / digit_bits)))):
+        total = total + (sums(digit).astype(jnp.int32) << (place * digit_bits))
+    return total
+
+
+def exact_sum(sums: Callable[[jax.Array], jax.Array], x: Codes, count: int) -> jax.Array:
+    """Sum centered codes exactly with a function that adds up float32.
+
+    Args:
+      sums: adds up at most `count` elements, so many that `sum_fits`.
+      x: the codes.
+      count: how many elements a sum has.
+
+    Returns:
+      int32 sums.
+    """
+    return _by_digits(sums, x.codes, x.grid.num_bits, int(math.log2(_EXACT // 4 / count)))
+
+
+def sum_fits(count: int, largest: int) -> bool:
+    """Whether int32 and float32 digits hold sums of `count` codes up to `largest`."""
+    return count * largest < _INT32 and count <= _EXACT // 8
+
+
+def product_fits(x_bits: int, y_bits: int) -> bool:
+    """Whether float32 holds products of codes of these widths."""
+    return x_bits + y_bits <= 24

@@ -1,0 +1,1 @@
+"""What an operation is on integers: one family a file."""

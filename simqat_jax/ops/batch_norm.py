@@ -1,0 +1,137 @@
+"""BatchNorm: folded into the layer before it, or on its own as one weight for each channel."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax.ir.graph import BatchNorm, Node
+from simqat_jax.ir.plan import Step
+from simqat_jax.ir.program import Context, Op
+from simqat_jax.numerics.affine import along_channel, rounded_product, true_divide
+from simqat_jax.numerics.folding import (
+    BatchNormFold,
+    batch_norm_state,
+    folding_scale,
+    running_affine,
+    scaled_kernel,
+)
+from simqat_jax.numerics.grid import Codes, Grid
+from simqat_jax.numerics.requantize import channel_affine, integer_bias
+from simqat_jax.ops.operation import (
+    Clamp,
+    ExactStep,
+    IntegerOperation,
+    LoweredStep,
+    on_last_axis,
+    requantize,
+)
+
+
+def folded(
+    values: Mapping[str, jax.Array],
+    epsilon: float,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    quantize: Callable[[jax.Array], Codes],
+    fold: BatchNormFold,
+) -> tuple[Codes, jax.Array]:
+    """Fold a BatchNorm on running statistics into the layer before it, as it is deployed.
+
+    `none` folds after quantizing: `|gamma| / sigma` goes into the scale and the sign into the
+    codes. The other modes quantize the folded kernel.
+
+    Args:
+      values: the BatchNorm's parameters and statistics, by name, real units.
+      epsilon: the BatchNorm's.
+      kernel: of the layer, real units, output channels last.
+      bias: of the layer, or None.
+      quantize: quantizes a kernel.
+      fold: the mode.
+
+    Returns:
+      The kernel's codes, and the bias in real units.
+    """
+    norm = batch_norm_state(values, epsilon)
+    slope, shift = running_affine(norm)
+    if bias is not None:
+        shift = shift + rounded_product(bias.astype(jnp.float32), slope)
+    if fold == "none":
+        plain = quantize(kernel)
+        signed = plain.codes * along_channel(jnp.sign(slope), kernel.ndim, -1)
+        old = plain.grid.params.scale
+        scale = jnp.where(slope == 0, old, old * jnp.abs(slope))
+        return Codes(signed, dataclasses.replace(plain.grid, scale=scale)), shift
+    whole = quantize(scaled_kernel(kernel, folding_scale(norm)))
+    alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
+    return whole._replace(codes=jnp.where(alive, whole.codes, 0.0)), shift
+
+
+def _channel_arrays(
+    values: Mapping[str, jax.Array], epsilon: float, x: Grid, y: Grid
+) -> dict[str, jax.Array]:
+    """Return a weight for each channel, its scale, bias and multiplier."""
+    slope, shift = running_affine(batch_norm_state(values, epsilon))
+    kernel, scale = channel_affine(slope, shift, x.params.scale)
+    unit = x.params.scale * scale
+    return {
+        "kernel": kernel.astype(jnp.int8),
+        "scale": scale,
+        "bias": integer_bias(shift, unit),
+        "multiplier": true_divide(unit, y.params.scale),
+    }
+
+
+def _sums(centered: jax.Array, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """Return `code * weight + bias` of each channel, int32."""
+    kernel, bias = (
+        on_last_axis(arrays[name].astype(jnp.int32), centered) for name in ("kernel", "bias")
+    )
+    return centered * kernel + bias
+
+
+class BatchNormOperation(IntegerOperation):
+    """What a BatchNorm on its own is on integers: a 1x1 depthwise convolution."""
+
+    fuses_clamp = True
+
+    def refusal(self, node: Node) -> str | None:
+        assert isinstance(node, BatchNorm)
+        last = node.on_last_axis
+        return None if last else "the feature axis of this BatchNorm is not the last one"
+
+    def form(self, step: Step) -> str:
+        return "on its own: a 1x1 depthwise convolution"
+
+    def codes(self, at: ExactStep) -> jax.Array | None:
+        x, node = at.inputs[0], at.step.node
+        assert isinstance(node, BatchNorm)
+        if x is None or node.training:
+            return None
+        arrays = _channel_arrays(at.layers[0], node.module.epsilon, x.grid, at.grid)
+        sums = _sums(x.codes.astype(jnp.int32), arrays)
+        return at.requantized(sums, on_last_axis(arrays["multiplier"], sums))
+
+    def lower(self, at: LoweredStep) -> bool:
+        assert isinstance(at.node, BatchNorm)
+        (values,), epsilon = at.layer_values(), at.node.module.epsilon
+        arrays = _channel_arrays(values, epsilon, at.in_grid(), at.out_grid)
+        at.emit(Affine, (at.input(),), clamp=at.clamp, arrays=arrays)
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Affine(Op):
+    """A BatchNorm of its own: "kernel", "scale", "bias" and "multiplier" of each channel."""
+
+    kinds = ("affine",)
+    clamp: Clamp
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        sums = _sums(c.in_grid().centered(inputs[0]), c.arrays)
+        return (requantize(c, sums, self.clamp),)
+
+
+OPERATIONS = {BatchNorm: BatchNormOperation()}
+PROGRAM_OPERATIONS = (Affine,)

@@ -1,0 +1,129 @@
+"""What runs on real values inside an integer model, and the ways there and back."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from simqat_jax.ir import replay
+from simqat_jax.ir.graph import Float, Node
+from simqat_jax.ir.program import Context, Function, Op, Tensor
+from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.ops.operation import LoweredStep, Operation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatOp(Op):
+    """An operation on real values: dequantized, computed, and left as they are.
+
+    Attributes:
+      constant_bytes: bytes of the constants that `function` holds.
+      function: computes it.
+    """
+
+    kinds = ("float",)
+    constant_bytes: int = 0
+    function: Function
+
+    @property
+    def nbytes(self) -> int:
+        return self.constant_bytes + super().nbytes
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        reals = [real(tensor, x) for tensor, x in zip(c.inputs, inputs, strict=True)]
+        return self.function(reals, c.batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoveOp(FloatOp):
+    """What moves codes in a way that has no operation of its own: a function on centered codes."""
+
+    kinds = ("move",)
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        first, *rest = inputs
+        moved = self.function((c.in_grid().centered(first), *rest), c.batch)
+        return [(x + c.grid.stored_zero).astype(c.grid.stored_dtype) for x in moved]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Op):
+    """Real values to codes."""
+
+    kinds = ("quantize",)
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        return (c.grid.stored(c.grid.quantize(real(c.inputs[0], inputs[0]))),)
+
+
+def real(tensor: Tensor, x: jax.Array) -> jax.Array:
+    """Return the real values of a tensor: of stored codes, or as they are."""
+    if tensor.grid is None:
+        return x
+    return tensor.grid.dequantize(tensor.grid.codes(x)).astype(tensor.dtype)
+
+
+class FloatOperation(Operation):
+    """What has no integer form: it stays float."""
+
+
+def function_of(builder: ProgramBuilder, node: Node) -> Function:
+    """Return what computes a node on the values of its data, at any batch size."""
+    is_data = [builder.is_data(v) for v in node.inputs]
+    fixed = _fixed(builder, node)
+
+    def function(values: Sequence[jax.Array], batch: Any) -> Sequence[jax.Array]:
+        rest = iter(values)
+        operands = [next(rest) if d else x for d, x in zip(is_data, fixed, strict=True)]
+        if builder.free_batch:
+            return replay.at_batch(node, operands, BATCH, batch)
+        return node.run(*operands)
+
+    return function
+
+
+def _fixed(builder: ProgramBuilder, node: Node) -> list[Any]:
+    """Return the operands that do not depend on the data, None for the others."""
+    return [None if builder.is_data(v) else builder.value(v) for v in node.inputs]
+
+
+def _append(builder: ProgramBuilder, node: Node, kind: type[FloatOp]) -> FloatOp:
+    """Add an operation in float, with its results as tensors on no grid."""
+    function, fixed = function_of(builder, node), _fixed(builder, node)
+    inputs = tuple(builder.number(v) for v in node.inputs if builder.is_data(v))
+    path = "/".join((*node.path, node.op))
+    outputs = tuple(builder.tensor(path, v, None) for v in node.outputs)
+    arrays = [x for x in fixed if isinstance(x, jax.Array | np.ndarray)]
+    builder.float_constants += [*fixed, *replay.constants(node)]
+    op = kind(
+        path=path,
+        inputs=inputs,
+        outputs=outputs,
+        constant_bytes=sum(x.nbytes for x in arrays),
+        function=function,
+    )
+    builder.ops.append(op)
+    return op
+
+
+def emit_float(at: LoweredStep) -> None:
+    """Compute a step on real values, and quantize what is read as codes."""
+    for node in at.step.nodes:
+        _append(at.builder, node, FloatOp)
+    for v in (at.step.output, *at.step.node.outputs[1:]):
+        if v in at.placement.at:
+            at.emit(Quantize, (at.builder.number(v),), v)
+
+
+def emit_move(at: LoweredStep) -> None:
+    """Move codes by a function."""
+    op, tensors = _append(at.builder, at.node, MoveOp), at.builder.tensors
+    for v, i in zip(at.node.outputs, op.outputs, strict=True):
+        if v in at.placement.grids:
+            tensors[i] = dataclasses.replace(tensors[i], grid=at.out_grid)
+
+
+OPERATIONS = {Float: FloatOperation()}
+PROGRAM_OPERATIONS = (FloatOp, MoveOp, Quantize)

@@ -1,0 +1,411 @@
+"""Write the operations of a program as ONNX nodes, in QDQ form, for ONNX Runtime."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from simqat_jax.ir.program import Op, Tensor
+from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
+from simqat_jax.ops.arithmetic import Multiply, Sum
+from simqat_jax.ops.batch_norm import Affine
+from simqat_jax.ops.floats import Quantize
+from simqat_jax.ops.functions import Table
+from simqat_jax.ops.moves import (
+    Broadcast,
+    Clip,
+    Concatenate,
+    Extreme,
+    MaxPool,
+    Pad,
+    Reshape,
+    Reverse,
+    Slice,
+    Take,
+    Transpose,
+)
+from simqat_jax.ops.products import Conv, Dense
+from simqat_jax.ops.sums import SumOver, SumPool
+from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
+from simqat_jax.targets.target import rounds_otherwise
+
+T = TypeVar("T")
+
+
+def write_op(writer: Writer, op: Op) -> None:
+    """Write one operation of a program.
+
+    Raises:
+      ValueError: it has no form in ONNX.
+    """
+    write = _WRITERS.get(type(op))
+    if rounds_otherwise(op, ONNXRUNTIME):
+        raise ValueError(
+            f"{op.path}: this model's {op.kind} rounds as in {writer.model.backend}. Convert it "
+            'with convert(..., backend="onnx").'
+        )
+    if write is None:
+        raise ValueError(
+            f"{op.path}: {op.kind} has no form in ONNX integers. Return what it reads from the "
+            "model, and compute it behind the file."
+        )
+    write(writer, op)
+
+
+# Operations --------------------------------------------------------------------------------------
+
+
+def _first(axis: int, rank: int, layout: Layout) -> int:
+    """Return where an axis is in a layout."""
+    axis %= rank
+    if layout == LAST or axis == 0:
+        return axis
+    return 1 if axis == rank - 1 else axis + 1
+
+
+def _ordered(values: Sequence[T], layout: Layout) -> list[T]:
+    """Put one value an axis into a layout's order."""
+    return list(values) if layout == LAST else [values[0], values[-1], *values[1:-1]]
+
+
+def _conv_padding(w: Writer, op: Conv, x: str, tensor: Tensor) -> tuple[str, list[int]]:
+    """Do what a convolution's own padding cannot; return the input and what is left to pad."""
+    padding = op.padding
+    zero = w.scale(tensor)[1]
+    dilation = op.input_dilation
+    if any(d != 1 for d in dilation):
+        # Write each element with d - 1 zeros behind it, then cut the last ones off.
+        lengths, channels = tensor.shape[1:-1], tensor.shape[-1]
+        spread = [v for n in lengths for v in (n, 1)]
+        x = w.node("Reshape", [x, w.ints([-1, channels, *spread], op.path)], op.path)
+        behind = [0, 0, *(v for d in dilation for v in (0, d - 1))]
+        pads = w.ints([0] * len(behind) + behind, op.path)
+        x = w.node("Pad", [x, pads, zero], op.path)
+        whole = [n * d for n, d in zip(lengths, dilation, strict=True)]
+        x = w.node("Reshape", [x, w.ints([-1, channels, *whole], op.path)], op.path)
+        ends = [n - d + 1 for n, d in zip(whole, dilation, strict=True)]
+        axes = list(range(2, 2 + len(ends)))
+        bounds = [w.ints(v, op.path) for v in ([0] * len(ends), ends, axes)]
+        x = w.node("Slice", [x, *bounds], op.path)
+    flat = [p[end] for end in (0, 1) for p in padding]
+    if op.pad_mode == "constant" and min(flat) >= 0:
+        return x, flat
+    half = len(flat) // 2
+    pads = w.ints([0, 0, *flat[:half], 0, 0, *flat[half:]], op.path)
+    return w.node("Pad", [x, pads, zero], op.path, mode=op.pad_mode), [0] * len(flat)
+
+
+def _weights(
+    w: Writer, op: Conv | Dense | Affine, kernel: np.ndarray, axis: int, tensor: Tensor
+) -> list[str]:
+    """Write kernel and bias, dequantized."""
+    if kernel.dtype != np.int8:
+        raise ValueError(
+            f"{op.path}: its weights have more than 8 bits, and the ONNX file is written with 8. "
+            "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...))."
+        )
+    scale = op.arrays["scale"].astype(np.float32)
+    unit = np.float32(w.grid(tensor).scale) * scale
+    parts = ({"kernel": kernel, "scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
+    if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
+        parts[0]["zero"] = np.zeros(scale.shape, np.int8)
+    names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
+    axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
+    return [
+        w.node("DequantizeLinear", inputs, op.path, **given)
+        for inputs, given in zip(names, axes, strict=True)
+    ]
+
+
+def _conv(w: Writer, op: Conv) -> None:
+    tensor = w.model.tensors[op.inputs[0]]
+    x, pads = _conv_padding(w, op, w.get(op.inputs[0], FIRST), tensor)
+    kernel = np.moveaxis(op.arrays["kernel"], (-1, -2), (0, 1))
+    real = w.node(
+        "Conv",
+        [w.dequantize(x, tensor), *_weights(w, op, kernel, 0, tensor)],
+        op.path,
+        pads=pads,
+        strides=op.strides,
+        dilations=op.kernel_dilation,
+        group=op.groups,
+    )
+    w.finish(op, real, FIRST, op.clamp)
+
+
+def _dense(w: Writer, op: Dense) -> None:
+    tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
+    kernel, names = op.arrays["kernel"], w.layouts(op.inputs[0])
+    flat = next((layout for layout in names if isinstance(layout, tuple)), None)
+    if flat is not None:  # flattened with channels first: the kernel's rows are moved along
+        kernel = np.moveaxis(kernel.reshape(*flat, -1), -2, 0).reshape(kernel.shape)
+    x = w.get(op.inputs[0], flat or LAST)
+    rows = len(tensor.shape) != 2
+    if rows:
+        x = w.node("Reshape", [x, w.ints([-1, tensor.shape[-1]], op.path)], op.path)
+    real = w.node("Gemm", [w.dequantize(x, tensor), *_weights(w, op, kernel, 1, tensor)], op.path)
+    w.finish(op, real, LAST, op.clamp)
+    if rows:
+        shape = w.ints(_reshape_target(op, output.shape), op.path)
+        w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
+
+
+def _affine(w: Writer, op: Affine) -> None:
+    tensor = w.model.tensors[op.inputs[0]]
+    channels, rank = tensor.shape[-1], len(tensor.shape)
+    layout = FIRST if rank > 2 else LAST
+    x = w.get(op.inputs[0], layout)
+    if rank != 4:
+        x = w.node(
+            "Reshape",
+            [x, w.ints([-1, channels, 1, math.prod(tensor.shape[1:-1])], op.path)],
+            op.path,
+        )
+    kernel = op.arrays["kernel"].reshape(-1, 1, 1, 1)
+    inputs = [w.dequantize(x, tensor), *_weights(w, op, kernel, 0, tensor)]
+    w.finish(op, w.node("Conv", inputs, op.path, group=channels), layout, op.clamp)
+    if rank != 4:
+        shape = [-1, *_ordered(tensor.shape, layout)[1:]]
+        name = w.get(op.outputs[0], layout)
+        w.put(op.outputs[0], w.node("Reshape", [name, w.ints(shape, op.path)], op.path), layout)
+
+
+def _binary(w: Writer, op: Sum | Multiply, kind: str) -> None:
+    layout = w.layout(op)
+    inputs = [w.dequantized(op, p, layout) for p in range(2)]
+    w.finish(op, w.node(kind, inputs, op.path), layout, op.clamp)
+
+
+def _add(w: Writer, op: Sum) -> None:
+    _binary(w, op, "Sub" if op.kind == ONNXRUNTIME.subtract.kind else "Add")
+
+
+def _mul(w: Writer, op: Multiply) -> None:
+    _binary(w, op, "Mul")
+
+
+def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) -> None:
+    """Scale int32 sums as the model does, in plain operators."""
+    output = w.model.tensors[op.outputs[0]]
+    grid = w.grid(output)
+    real = w.node("Cast", [sums], op.path, to=w.onnx.TensorProto.FLOAT)
+    multiplier = np.float32(op.arrays["multiplier"])
+    real = w.node("Mul", [real, w.initializer(multiplier, op.path)], op.path)
+    real = w.node("Round", [real], op.path)
+    zero = w.initializer(np.float32(grid.zero_point + grid.unsigned_offset), op.path)
+    real = w.node("Add", [real, zero], op.path)
+    ends = [w.initializer(np.float32(v + grid.unsigned_offset), op.path) for v in op.clamp]
+    real = w.node("Clip", [real, *ends], op.path)
+    w.put(op.outputs[0], w.node("Cast", [real], op.path, to=w.onnx.TensorProto.UINT8), layout)
+
+
+def _centered(w: Writer, op: Op) -> str:
+    tensor = w.model.tensors[op.inputs[0]]
+    grid = w.grid(tensor)
+    codes = w.node("Cast", [w.get(op.inputs[0])], op.path, to=w.onnx.TensorProto.INT32)
+    zero = w.initializer(np.int32(grid.zero_point + grid.unsigned_offset), op.path)
+    return w.node("Sub", [codes, zero], op.path)
+
+
+def _sum(w: Writer, op: SumOver) -> None:
+    tensor = w.model.tensors[op.inputs[0]]
+    rank, axes = len(tensor.shape), op.axes
+    lengths = [tensor.shape[a] for a in axes]
+    spatial = list(axes) == list(range(1, rank - 1)) and rank > 2
+    if spatial and op.count == math.prod(lengths):
+        inputs = [w.dequantized(op, 0, FIRST)]
+        w.finish(op, w.node("GlobalAveragePool", inputs, op.path), LAST, op.clamp)
+        shape = w.ints([-1, tensor.shape[-1]], op.path)
+        w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
+        return
+    inputs = [_centered(w, op), w.ints(axes, op.path)]
+    _requantized(w, op, w.node("ReduceSum", inputs, op.path, keepdims=0), LAST)
+
+
+def _sum_pool(w: Writer, op: SumPool) -> None:
+    """A convolution with ones, in integers."""
+    tensor = w.model.tensors[op.inputs[0]]
+    grid, channels = w.grid(tensor), tensor.shape[-1]
+    window, strides, pads = _spatial_window(op)
+    ones = np.ones((channels, 1, *window), np.uint8)
+    zero = w.initializer(np.uint8(grid.zero_point + grid.unsigned_offset), op.path)
+    sums = w.node(
+        "ConvInteger",
+        [w.get(op.inputs[0], FIRST), w.initializer(ones, op.path), zero],
+        op.path,
+        group=channels,
+        strides=strides,
+        pads=pads,
+        kernel_shape=window,
+    )
+    _requantized(w, op, sums, FIRST)
+
+
+def _spatial_window(op: SumPool | MaxPool) -> tuple[list[int], list[int], list[int]]:
+    outer = [(op.window[k], op.strides[k], *op.padding[k]) for k in (0, -1)]
+    if any(v != (1, 1, 0, 0) for v in outer):
+        raise ValueError(
+            f"{op.path}: it pools over the batch or over channels, and ONNX pools over the axes "
+            "between. Transpose before pooling."
+        )
+    pads = [p[end] for end in (0, 1) for p in op.padding[1:-1]]
+    return list(op.window[1:-1]), list(op.strides[1:-1]), pads
+
+
+def _max_pool(w: Writer, op: MaxPool) -> None:
+    window, strides, pads = _spatial_window(op)
+    x, half = w.get(op.inputs[0], FIRST), len(window)
+    if any(pad >= length for pad, length in zip(pads, 2 * window, strict=True)):
+        # MaxPool pads less than its window. Pad pads with the lowest code, 0.
+        ends = w.ints([0, 0, *pads[:half], 0, 0, *pads[half:]], op.path)
+        x, pads = w.node("Pad", [x, ends], op.path), [0] * len(pads)
+    name = w.node(
+        "MaxPool",
+        [x],
+        op.path,
+        kernel_shape=window,
+        strides=strides,
+        pads=pads,
+    )
+    w.put(op.outputs[0], name, FIRST)
+
+
+def _extreme(w: Writer, op: Extreme) -> None:
+    axes, kind = w.ints(op.axes, op.path), "ReduceMax" if op.kind == "max" else "ReduceMin"
+    name = w.node(kind, [w.get(op.inputs[0]), axes], op.path, keepdims=0)
+    w.put(op.outputs[0], name)
+
+
+def _table(w: Writer, op: Table) -> None:
+    tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
+    layout, grid = w.layout(op), w.grid(tensor)
+    codes = op.arrays["table"].astype(np.int32) + w.grid(output).unsigned_offset
+    lowest = grid.qmin + grid.unsigned_offset
+    padded = np.concatenate([np.repeat(codes[:1], lowest), codes]).astype(np.uint8)
+    index = w.node("Cast", [w.get(op.inputs[0], layout)], op.path, to=w.onnx.TensorProto.INT32)
+    w.put(op.outputs[0], w.node("Gather", [w.initializer(padded, op.path), index], op.path), layout)
+
+
+def _clip(w: Writer, op: Clip) -> None:
+    layout, output = w.layout(op), w.model.tensors[op.outputs[0]]
+    x = w.get(op.inputs[0], layout)
+    w.put(op.outputs[0], w.clip(x, output, op.clamp), layout)
+
+
+def _concat(w: Writer, op: Concatenate) -> None:
+    layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
+    axis = _first(op.axis, rank, layout)
+    parts = [w.get(i, layout) for i in op.inputs]
+    w.put(op.outputs[0], w.node("Concat", parts, op.path, axis=axis), layout)
+
+
+def _reshape_target(op: Op, shape: Sequence[int]) -> list[int]:
+    if sum(d < 0 for d in shape) > 1:
+        raise ValueError(
+            f"{op.path}: {op.kind} makes a tensor with the batch size in two of its lengths, which "
+            "ONNX cannot write. Compute it behind the file."
+        )
+    return [-1 if d < 0 else d for d in shape]
+
+
+def _reshape(w: Writer, op: Reshape) -> None:
+    source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
+    names = w.layouts(op.inputs[0])
+    if source == target:
+        w.written[op.outputs[0]] = dict(names)
+        return
+    shape = w.ints(_reshape_target(op, target), op.path)
+    flattens = len(source) > 2 and target == (source[0], math.prod(source[1:]))
+    if flattens and FIRST in names and _only_dense(w, op.outputs[0]):
+        name = w.node("Reshape", [names[FIRST], shape], op.path)
+        w.put(op.outputs[0], name, tuple(source[1:]))
+        return
+    w.put(op.outputs[0], w.node("Reshape", [w.get(op.inputs[0]), shape], op.path))
+
+
+def _only_dense(w: Writer, i: int) -> bool:
+    readers = [op for op in w.model.ops if i in op.inputs]
+    return i not in w.model.outputs and all(isinstance(op, Dense) for op in readers)
+
+
+def _transpose(w: Writer, op: Transpose) -> None:
+    permutation = op.permutation
+    x = w.get(op.inputs[0])
+    w.put(op.outputs[0], w.node("Transpose", [x], op.path, perm=permutation))
+
+
+def _broadcast(w: Writer, op: Broadcast) -> None:
+    source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
+    aligned = [1] * len(target)
+    for axis, length in zip(op.dimensions, source, strict=True):
+        aligned[axis] = length
+    shape = w.ints(_reshape_target(op, aligned), op.path)
+    x = w.node("Reshape", [w.get(op.inputs[0]), shape], op.path)
+    whole = w.ints([1 if d < 0 else d for d in target], op.path)  # 1: as long as it is
+    w.put(op.outputs[0], w.node("Expand", [x, whole], op.path))
+
+
+def _slice(w: Writer, op: Slice) -> None:
+    layout = w.layout(op)
+    end = np.iinfo(np.int64).max
+    limit = [end if d < 0 else d for d in op.limit]
+    axes = [_first(k, len(limit), layout) for k in range(len(limit))]
+    bounds = [w.ints(v, op.path) for v in (op.start, limit, axes, op.strides)]
+    w.put(op.outputs[0], w.node("Slice", [w.get(op.inputs[0], layout), *bounds], op.path), layout)
+
+
+def _reverse(w: Writer, op: Reverse) -> None:
+    layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
+    axes = [_first(a, rank, layout) for a in op.axes]
+    ends = np.iinfo(np.int64).min
+    values = ([-1] * len(axes), [ends] * len(axes), axes, [-1] * len(axes))
+    bounds = [w.ints(v, op.path) for v in values]
+    w.put(op.outputs[0], w.node("Slice", [w.get(op.inputs[0], layout), *bounds], op.path), layout)
+
+
+def _take(w: Writer, op: Take) -> None:
+    layout, rank = w.layout(op), len(w.model.tensors[op.outputs[0]].shape)
+    axis = _first(op.axis, rank, layout)
+    inputs = [w.get(op.inputs[0], layout), w.ints(op.indices, op.path)]
+    w.put(op.outputs[0], w.node("Gather", inputs, op.path, axis=axis), layout)
+
+
+def _pad(w: Writer, op: Pad) -> None:
+    padding, layout = op.padding, w.layout(op)
+    if any(inner for _, _, inner in padding):
+        raise ValueError(f"{op.path}: ONNX cannot pad between elements.")
+    tensor = w.model.tensors[op.inputs[0]]
+    ordered = _ordered(padding, layout)
+    pads = w.ints([p[end] for end in (0, 1) for p in ordered], op.path)
+    zero = w.scale(tensor)[1]
+    w.put(op.outputs[0], w.node("Pad", [w.get(op.inputs[0], layout), pads, zero], op.path), layout)
+
+
+def _quantize(w: Writer, op: Quantize) -> None:
+    output = w.model.tensors[op.outputs[0]]
+    w.put(op.outputs[0], w.quantize(w.get(op.inputs[0]), output))
+
+
+_WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
+    Conv: _conv,
+    Dense: _dense,
+    Affine: _affine,
+    Sum: _add,
+    Multiply: _mul,
+    SumOver: _sum,
+    SumPool: _sum_pool,
+    MaxPool: _max_pool,
+    Extreme: _extreme,
+    Table: _table,
+    Clip: _clip,
+    Concatenate: _concat,
+    Reshape: _reshape,
+    Transpose: _transpose,
+    Broadcast: _broadcast,
+    Slice: _slice,
+    Reverse: _reverse,
+    Take: _take,
+    Pad: _pad,
+    Quantize: _quantize,
+}

@@ -1,0 +1,204 @@
+"""Build an ONNX graph: nodes, initializers, and tensors of codes in two layouts."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from simqat_jax.files import import_extra
+from simqat_jax.ir.program import Op, Program, Tensor
+from simqat_jax.numerics.grid import Grid
+
+_OPSET, _IR_VERSION = 19, 9
+_DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
+LAST, FIRST = "channels last", "channels first"
+Layout = str | tuple[int, ...]
+"""Where channels are; a shape: flattened from it with channels first."""
+
+
+class Writer:
+    """Collects the nodes of a graph."""
+
+    def __init__(self, model: Program, integer_io: bool):
+        self.onnx = import_extra("onnx")
+        self.helper = import_extra("onnx.helper")
+        self.numpy = import_extra("onnx.numpy_helper")
+        self.model, self.integer_io = model, integer_io
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.outputs = [f"output_{n}" for n in range(len(model.outputs))]
+        if len(self.outputs) == 1:
+            self.outputs = ["output"]
+        self.names = {*self.outputs, *(model.tensors[i].name for i in model.inputs)}
+        self.scales: dict[Grid, tuple[str, str]] = {}
+        # For each tensor the names under which it was written, by layout.
+        self.written: dict[int, dict[Layout, str]] = {}
+
+    # Pieces of a graph -----------------------------------------------------------------------
+
+    def name(self, stem: str) -> str:
+        stem = stem or "main"
+        names = itertools.chain([stem], (f"{stem}:{n}" for n in itertools.count(2)))
+        name = next(name for name in names if name not in self.names)
+        self.names.add(name)
+        return name
+
+    def node(self, kind: str, inputs: Sequence[str], stem: str, **attributes: Any) -> str:
+        """Add a node without defaults or a name besides its output's: the bytes count."""
+        output = self.name(stem)
+        given = {
+            k: v
+            for k, v in attributes.items()
+            if k not in _DEFAULTS or np.any(np.not_equal(v, _DEFAULTS[k]))
+        }
+        self.nodes.append(self.helper.make_node(kind, list(inputs), [output], **given))
+        return output
+
+    def initializer(self, value: Any, stem: str) -> str:
+        name = self.name(stem)
+        self.initializers.append(self.numpy.from_array(np.array(value, order="C"), name))
+        return name
+
+    def ints(self, values: Sequence[int], stem: str) -> str:
+        return self.initializer(np.asarray(values, np.int64), stem)
+
+    def grid(self, tensor: Tensor) -> Grid:
+        grid = tensor.grid
+        if grid is None or grid.dtype.itemsize > 1:
+            width = "no grid" if grid is None else f"codes of type {grid.dtype}"
+            raise ValueError(
+                f"{tensor.name} has {width}, and the ONNX file is written with 8 bits. Use "
+                "QuantSpec(num_bits=8) or less."
+            )
+        return grid
+
+    def quantize(self, real: str, tensor: Tensor) -> str:
+        name = self.node("QuantizeLinear", [real, *self.scale(tensor)], tensor.name)
+        return self.clip(name, tensor, (self.grid(tensor).qmin, self.grid(tensor).qmax))
+
+    def dequantize(self, codes: str, tensor: Tensor) -> str:
+        return self.node("DequantizeLinear", [codes, *self.scale(tensor)], tensor.name)
+
+    def scale(self, tensor: Tensor) -> tuple[str, str]:
+        grid = self.grid(tensor)
+        if grid not in self.scales:
+            self.scales[grid] = (
+                self.initializer(np.float32(grid.scale), f"{tensor.name}/scale"),
+                self.initializer(
+                    np.uint8(grid.zero_point + grid.unsigned_offset), f"{tensor.name}/zero"
+                ),
+            )
+        return self.scales[grid]
+
+    def clip(self, codes: str, tensor: Tensor, clamp: Sequence[int]) -> str:
+        """Clip codes, unless the type does."""
+        lo, hi = (v + self.grid(tensor).unsigned_offset for v in clamp)
+        if (lo, hi) == (0, 255):
+            return codes
+        ends = [self.initializer(np.uint8(v), f"{tensor.name}/clip") for v in (lo, hi)]
+        return self.node("Clip", [codes, *ends], tensor.name)
+
+    # Tensors in one layout or another --------------------------------------------------------
+
+    def put(self, i: int, name: str, layout: Layout = LAST) -> None:
+        self.written.setdefault(i, {})[layout] = name
+
+    def get(self, i: int, layout: Layout = LAST) -> str:
+        """Return the name of a tensor's codes in a layout; write them so where they are not."""
+        names, tensor = self.written.setdefault(i, {}), self.model.tensors[i]
+        if not names:
+            assert tensor.value is not None
+            names[LAST] = self.initializer(self.codes_of(tensor), tensor.name)
+        if layout not in names:
+            rank = len(tensor.shape)
+            to_first = (0, rank - 1, *range(1, rank - 1))
+            order = to_first if layout == FIRST else tuple(np.argsort(to_first))
+            source = names[LAST if layout == FIRST else FIRST]
+            names[layout] = self.node("Transpose", [source], tensor.name, perm=order)
+        return names[layout]
+
+    def layouts(self, i: int) -> dict[Layout, str]:
+        """Return the names under which a tensor is written, by layout."""
+        if not self.written.get(i):
+            self.get(i)
+        return self.written[i]
+
+    def codes_of(self, tensor: Tensor) -> np.ndarray:
+        assert tensor.value is not None
+        if tensor.grid is None:
+            return tensor.value
+        return (tensor.value.astype(np.int32) + self.grid(tensor).unsigned_offset).astype(np.uint8)
+
+    def layout(self, op: Op) -> str:
+        """Return the layout in which an operation that works in both costs no transposition."""
+        tensors = [self.model.tensors[i] for i in (*op.inputs, *op.outputs)]
+        ranks = {len(t.shape) for t in tensors}
+        written = [self.written.get(i, {}) for i in op.inputs]
+        first = any(FIRST in names for names in written)
+        return FIRST if first and len(ranks) == 1 and min(ranks) > 2 else LAST
+
+    def dequantized(self, op: Op, position: int, layout: Layout) -> str:
+        i = op.inputs[position]
+        return self.dequantize(self.get(i, layout), self.model.tensors[i])
+
+    def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
+        """Quantize the real result of an operation."""
+        output = self.model.tensors[op.outputs[0]]
+        name = self.node("QuantizeLinear", [real, *self.scale(output)], output.name)
+        self.put(op.outputs[0], self.clip(name, output, clamp), layout)
+
+    # The file --------------------------------------------------------------------------------
+
+    def model_bytes(self, write: Callable[["Writer", Op], None]) -> bytes:
+        """Return the file; `write` writes one operation."""
+        inputs = [self.input(i) for i in self.model.inputs]
+        for op in self.model.ops:
+            write(self, op)
+        outputs = [self.output(n, i) for n, i in enumerate(self.model.outputs)]
+        helper = self.helper
+        graph = helper.make_graph(self.nodes, "simqat_jax", inputs, outputs, self.initializers)
+        proto = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR_VERSION,
+            producer_name="simqat_jax",
+            producer_version=str(self.model.metadata.get("simqat_jax", "")),
+        )
+        metadata = {
+            k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":"))
+            for k, v in self.model.metadata.items()
+        }
+        helper.set_model_props(proto, metadata)
+        self.onnx.checker.check_model(proto, full_check=True)
+        return proto.SerializeToString()
+
+    def value_info(self, name: str, tensor: Tensor) -> Any:
+        types = self.onnx.TensorProto
+        if tensor.grid is None:
+            kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+        else:
+            kind = types.UINT8 if self.integer_io else types.FLOAT
+        shape = ["batch" if d == -1 else f"{-d}*batch" if d < 0 else d for d in tensor.shape]
+        return self.helper.make_tensor_value_info(name, kind, shape)
+
+    def input(self, i: int) -> Any:
+        tensor = self.model.tensors[i]
+        codes = tensor.name
+        if tensor.grid is not None and not self.integer_io:
+            codes = self.quantize(tensor.name, tensor)
+        self.put(i, codes)
+        return self.value_info(tensor.name, tensor)
+
+    def output(self, number: int, i: int) -> Any:
+        tensor = self.model.tensors[i]
+        name = self.outputs[number]
+        codes = self.get(i)
+        if tensor.grid is None or self.integer_io:
+            self.nodes.append(self.helper.make_node("Identity", [codes], [name]))
+        else:
+            self.nodes.append(
+                self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
+            )
+        return self.value_info(name, tensor)

@@ -1,0 +1,55 @@
+"""The interface: a kind of file, who runs it, and how."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simqat_jax.ir.program import Op, Program
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.ops.arithmetic import Multiply, Sum
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenFile:
+    """An exported file, open in its runtime.
+
+    Attributes:
+      name: the runtime with its version.
+      run: from input arrays to output arrays.
+      float_inputs: whether each input takes real values; otherwise codes.
+      offset: what codes of a grid have added in the file.
+      dtype: the type of codes in the file.
+    """
+
+    name: str
+    run: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+    float_inputs: list[bool]
+    offset: Callable[[Grid], int]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of file and the runtime that executes it.
+
+    Attributes:
+      suffix: of the files: ".onnx".
+      rounding: the runtime's.
+      write: returns the file of a program; the flag asks for inputs and outputs of codes.
+      open: opens a file with so many threads; None: as many as the runtime takes by itself.
+    """
+
+    suffix: str
+    rounding: Rounding
+    write: Callable[[Program, bool], bytes]
+    open: Callable[[Path, int | None], OpenFile]
+
+
+def rounds_otherwise(op: Op, rounding: Rounding) -> bool:
+    """Whether an operation is a sum or product that does not round as a runtime does."""
+    if isinstance(op, Sum):
+        return op.kind not in (rounding.add.kind, rounding.subtract.kind)
+    return isinstance(op, Multiply) and op.kind != rounding.multiply.kind

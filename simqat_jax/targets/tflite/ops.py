@@ -1,0 +1,362 @@
+"""Write the operations of a program as TFLite operators on int8 codes."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from simqat_jax.ir.program import Op, Program
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.rounding.xnnpack import XNNPACK
+from simqat_jax.ops.arithmetic import Multiply, Sum
+from simqat_jax.ops.batch_norm import Affine
+from simqat_jax.ops.floats import MoveOp
+from simqat_jax.ops.functions import Table
+from simqat_jax.ops.moves import (
+    Broadcast,
+    Clip,
+    Concatenate,
+    Extreme,
+    MaxPool,
+    Pad,
+    Reshape,
+    Reverse,
+    Slice,
+    Take,
+    Transpose,
+)
+from simqat_jax.ops.products import Conv, Dense
+from simqat_jax.ops.sums import SumOver, SumPool
+from simqat_jax.targets.target import rounds_otherwise
+from simqat_jax.targets.tflite.subgraph import Codes, refuse, stored
+from simqat_jax.targets.tflite.windows import (
+    Window,
+    check_padding,
+    convolution,
+    grown,
+    pad_codes,
+    windowed,
+)
+from simqat_jax.targets.tflite.writer import Writer
+
+
+def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
+    """Write one operation of a program, from its inputs to its output, the last of `tensors`.
+
+    Returns:
+      What stands for the output, where that is another tensor.
+    """
+    return _WRITERS[type(op)](writer, op, *tensors)
+
+
+def check(program: Program) -> None:
+    """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
+    for op in program.ops:
+        if rounds_otherwise(op, XNNPACK):
+            refuse(
+                op,
+                "it rounds as ONNX Runtime does, which LiteRT does not",
+                'Convert again with convert(..., backend="tflite").',
+            )
+        if type(op) not in _WRITERS:
+            what = "moves codes in a way" if isinstance(op, MoveOp) else "is computed in float"
+            refuse(
+                op,
+                f"it {what} that has no form in TFLite's integers",
+                "Return its input from the model and compute the rest on the values, or use an "
+                "operation that stays in integers.",
+            )
+        if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
+            refuse(
+                op,
+                "its kernel has more than the 8 bits of TFLite's weights",
+                "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits.",
+            )
+        for i in (*op.inputs, *op.outputs):
+            grid = program.tensors[i].grid
+            if grid is not None and grid.dtype.itemsize > 1:
+                bits = (grid.qmax - grid.qmin).bit_length()
+                refuse(
+                    op,
+                    f"{program.tensors[i].name} has {bits} bits, and TFLite's activations 8",
+                    "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits.",
+                )
+    for i in (*program.inputs, *program.outputs):
+        if program.tensors[i].grid is None:
+            raise ValueError(
+                f"{program.tensors[i].name} is an input or output of the model that is not "
+                "quantized, and TFLite's is on integers only. Compute with it outside."
+            )
+
+
+# Layers ----------------------------------------------------------------------------------------
+
+
+def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
+    kernel = op.arrays["kernel"]
+    if len(op.strides) > 2:
+        refuse(op, "TFLite convolves over one or two axes in integers, not three", "Exclude it.")
+    if any(d != 1 for d in op.input_dilation):
+        refuse(
+            op,
+            f"TFLite has no convolution with input_dilation={op.input_dilation}",
+            "Resize the input with jnp.repeat in front of a plain convolution.",
+        )
+    window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation, op.pad_mode)
+    convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
+
+
+def _dense(w: Writer, op: Dense, x: Codes, y: Codes) -> None:
+    _fully_connected(w, op, x, y, op.arrays["kernel"].T, op.arrays["scale"])
+
+
+def _fully_connected(
+    w: Writer, op: Dense | SumOver, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray
+) -> None:
+    x = x if len(x.shape) > 1 else w.reshape(x, (1, *x.shape))
+    flat = len(y.shape) == 1
+    out = w.codes(f"{op.path}/row", (1, *y.shape), y.grid) if flat else y
+    inputs = [x.index, *w.weights(op, x, y, kernel, scale, 0)]
+    w.clamped(op, "FULLY_CONNECTED", inputs, out, op.clamp, keepNumDims=len(x.shape) > 2)
+    if flat:
+        w.reshape(out, y.shape, y)
+
+
+def _affine(w: Writer, op: Affine, x: Codes, y: Codes) -> None:
+    def planar(shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) == 4:
+            return shape
+        lead = (1,) if len(shape) == 1 else shape[:1]
+        return (*lead, 1, math.prod(shape[1:-1]), shape[-1])
+
+    channels, scale = x.shape[-1], op.arrays["scale"]
+    kernel = np.broadcast_to(op.arrays["kernel"], (channels,)).reshape(1, 1, 1, channels)
+    window = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
+    source = w.reshape(x, planar(x.shape))
+    out = y if len(y.shape) == 4 else w.codes(f"{op.path}/planar", planar(y.shape), y.grid)
+    scales = np.broadcast_to(scale, (channels,))
+    convolution(w, op, source, out, kernel, scales, channels, window, op.clamp)
+    if out is not y:
+        w.reshape(out, y.shape, y)
+
+
+# Sums --------------------------------------------------------------------------------------------
+
+
+def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
+    """Multiply by a column of ones: XNNPACK's MEAN does not round its ties as it does here."""
+    axes = [a % len(x.shape) for a in op.axes]
+    if any(x.shape[a] < 0 for a in axes):
+        refuse(op, "it sums over the batch", "Sum outside of the model.")
+    kept = [a for a in range(len(x.shape)) if a not in axes]
+    count, order = math.prod(x.shape[a] for a in axes), [*kept, *axes]
+    if order != sorted(order):
+        moved = w.codes(f"{op.path}/moved", [x.shape[a] for a in order], x.grid)
+        w.emit("TRANSPOSE", [x.index, w.constant(order)], moved.index)
+        x = moved
+    rows = list(x.shape[: len(kept)])
+    weight, scale = _ones(op, x.grid, y.grid, count)
+    sums = w.codes(f"{op.path}/sums", [*rows, 1], y.grid)
+    kernel = np.full((1, count), weight)
+    _fully_connected(w, op, w.reshape(x, [*rows, count]), sums, kernel, np.full(1, scale))
+    w.reshape(sums, y.shape, y)
+
+
+def _sum_pool(w: Writer, op: SumPool, x: Codes, y: Codes) -> None:
+    window, channels = _pooling(op, x), x.shape[-1]
+    weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths))
+    kernel = np.full((*window.lengths, 1, channels), weight)
+    scales = np.full(channels, scale)
+    convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+
+
+def _ones(op: SumOver | SumPool, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
+    """Return a weight and its scale with which a layer adds up `count` codes exactly.
+
+    Not every float32 is `f32(f32(s_x * s_w) / s_y)` for some `s_w`: another multiplier does where
+    it rounds every sum that can occur to the same code.
+    """
+    multiplier = op.arrays["multiplier"].astype(np.float32)
+    zero = int(x.zero_point)
+    largest = count * max(zero - x.qmin, x.qmax - zero)
+    last = min(largest, int(300 / multiplier))  # beyond it every code saturates
+    sums = np.arange(last + 1, dtype=np.float32)
+    s_x, s_y = np.float32(x.scale), np.float32(y.scale)
+    for weight in range(1, 128):
+        near = np.float32(multiplier * np.float64(s_y) / s_x / weight)
+        for scale in (near, *(np.nextafter(near, np.float32(end)) for end in (0, 1))):
+            factor = s_x * scale / s_y
+            # A few sums first: there may be millions.
+            if all(
+                np.array_equal(np.rint(some * weight * factor), np.rint(some * multiplier))
+                for some in (sums[:: 1 + last // 4096], sums)
+            ):
+                return weight, scale
+    refuse(
+        op,
+        f"no weights of TFLite's multiply its sums of {count} codes by {multiplier}",
+        "Sum over fewer elements, or exclude it.",
+    )
+
+
+# Elementwise -------------------------------------------------------------------------------------
+
+
+def _add(w: Writer, op: Sum, a: Codes, b: Codes, y: Codes) -> None:
+    ratios = [np.float32(v.grid.scale) / np.float32(y.grid.scale) for v in (a, b)]
+    w.check_ratio(op, ratios, 2.0**-10)
+    name = "SUB" if op.multipliers[1] < 0 else "ADD"
+    w.clamped(op, name, [a.index, b.index], y, op.clamp)
+
+
+def _mul(w: Writer, op: Multiply, a: Codes, b: Codes, y: Codes) -> None:
+    w.check_ratio(op, op.arrays["multiplier"], 2.0**-16)
+    w.clamped(op, "MUL", [a.index, b.index], y, op.clamp)
+
+
+def _table(w: Writer, op: Table, x: Codes, y: Codes) -> None:
+    """Look codes up, by their bits as uint8: 0 to 127, then -128 to -1."""
+    table = np.asarray(op.arrays["table"], np.int32) - y.grid.offset
+    stored = np.arange(256, dtype=np.uint8).astype(np.int8).astype(np.int32)
+    entries = table[np.clip(stored + x.grid.offset - x.grid.qmin, 0, table.size - 1)]
+    source, steps = x.index, (np.uint8, np.int32)
+    for dtype in steps:
+        cast = w.tensor(f"{op.path}/index", x.shape, dtype)
+        types = {"outDataType": w.tensors[cast].type, "inDataType": w.tensors[source].type}
+        w.emit("CAST", [source], cast, **types)
+        source = cast
+    held = w.code_constant(entries + y.grid.offset, y.grid)
+    w.emit("GATHER", [held.index, source], y.index, axis=0, batchDims=0)
+
+
+def _clip(w: Writer, op: Clip, x: Codes, y: Codes) -> None:
+    w.limit(x, stored(op.clamp, y.grid), y)
+
+
+# Moves -------------------------------------------------------------------------------------------
+
+
+def _pooling(op: SumPool | MaxPool, x: Codes) -> Window:
+    ends = [values[k] for values in (op.window, op.strides) for k in (0, -1)]
+    if len(x.shape) not in (3, 4) or ends != [1] * 4:
+        refuse(op, "TFLite pools over one or two axes between batch and channels", "Move them.")
+    lengths, strides, padding = op.window[1:-1], op.strides[1:-1], op.padding[1:-1]
+    return Window(lengths, strides, padding, (1,) * len(lengths))
+
+
+def _max_pool(w: Writer, op: MaxPool, x: Codes, y: Codes) -> None:
+    window = _pooling(op, x)
+
+    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
+        lengths = window.planar().lengths
+        options |= {"filterHeight": lengths[0], "filterWidth": lengths[1]}
+        w.emit("MAX_POOL_2D", [x.index], y.index, **options)
+
+    def pad(x: Codes, window: Window) -> Codes:
+        padding = [(0, 0), *window.padding, (0, 0)]
+        y = w.codes(f"{op.path}/padded", grown(x.shape, padding), x.grid)
+        # XNNPACK pads with zero alone, which behind a ReLU is the lowest code.
+        lowest = w.code_constant(x.grid.offset - 128, x.grid) if x.grid.stored_zero > -128 else None
+        pad_codes(w, x, padding, y, lowest)
+        return y
+
+    windowed(w, op, x, y, window, emit, pad)
+
+
+def _extreme(w: Writer, op: Extreme, x: Codes, y: Codes) -> None:
+    name = "REDUCE_MAX" if op.kind == "max" else "REDUCE_MIN"
+    w.emit(name, [x.index, w.constant(op.axes)], y.index, keepDims=False)
+
+
+def _concat(w: Writer, op: Concatenate, *tensors: Codes) -> None:
+    *xs, y = tensors
+    w.emit("CONCATENATION", [x.index for x in xs], y.index, axis=op.axis)
+
+
+def _reshape(w: Writer, op: Reshape, x: Codes, y: Codes) -> None:
+    if sum(d < 0 for d in y.shape) > 1:
+        refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
+    w.reshape(x, y.shape, y)
+
+
+def _transpose(w: Writer, op: Transpose, x: Codes, y: Codes) -> None:
+    w.emit("TRANSPOSE", [x.index, w.constant(op.permutation)], y.index)
+
+
+def _broadcast(w: Writer, op: Broadcast, x: Codes, y: Codes) -> Codes | None:
+    dims = dict(zip(op.dimensions, x.shape, strict=True))
+    thin = w.reshape(x, [dims.get(k, 1) for k in range(len(y.shape))])
+    number = op.outputs[0]
+    readers = [reader for reader in w.source.ops if number in reader.inputs]
+    if thin.shape == y.shape:
+        return thin
+    if number not in w.source.outputs and all(_broadcasts(w, r, number, y) for r in readers):
+        return thin
+    pairs = list(zip(thin.shape, y.shape, strict=True))
+    if any(a != b and b < 0 for a, b in pairs):
+        refuse(op, "it repeats values along the batch", "Repeat them outside of the model.")
+    repeats = [b if a != b else 1 for a, b in pairs]
+    w.emit("TILE", [thin.index, w.constant(repeats)], y.index)
+    return None
+
+
+def _broadcasts(w: Writer, op: Op, number: int, y: Codes) -> bool:
+    """Whether an operation broadcasts one input to another that has the full shape."""
+    others = [i for i in op.inputs if i != number]
+    return (
+        isinstance(op, Sum | Multiply)
+        and bool(others)
+        and all(i in w.values and w.values[i].shape == y.shape for i in others)
+    )
+
+
+def _slice(w: Writer, op: Slice, x: Codes, y: Codes) -> None:
+    limit = [None if b == d else b for b, d in zip(op.limit, x.shape, strict=True)]
+    if any(b is not None and b < 0 for b in limit):
+        refuse(op, "it cuts the batch at a fraction of it", "Cut it outside of the model.")
+    w.strided_slice(x, op.start, limit, op.strides, y)
+
+
+def _reverse(w: Writer, op: Reverse, x: Codes, y: Codes) -> None:
+    *inner, last = op.axes
+    for axis in inner:
+        flipped = w.codes(f"{op.path}/reversed", x.shape, x.grid)
+        w.emit("REVERSE_V2", [x.index, w.constant([axis])], flipped.index)
+        x = flipped
+    w.emit("REVERSE_V2", [x.index, w.constant([last])], y.index)
+
+
+def _take(w: Writer, op: Take, x: Codes, y: Codes) -> None:
+    axis, indices = op.axis, w.constant(op.indices)
+    w.emit("GATHER", [x.index, indices], y.index, axis=axis, batchDims=0)
+
+
+def _pad(w: Writer, op: Pad, x: Codes, y: Codes) -> None:
+    padding = [(lo, hi) for lo, hi, _ in op.padding]
+    check_padding(op, x, padding)
+    if any(inner for *_, inner in op.padding):
+        refuse(op, "TFLite does not pad between elements", "Do it outside of the model.")
+    pad_codes(w, x, padding, y)
+
+
+_WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
+    Conv: _conv,
+    Dense: _dense,
+    Affine: _affine,
+    Sum: _add,
+    Multiply: _mul,
+    SumOver: _sum,
+    SumPool: _sum_pool,
+    MaxPool: _max_pool,
+    Extreme: _extreme,
+    Table: _table,
+    Clip: _clip,
+    Concatenate: _concat,
+    Reshape: _reshape,
+    Transpose: _transpose,
+    Broadcast: _broadcast,
+    Slice: _slice,
+    Reverse: _reverse,
+    Take: _take,
+    Pad: _pad,
+}

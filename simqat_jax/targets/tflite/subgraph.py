@@ -1,0 +1,274 @@
+"""The one subgraph of a TFLite file: tensors, buffers and operators."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from simqat_jax.ir.program import Op
+from simqat_jax.numerics.grid import Grid
+
+# The options and the version of each operator that is written.
+_OPERATORS = {
+    "ADD": ("AddOptions", 2),
+    "CAST": ("CastOptions", 1),
+    "CONCATENATION": ("ConcatenationOptions", 2),
+    "CONV_2D": ("Conv2DOptions", 3),
+    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
+    "DEQUANTIZE": (None, 2),
+    "DIV": ("DivOptions", 1),
+    "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
+    "GATHER": ("GatherOptions", 2),
+    "MAXIMUM": ("MaximumMinimumOptions", 2),
+    "MAX_POOL_2D": ("Pool2DOptions", 2),
+    "MINIMUM": ("MaximumMinimumOptions", 2),
+    "MIRROR_PAD": ("MirrorPadOptions", 2),
+    "MUL": ("MulOptions", 2),
+    "PAD": ("PadOptions", 2),
+    "PADV2": ("PadV2Options", 2),
+    "QUANTIZE": (None, 1),
+    "REDUCE_MAX": ("ReducerOptions", 2),
+    "REDUCE_MIN": ("ReducerOptions", 2),
+    "RESHAPE": ("ReshapeOptions", 1),
+    "REVERSE_V2": ("ReverseV2Options", 1),
+    "ROUND": (None, 1),
+    "STRIDED_SLICE": ("StridedSliceOptions", 2),
+    "SUB": ("SubOptions", 2),
+    "TILE": ("TileOptions", 1),
+    "TRANSPOSE": ("TransposeOptions", 2),
+}
+_ACTIVATIONS = {
+    "NONE": (-math.inf, math.inf),
+    "RELU": (0.0, math.inf),
+    "RELU6": (0.0, 6.0),
+    "RELU_N1_TO_1": (-1.0, 1.0),
+}
+_TYPES = {np.float32: "FLOAT32", np.int8: "INT8", np.uint8: "UINT8", np.int32: "INT32"}
+
+
+def refuse(op: Op, problem: str, remedy: str) -> NoReturn:
+    """Raise ValueError for an operation that TFLite cannot do exactly."""
+    raise ValueError(f"{op.path}: {problem} (operation {op.kind!r}). {remedy}")
+
+
+SchemaObject = Any
+"""An object of the schema, which has no types."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """A tensor of the file: its number, its shape (-k: k times the batch size), its grid."""
+
+    index: int
+    shape: tuple[int, ...]
+    grid: Grid
+
+
+class Subgraph:
+    """Collects tensors and operators.
+
+    Attributes:
+      schema: the module of LiteRT's schema classes, which have no types.
+    """
+
+    def __init__(self, schema: ModuleType):
+        self.schema = schema
+        self.tensors: list[SchemaObject] = []
+        self.buffers: list[SchemaObject] = [schema.BufferT()]
+        self.operators: list[SchemaObject] = []
+        self.opcodes: dict[str, int] = {}
+
+    def opcode(self, name: str) -> SchemaObject:
+        """Return the entry of an operator in the list of those that the file uses."""
+        code, value = self.schema.OperatorCodeT(), getattr(self.schema.BuiltinOperator, name)
+        code.builtinCode, code.deprecatedBuiltinCode = value, min(value, 127)
+        code.version = _OPERATORS[name][1]
+        return code
+
+    # Tensors ---------------------------------------------------------------------------------
+
+    def tensor(
+        self,
+        name: str | None,
+        shape: Sequence[int],
+        dtype: DTypeLike,
+        scale: ArrayLike | None = None,
+        zero_point: int = 0,
+        axis: int = 0,
+        value: np.ndarray | None = None,
+    ) -> int:
+        s, tensor = self.schema, self.schema.TensorT()
+        tensor.name, tensor.type = name, getattr(s.TensorType, _TYPES[np.dtype(dtype).type])
+        tensor.shape = np.abs(np.asarray(shape, np.int32))
+        if any(d < 0 for d in shape):
+            tensor.shapeSignature = np.maximum(np.asarray(shape, np.int32), -1)
+        if scale is not None:
+            scale = np.atleast_1d(np.asarray(scale, np.float32))
+            tensor.quantization = s.QuantizationParametersT()
+            tensor.quantization.scale = scale
+            tensor.quantization.zeroPoint = np.full(scale.size, zero_point, np.int64)
+            tensor.quantization.quantizedDimension = axis
+        tensor.buffer = 0
+        if value is not None:
+            buffer = s.BufferT()
+            buffer.data = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
+            self.buffers.append(buffer)
+            tensor.buffer = len(self.buffers) - 1
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+    def constant(self, value: ArrayLike, dtype: DTypeLike = np.int32, **grid: Any) -> int:
+        """Return a tensor without a name: its one reader has one."""
+        value = np.asarray(value, dtype)
+        return self.tensor(None, value.shape, dtype, value=value, **grid)
+
+    def codes(self, name: str, shape: Sequence[int], grid: Grid) -> Codes:
+        index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
+        return Codes(index, tuple(shape), grid)
+
+    def code_constant(self, codes: ArrayLike, grid: Grid) -> Codes:
+        value = np.asarray(codes, np.int32) - grid.offset
+        quantized = {"scale": grid.scale, "zero_point": grid.stored_zero}
+        return Codes(self.constant(value, np.int8, **quantized), value.shape, grid)
+
+    def weights(
+        self, op: Op, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray, axis: int
+    ) -> list[int]:
+        """Write kernel and bias; `f32(s_x * s_w) / s_y` must be the operation's multiplier."""
+        unit = np.float32(x.grid.scale) * np.asarray(scale, np.float32)
+        self.check_ratio(op, unit / np.float32(y.grid.scale), 0.0)
+        bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
+        return [
+            self.constant(kernel, np.int8, scale=scale, axis=axis),
+            self.constant(bias, np.int32, scale=unit),
+        ]
+
+    def check_ratio(self, op: Op, ratios: ArrayLike, least: float, most: float = 256.0) -> None:
+        for ratio in np.ravel(ratios):
+            if not least <= ratio < most:
+                refuse(
+                    op,
+                    f"its output's scale differs from that of its inputs by a factor of "
+                    f"{1 / ratio:.3g}, which XNNPACK does not take",
+                    "Calibrate or train on data that reaches the layer.",
+                )
+
+    # Operators -------------------------------------------------------------------------------
+
+    def emit(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> None:
+        s, operator = self.schema, self.schema.OperatorT()
+        operator.opcodeIndex = self.opcodes.setdefault(name, len(self.opcodes))
+        operator.inputs, operator.outputs = list(inputs), [output]
+        kind = _OPERATORS[name][0]
+        if kind is not None:
+            operator.builtinOptionsType = getattr(s.BuiltinOptions, kind)
+            operator.builtinOptions = getattr(s, kind + "T")()
+            for key, value in options.items():
+                assert hasattr(operator.builtinOptions, key), (name, key)
+                setattr(operator.builtinOptions, key, value)
+        self.operators.append(operator)
+
+    def clamped(
+        self,
+        op: Op,
+        name: str,
+        inputs: Sequence[int],
+        y: Codes,
+        clamp: Sequence[int],
+        **options: Any,
+    ) -> None:
+        """Emit an operator whose codes end at the operation's clamp."""
+        limits = stored(clamp, y.grid)
+        fused = (a for a in _ACTIVATIONS if activation_codes(a, y.grid) == limits)
+        activation = next(fused, None)
+        functions = self.schema.ActivationFunctionType
+        options["fusedActivationFunction"] = getattr(functions, activation or "NONE")
+        free = y if activation else self.codes(f"{op.path}/unclamped", y.shape, y.grid)
+        self.emit(name, inputs, free.index, **options)
+        if not activation:
+            self.limit(free, limits, y)
+
+    def limit(self, x: Codes, limits: tuple[int, int], y: Codes) -> None:
+        """Clip codes, as they are stored."""
+        needed = [
+            (name, end)
+            for name, end, free in (("MAXIMUM", limits[0], -128), ("MINIMUM", limits[1], 127))
+            if end != free
+        ]
+        for position, (name, end) in enumerate(needed):
+            last = position == len(needed) - 1
+            out = y if last else self.codes("clipped", x.shape, x.grid)
+            bound = self.code_constant(end + x.grid.offset, x.grid)
+            self.emit(name, [x.index, bound.index], out.index)
+            x = out
+        if not needed:
+            self.reshape(x, y.shape, y)
+
+    def reshape(self, x: Codes, shape: Sequence[int], y: Codes | None = None) -> Codes:
+        if y is None and x.shape == tuple(shape):
+            return x
+        y = y or self.codes("reshaped", shape, x.grid)
+        target = np.maximum(np.asarray(shape, np.int32), -1)
+        self.emit("RESHAPE", [x.index], y.index, newShape=target)
+        return y
+
+    def strided_slice(
+        self,
+        x: Codes,
+        start: Sequence[int],
+        limit: Sequence[int | None],
+        strides: Sequence[int],
+        y: Codes,
+    ) -> None:
+        """Slice each axis; a limit of None is its end."""
+        bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]
+        masks = {
+            "beginMask": sum(1 << k for k, b in enumerate(start) if b == 0),
+            "endMask": sum(1 << k for k, b in enumerate(limit) if b is None),
+        }
+        self.emit(
+            "STRIDED_SLICE",
+            [x.index, *bounds],
+            y.index,
+            ellipsisMask=0,
+            newAxisMask=0,
+            shrinkAxisMask=0,
+            **masks,
+        )
+
+    def quantize(self, real: int, shape: Sequence[int], codes: Codes) -> None:
+        """Map real values to codes.
+
+        QUANTIZE alone multiplies with the rounded inverse of the scale, and so rounds values in
+        the middle between two codes, which normalized images often are, to either of them.
+        """
+        scale = self.constant(codes.grid.scale, np.float32)
+        for name in ("DIV", "ROUND", "MUL"):
+            result = self.tensor(name.lower(), shape, np.float32)
+            self.emit(name, [real] if name == "ROUND" else [real, scale], result)
+            real = result
+        limits = (codes.grid.qmin - codes.grid.offset, codes.grid.qmax - codes.grid.offset)
+        free = limits == (-128, 127)
+        target = codes if free else self.codes("unclamped", shape, codes.grid)
+        self.emit("QUANTIZE", [real], target.index)
+        if not free:
+            self.limit(target, limits, codes)
+
+
+def stored(clamp: Sequence[int], grid: Grid) -> tuple[int, int]:
+    """Return the ends of an operation's codes, as they are stored."""
+    lo, hi = clamp
+    return int(lo) - grid.offset, int(hi) - grid.offset
+
+
+def activation_codes(activation: str, grid: Grid) -> tuple[int, int]:
+    """Return the lowest and highest code that an activation leaves, as they are stored."""
+    lo, hi = (
+        np.clip(np.rint(np.float32(b) / np.float32(grid.scale)) + grid.stored_zero, -128, 127)
+        for b in _ACTIVATIONS[activation]
+    )
+    return int(lo), int(hi)

@@ -1,0 +1,79 @@
+"""Write a program as a TFLite model: its operations, inputs and outputs."""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import numpy as np
+
+from simqat_jax.ir.program import Program, Tensor, grid_of
+from simqat_jax.targets.tflite.subgraph import Codes, SchemaObject, Subgraph
+
+
+class Writer(Subgraph):
+    """Collects the tensors and operators of a program.
+
+    Attributes:
+      source: the program.
+      values: what stands for each of its tensors that has been written.
+    """
+
+    def __init__(self, program: Program, schema: ModuleType):
+        super().__init__(schema)
+        self.source = program
+        self.values: dict[int, Codes] = {}
+
+    def model(self, integer_io: bool, write: Callable[..., Codes | None]) -> SchemaObject:
+        """Return the model; `write` writes one operation on codes, and may return others."""
+        inputs = [self.input(self.source.tensors[i], i, integer_io) for i in self.source.inputs]
+        for i, tensor in enumerate(self.source.tensors):
+            if tensor.value is not None and tensor.grid is not None:
+                self.values[i] = self.code_constant(tensor.value, tensor.grid)
+        for op in self.source.ops:
+            tensor = self.source.tensors[op.outputs[0]]
+            target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
+            replaced = write(self, op, *(self.values[i] for i in op.inputs), target)
+            self.values[op.outputs[0]] = replaced or target
+        outputs = [self.output(i, k, integer_io) for k, i in enumerate(self.source.outputs)]
+        return self.packed(inputs, outputs)
+
+    def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
+        s = self.schema
+        subgraph, signature, model = s.SubGraphT(), s.SignatureDefT(), s.ModelT()
+        subgraph.tensors, subgraph.operators = self.tensors, self.operators
+        subgraph.inputs, subgraph.outputs = inputs, outputs
+        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
+        names = [self.source.tensors[i].name for i in self.source.inputs]
+        signature.inputs = self.named(names, inputs)
+        count = len(outputs)
+        shown = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
+        signature.outputs = self.named(shown, outputs)
+        model.version, model.description = 3, "simqat_jax"
+        model.operatorCodes = [self.opcode(name) for name in self.opcodes]
+        model.subgraphs, model.buffers, model.signatureDefs = [subgraph], self.buffers, [signature]
+        return model
+
+    def named(self, names: Sequence[str], indices: Sequence[int]) -> list[SchemaObject]:
+        maps = [self.schema.TensorMapT() for _ in names]
+        for entry, name, index in zip(maps, names, indices, strict=True):
+            entry.name, entry.tensorIndex = name, index
+        return maps
+
+    def input(self, tensor: Tensor, i: int, integer_io: bool) -> int:
+        codes = self.values[i] = self.codes(tensor.name, tensor.shape, grid_of(tensor))
+        if integer_io:
+            return codes.index
+        real = self.tensor(f"{tensor.name}/real", tensor.shape, np.float32)
+        self.quantize(real, tensor.shape, codes)
+        return real
+
+    def output(self, i: int, position: int, integer_io: bool) -> int:
+        codes = self.values[i]
+        if not integer_io:
+            real = self.tensor(f"output_{position}", codes.shape, np.float32)
+            self.emit("DEQUANTIZE", [codes.index], real)
+            return real
+        earlier = [*self.source.inputs, *self.source.outputs[:position]]
+        if i in earlier or self.source.tensors[i].value is not None:
+            copy = self.codes(f"output_{position}", codes.shape, codes.grid)
+            return self.reshape(codes, codes.shape, copy).index
+        return codes.index

@@ -1,0 +1,182 @@
+"""Count the codes of an exported file that are not those of its integer model."""
+
+import argparse
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from simqat_jax.integer.model import IntegerModel
+from simqat_jax.ir.program import grid_of
+from simqat_jax.targets import TARGETS
+from simqat_jax.targets.target import OpenFile, Target
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found; print it.
+
+    Attributes:
+      path: the file.
+      runtime: what ran it, with its version.
+      examples: how many examples it ran.
+      codes: how many output codes were compared.
+      differing: how many of them are not the model's.
+      first_layer: path of the first operation whose codes differ, None where none does.
+    """
+
+    path: str
+    runtime: str
+    examples: int
+    codes: int
+    differing: int
+    first_layer: str | None
+
+    def __str__(self) -> str:
+        where = f"; the first in {self.first_layer}" if self.first_layer else ""
+        return (
+            f"{self.path} in {self.runtime}: {self.differing:,} of {self.codes:,} codes differ "
+            f"({self.examples:,} examples){where}."
+        )
+
+
+def verify(
+    model: IntegerModel, path: str | os.PathLike, *data: ArrayLike, batch_size: int = 64
+) -> Verification:
+    """Run an exported file and count the output codes that are not the integer model's.
+
+    Args:
+      model: what the file was written from.
+      path: a file of `export_onnx` (*.onnx) or `export_tflite` (*.tflite).
+      data: arrays in real units, one for each input of the model, as many examples as wanted.
+      batch_size: examples a call; the model's own where that is fixed.
+
+    Returns:
+      A Verification.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file of another kind, a model with outputs that are no codes, no examples.
+      ImportError: the extra `export` is missing.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}.")
+    floats = [model.tensors[i].name for i in model.outputs if model.tensors[i].grid is None]
+    if floats:
+        raise ValueError(f"{', '.join(floats)}: an output that is no code cannot be counted.")
+    runtime = open_file(path)
+    if len(runtime.float_inputs) != len(model.inputs):
+        raise ValueError(
+            f"the file takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
+            "it was written from another model."
+        )
+    arrays = [np.asarray(a) for a in data]
+    codes = differing = 0
+    first = None
+    for batch in _batches(model, arrays, batch_size):
+        wrong = _differences(model, runtime, batch)
+        codes, differing = codes + sum(w.size for w in wrong), differing + sum(map(np.sum, wrong))
+        if differing and first is None:
+            first = _first_layer(model, path, batch)
+    return Verification(str(path), runtime.name, len(arrays[0]), codes, int(differing), first)
+
+
+def _batches(
+    model: IntegerModel, arrays: Sequence[np.ndarray], size: int
+) -> list[list[np.ndarray]]:
+    if len(arrays) != len(model.inputs):
+        raise ValueError(f"the model takes {len(model.inputs)} arrays, got {len(arrays)}.")
+    if any(not a.shape or not len(a) for a in arrays):
+        raise ValueError("the data hold no examples.")
+    if all(d >= 0 for i in model.inputs for d in model.tensors[i].shape):
+        return [list(arrays)]
+    starts = range(0, len(arrays[0]), size)
+    return [[a[start : start + size] for a in arrays] for start in starts]
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def open_file(path: str | os.PathLike, threads: int | None = None) -> OpenFile:
+    """Open an exported file in its runtime, on the CPU.
+
+    Args:
+      path: *.onnx or *.tflite.
+      threads: how many threads to run on; None: as many as the runtime takes by itself.
+
+    Raises:
+      ValueError: neither *.onnx nor *.tflite.
+      ImportError: the extra `export` is missing.
+    """
+    path = Path(path)
+    return _target(path).open(path, threads)
+
+
+def _target(path: Path) -> Target:
+    if path.suffix not in TARGETS:
+        known = " nor ".join(f"*{suffix}" for suffix in TARGETS)
+        raise ValueError(f"{path} is neither {known}.")
+    return TARGETS[path.suffix]
+
+
+def _differences(
+    model: IntegerModel, runtime: OpenFile, batch: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Return for each output which of its codes differ."""
+    codes = jax.tree.leaves(model.quantize(*batch))
+    arrays = []
+    for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
+        shifted = np.asarray(code, np.int32) + runtime.offset(grid_of(model.tensors[i]))
+        arrays.append(np.asarray(x, np.float32) if real else shifted.astype(runtime.dtype))
+    wrong = []
+    want = jax.tree.leaves(model.run_codes(*codes))
+    for i, a, b in zip(model.outputs, want, runtime.run(arrays), strict=True):
+        grid = grid_of(model.tensors[i])
+        if np.issubdtype(b.dtype, np.floating):
+            got = np.asarray(grid.quantize(jnp.asarray(b)), np.int32)  # exact: on the grid
+        else:
+            got = b.astype(np.int32) - runtime.offset(grid)
+        wrong.append(np.asarray(a, np.int32) != got)
+    return wrong
+
+
+def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -> str:
+    """Write the model again with every tensor an output, and return where codes first differ."""
+    ops = [op for op in model.ops if model.tensors[op.outputs[0]].grid is not None]
+    outputs = [op.outputs[0] for op in ops]
+    program = dataclasses.replace(
+        model.program, outputs=tuple(outputs), structure=list(range(len(outputs)))
+    )
+    target = _target(path)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / f"whole{path.suffix}"
+        whole.write_bytes(target.write(program, True))
+        wrong = _differences(IntegerModel(program), target.open(whole, None), batch)
+    for op, differ in zip(ops, wrong, strict=True):
+        if differ.any():
+            return op.path
+    return "none of the model's own: the file is not written from this model"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `simqat-verify MODEL FILE DATA`; return 1 where codes differ."""
+    parser = argparse.ArgumentParser(prog="simqat-verify", description=__doc__)
+    parser.add_argument("model", help="an integer model, as IntegerModel.save wrote it")
+    parser.add_argument("file", nargs="+", help="*.onnx or *.tflite files written from it")
+    parser.add_argument("--data", required=True, help="*.npy with inputs in real units")
+    options = parser.parse_args(arguments)
+    model, data = IntegerModel.load(options.model), np.load(options.data)
+    found = [verify(model, file, data) for file in options.file]
+    print(*found, sep="\n")
+    return int(any(v.differing for v in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

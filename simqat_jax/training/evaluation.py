@@ -1,0 +1,152 @@
+"""Evaluation: the codes that an integer implementation computes, with a gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax.ir.graph import Dropout, Product
+from simqat_jax.ir.plan import Quantizer, Slot, Step
+from simqat_jax.numerics.affine import fake_quant, straight_through
+from simqat_jax.numerics.grid import (
+    Codes,
+    Grid,
+    centered_codes,
+    codes_fit,
+    grid_of_range,
+    real_values,
+)
+from simqat_jax.numerics.observers import Range
+from simqat_jax.ops.operation import ExactStep
+from simqat_jax.ops.products import kernel_codes
+from simqat_jax.ops.registry import operation_of
+from simqat_jax.training.values import Run, Seen, Value, Values, read
+
+
+class Evaluation(Run):
+    """A call that uses the ranges as they are."""
+
+    def step(self, step: Step, env: Values, seen: Seen) -> None:
+        operands = self.operands(step, env, seen)
+        results, _ = self.simulate(step, operands, env, seen)
+        for v, x in results.items():
+            quantizer = self.placement.at.get(v)
+            if quantizer is None:
+                env[v] = self.moved(step, v, x, operands)
+            else:
+                env[v] = self.exact(step, quantizer, x, operands, env)
+
+    # Ranges -----------------------------------------------------------------------------------
+
+    def range(self, quantizer: Quantizer, x: jax.Array) -> Range:
+        """Return a range; `x`: the values at hand, for a quantizer that keeps no state."""
+        if quantizer.has_state:
+            return quantizer.observer.range(self.stats[quantizer.name])
+        return quantizer.observer.present_range(x)
+
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        return self.range(quantizer, flat)
+
+    def grid(self, quantizer: Quantizer, x: jax.Array) -> Grid:
+        """Return the grid of a tensor; NaN where the range was never observed."""
+        lo, hi = self.range(quantizer, x)
+        grid = grid_of_range(lo, hi, quantizer.spec)
+        if not quantizer.has_state:
+            return grid
+        known = jnp.all(jnp.asarray(lo) <= hi)
+        return Grid(jnp.where(known, grid.scale, jnp.nan), *(grid.zero_point, grid.qmin, grid.qmax))
+
+    # Tensors ----------------------------------------------------------------------------------
+
+    def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
+        grid = self.grid(quantizer, x)
+        return self.evaluated(quantizer, Codes(centered_codes(x, grid), grid), x)
+
+    def evaluated(
+        self, quantizer: Quantizer, tensor: Codes, x: jax.Array, kernel_delay: int = 0
+    ) -> Value:
+        """Return a tensor of known codes, with the gradient of fake quantization of `x`."""
+        spec = quantizer.spec
+        simulated = fake_quant(x, *self.range(quantizer, x), spec)
+        real = straight_through(real_values(tensor).astype(x.dtype), simulated)
+        real = self.after_delay(kernel_delay, real, simulated)
+        return Value(self.after_delay(spec.quant_delay, real, x), tensor.codes)
+
+    def exact(
+        self, step: Step, quantizer: Quantizer, x: jax.Array, operands: list[Value], env: Values
+    ) -> Value:
+        """Quantize a step's result, computed in integers where the step has an integer form."""
+        grid, kernel = self.grid(quantizer, x), self.placement.kernel_of(step.node)
+        codes = self.integer_form(step, grid, operands, env) if step.quantized else None
+        rounded = centered_codes(x, grid)
+        codes = rounded if codes is None else jnp.where(jnp.isnan(codes), rounded, codes)
+        delay = kernel.spec.quant_delay if kernel is not None and step.quantized else 0
+        return self.evaluated(quantizer, Codes(codes, grid), x, delay)
+
+    def integer_form(
+        self, step: Step, grid: Grid, operands: list[Value], env: Values
+    ) -> jax.Array | None:
+        """Compute the codes of a step's output from those of its inputs, if that is exact."""
+        inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
+        if grid.per_channel or any(v is not None and v.grid.per_channel for v in inputs):
+            return None
+        return operation_of(step.node).codes(
+            ExactStep(
+                step=step,
+                inputs=inputs,
+                reals=[value.real for value in operands],
+                layers=[
+                    n.layer.named([read(v, env).real for v in n.inputs[1:]])
+                    for n in step.nodes
+                    if n.layer is not None
+                ],
+                grid=grid,
+                rounding=self.placement.rounding,
+                quantize_kernel=partial(self.kernel_codes, step),
+            )
+        )
+
+    def kernel_codes(self, step: Step, kernel: jax.Array) -> Codes:
+        assert isinstance(step.node, Product)
+        quantizer = self.placement.weights[step.node.layer.path]
+        ends = self.stats[quantizer.name][:2] if quantizer.has_state else None
+        return kernel_codes(quantizer, ends, kernel)
+
+    def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:
+        v = step.node.inputs[position]
+        grid = self.placement.constants.get(Slot(step, position))
+        grid = grid or (self.placement.grids.get(v) if isinstance(v, int) else None)
+        if grid is None or value.codes is None:
+            return None
+        return Codes(value.codes, self.grid(grid, value.real))
+
+    def moved(self, step: Step, v: int, x: jax.Array, operands: list[Value]) -> Value:
+        """Return a tensor without a quantizer of its own.
+
+        Values that lie on a grid and change type are made from their codes anew, so that logits of
+        a bfloat16 model that are returned as float32 are those of the integer model.
+        """
+        codes = self.moved_codes(step, v, operands)
+        if codes is None or x.dtype == operands[0].real.dtype:
+            return Value(x, codes)
+        quantizer = self.placement.grids[v]
+        tensor = Codes(codes, self.grid(quantizer, x))
+        delay = max(quantizer.spec.quant_delay, self.placement.delay("weight"))
+        real = straight_through(real_values(tensor).astype(x.dtype), x)
+        return Value(self.after_delay(delay, real, x), codes)
+
+    def moved_codes(self, step: Step, v: int, operands: list[Value]) -> jax.Array | None:
+        """Return the codes of a tensor that keeps its input's grid, moved as its values are."""
+        node = step.node
+        if v not in self.placement.grids or operands[0].codes is None:
+            return None
+        if isinstance(node, Dropout):  # it scales values off the grid
+            return None
+        dtype = operands[0].real.dtype
+        if not (dtype == jnp.float32 or codes_fit(dtype, self.placement.grids[v].spec)):
+            return None
+        values = [
+            operand.real if operand.codes is None else operand.codes.astype(dtype)
+            for operand in operands
+        ]
+        return node.run(*values)[node.outputs.index(v)].astype(jnp.float32)

@@ -1,0 +1,237 @@
+"""SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core.scope import CollectionFilter, subtract_filters
+
+from simqat_jax.capture import Call, Capture, capture
+from simqat_jax.config import SimQATConfig
+from simqat_jax.ir.plan import Placement
+from simqat_jax.training.plan_table import Plan
+from simqat_jax.training.planner import check_batch_statistics, place_quantizers
+from simqat_jax.training.ranges import COLLECTION, STEP, check, initial, restored
+from simqat_jax.training.run import run
+from simqat_jax.training.values import Stats
+
+Method = Callable[..., Any] | str | None
+"""One of the float module's methods, by name or function; None: its `__call__`."""
+
+
+class SimQAT:
+    """Simulated quantization-aware training.
+
+    Args:
+      config: what to quantize and how; `SimQATConfig()` by default.
+
+    Raises:
+      TypeError: `config` is no SimQATConfig.
+
+    Example:
+      >>> qmodel = SimQAT(SimQATConfig()).apply(nn.Dense(10))
+      >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> sorted(variables["quant_stats"])
+      ['input', 'output', 'step']
+    """
+
+    def __init__(self, config: SimQATConfig | None = None):
+        config = SimQATConfig() if config is None else config
+        if not isinstance(config, SimQATConfig):
+            raise TypeError(
+                f"SimQAT takes a SimQATConfig, got {config!r} of type {type(config).__name__}."
+            )
+        self.config = config
+
+    def apply(self, module: nn.Module, *, name: str | None = None) -> "QuantizedModule":
+        """Return a module that computes `module` with simulated quantization.
+
+        Its `params` (and `batch_stats`) have the tree, the names and, for one key, the initial
+        values of the float module's; the new collection `quant_stats` holds the ranges.
+
+        Args:
+          module: any linen module; it is not changed.
+          name: its name inside a surrounding module's compact method.
+
+        Raises:
+          TypeError: `module` is no linen Module instance.
+          ValueError: it is bound to variables, or is already quantization-aware.
+        """
+        if isinstance(module, type) or not isinstance(module, nn.Module):
+            raise TypeError(
+                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}."
+            )
+        if isinstance(module, QuantizedModule):
+            raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")
+        if module.scope is not None:
+            raise ValueError(
+                f"SimQAT.apply takes an unbound module, and this {type(module).__name__} is bound "
+                "to variables. Apply it to the module as constructed, before bind or setup; inside "
+                "a compact method, construct the module with parent=None."
+            )
+        return QuantizedModule(module, self.config, name=name)
+
+
+SimulatedQuantizationAwareTraining = SimQAT
+"""`SimQAT` under the full name that MindSpore Golden Stick uses."""
+
+
+class QuantizedModule(nn.Module):
+    """A linen module that computes `module` with simulated quantization.
+
+    Made by `SimQAT.apply`. Where `quant_stats` is mutable, a call observes ranges and counts as a
+    training step; where it is not, it uses the ranges and computes what an integer implementation
+    computes, code for code. Only what has no exact integer form is rounded from real values:
+    per-channel activations, BatchNorm on batch statistics, additions of more than 8 bits, and sums
+    beyond 32 bits.
+
+    Attributes:
+      module: the float module.
+      config: what to quantize and how.
+    """
+
+    module: nn.Module
+    config: SimQATConfig
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; takes and returns what the float module does."""
+        return self._run(None, args, kwargs)
+
+    @nn.nowrap
+    def apply(self, variables: Mapping[str, Any], *args: Any, method: Method = None, **kwargs: Any):
+        """Apply as any linen module; `method`: one of the float module's, by name or function."""
+        return super().apply(variables, *args, method=_quantized(method), **kwargs)
+
+    @nn.nowrap
+    def init_with_output(self, rngs: Any, *args: Any, method: Method = None, **kwargs: Any):
+        """Initialize as any linen module, as does `init`; `method` as in `apply`."""
+        return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+
+    def _run(self, method: Method, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        assert self.scope is not None
+        result, mutable = None, True  # all: the updates are dropped
+        if self.is_initializing():
+            result = _float_method(self.module, method)(*args, **kwargs)
+        else:
+            mutable = subtract_filters(self.scope.mutable, COLLECTION)
+        rngs = dict(self.scope.rngs)
+        captured = trace(self, self.variables, args, kwargs, method, rngs=rngs, mutable=mutable)
+        placement = place_quantizers(captured.graph, self.config)
+        training = self.is_mutable_collection(COLLECTION)
+        stats = self._stats(placement) if training else self._checked_stats(placement)
+        if self.is_initializing():
+            return result
+        check_batch_statistics(captured.graph)
+        values, stats = run(placement, captured.inputs, stats, training=training)
+        if training:
+            self._store(COLLECTION, stats)
+        output, updates = captured.restore(values)
+        for collection, tree in updates.items():
+            self._store(collection, tree)
+        return output
+
+    def _store(self, collection: str, tree: Mapping[str, Any]) -> None:
+        for name, value in tree.items():
+            self.put_variable(collection, name, value)
+
+    def _checked_stats(self, placement: Placement) -> Stats:
+        return check(placement, self.variables.get(COLLECTION, {}))
+
+    def _stats(self, placement: Placement) -> Stats:
+        """Return the state of every quantizer; create what is missing."""
+        stats = restored(placement, self.variables.get(COLLECTION, {}))
+        for name in (STEP, *placement.stateful):
+            if name not in stats:
+                stats[name] = initial(placement.stateful.get(name))
+                self.put_variable(COLLECTION, name, stats[name])
+        return stats
+
+    @nn.nowrap
+    def plan(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        rngs: Any = None,
+        method: Method = None,
+        **kwargs: Any,
+    ) -> Plan:
+        """Tell what is quantized and how, for a call with these arguments; computes nothing.
+
+        Args:
+          variables: what `init` returned, or a trained version of it.
+          args: the arguments of the call (arrays or ShapeDtypeStructs).
+          rngs: keys of random streams, where the call needs any; by default dummies are used.
+          method: as in `apply`.
+          kwargs: its keyword arguments.
+
+        Returns:
+          A Plan; print it.
+
+        Raises:
+          ValueError: what the call itself would raise.
+        """
+        rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+        captured = trace(self, variables, args, kwargs, method, rngs=rngs)
+        placement = place_quantizers(captured.graph, self.config)
+        return Plan(placement, self.config.bn_fold, variables.get(COLLECTION, {}))
+
+
+def trace(
+    qmodule: QuantizedModule,
+    variables: Mapping[str, Any],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    method: Method,
+    *,
+    rngs: Mapping[str, Any],
+    mutable: CollectionFilter = True,
+) -> Capture:
+    """Capture a call of a quantized module's float module.
+
+    Args:
+      qmodule: the quantized module.
+      variables: its variables.
+      args: the call's positional arguments.
+      kwargs: its keyword arguments.
+      method: which of the float module's methods, by name or function; None: `__call__`.
+      rngs: the keys of random streams.
+      mutable: which collections the call may update, by default all.
+
+    Raises:
+      ValueError: what the call itself raises; an exclusion that matches nothing.
+    """
+    floats = {k: v for k, v in variables.items() if k != COLLECTION}
+    if _function(method) is type(qmodule.module).__call__:
+        method = None
+    call = Call(
+        module=qmodule.module.clone(parent=None, name=None),
+        variables=floats,
+        args=args,
+        kwargs=kwargs,
+        method=method,
+        rngs=rngs,
+        mutable=list(floats) if mutable is True else mutable,
+    )
+    return capture(call, exclude=qmodule.config.exclude, forbidden=QuantizedModule)
+
+
+def _quantized(method: Method) -> Callable[..., Any] | None:
+    """Return what Flax is to call on a QuantizedModule for a method of the float module."""
+    if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
+        return None
+    return lambda qmodule, *args, **kwargs: qmodule._run(method, args, kwargs)
+
+
+def _function(method: Method) -> Any:
+    return getattr(method, "__func__", method)
+
+
+def _float_method(module: nn.Module, method: Method) -> Callable[..., Any]:
+    if callable(method):
+        return functools.partial(_function(method), module)
+    return module if method is None else getattr(module, method)

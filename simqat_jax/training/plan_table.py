@@ -1,0 +1,239 @@
+"""The printed plan: what is quantized and how, what stays float and why."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from simqat_jax.ir.graph import Clamp, Float, Node, Product
+from simqat_jax.ir.plan import Placement, Quantizer, Step
+from simqat_jax.numerics.folding import BatchNormFold
+from simqat_jax.numerics.spec import QuantSpec
+from simqat_jax.ops.registry import operation_of
+from simqat_jax.training.ranges import STEP
+
+_ATTRIBUTES = {
+    "features": None,
+    "kernel_size": None,
+    "strides": 1,
+    "padding": "SAME",
+    "kernel_dilation": 1,
+    "input_dilation": 1,
+    "feature_group_count": 1,
+    "use_bias": None,
+    "epsilon": None,
+    "momentum": None,
+    "axis": -1,
+}
+_GRID_LOST = "no integer form"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerInfo:
+    """One quantizer of a plan.
+
+    Attributes:
+      name: its name in `quant_stats`, "Conv_0/output"; a weight's is "Conv_0/kernel".
+      role: "activation", "weight" or "constant".
+      spec: grid and observer.
+      channel_axis: the axis with one range per channel, None for one per tensor.
+      num_channels: how many channels, None for one per tensor.
+      lo: lowest value observed so far, real units, None if there is no range (yet).
+      hi: highest value, likewise.
+      nonfinite: training steps in which the tensor held NaN or Inf.
+    """
+
+    name: str
+    role: str
+    spec: QuantSpec
+    channel_axis: int | None
+    num_channels: int | None
+    lo: float | None
+    hi: float | None
+    nonfinite: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operation of a plan.
+
+    Attributes:
+      path: the layer's path, or the path and the name of a functional operation.
+      kind: "conv", "dense", "batch_norm", "add", "mul", "mean", "concat", "elementwise", "clamp",
+        "pass" or "float".
+      op: readable name with attributes and what is fused: "Conv(features=6, ...) + relu".
+      weight: the kernel's quantizer, None for none.
+      output: the quantizer of the output, None for none.
+      note: what becomes of the grid, or why the operation stays float.
+    """
+
+    path: str
+    kind: str
+    op: str
+    weight: QuantizerInfo | None
+    output: QuantizerInfo | None
+    note: str
+
+
+class Plan:
+    """What is quantized and how, in order of evaluation; `print` it.
+
+    Attributes:
+      rows: one per operation on the data.
+      quantizers: every quantizer once, by name.
+      floats: module path or operation and reason, of everything that stays float.
+    """
+
+    def __init__(self, placement: Placement, bn_fold: BatchNormFold, stats: Mapping[str, Any]):
+        self._placement = placement
+        self._bn_fold = bn_fold
+        self._stats = stats
+        self.quantizers = {name: self._info(q) for name, q in placement.quantizers.items()}
+        readers = [step for step in placement.steps if step.node.data_inputs(placement.graph.data)]
+        self.rows = tuple(self._row(step) for step in readers)
+        self.floats = tuple(
+            (row.path, row.note) for row in self.rows if row.note.startswith("float")
+        )
+
+    def _info(self, q: Quantizer) -> QuantizerInfo:
+        lo, hi, nonfinite = np.inf, -np.inf, 0
+        if q.name in self._stats:
+            state = q.observer.restore(self._stats[q.name])
+            if _is_concrete(state.nonfinite):
+                (lo, hi), nonfinite = q.observer.range(state), state.nonfinite
+        lo, hi = np.min(np.asarray(lo)), np.max(np.asarray(hi))
+        seen = bool(lo <= hi)
+        return QuantizerInfo(
+            name=q.name,
+            role=q.role,
+            spec=q.spec,
+            channel_axis=q.observer.channel_axis,
+            num_channels=q.num_channels,
+            lo=float(lo) if seen else None,
+            hi=float(hi) if seen else None,
+            nonfinite=int(nonfinite),
+        )
+
+    def _row(self, step: Step) -> Row:
+        node, placement = step.node, self._placement
+        layer = node.layer
+        output = placement.at.get(step.output)
+        weight = placement.kernel_of(node) if isinstance(node, Product) else None
+        path = "/".join(node.path) if layer is not None else "/".join((*node.path, node.op))
+        return Row(
+            path=path or node.op,
+            kind=node.kind,
+            op=" + ".join(map(_describe, step.nodes)),
+            weight=None if weight is None else self.quantizers[weight.name],
+            output=None if output is None else self.quantizers[output.name],
+            note=self._note(step),
+        )
+
+    def _note(self, step: Step) -> str:
+        placement = self._placement
+        if step.output in placement.at:
+            if step.quantized:
+                return self._form(step)
+            reason = self._reason(step, "its input is float")
+            return f"float: {reason}; its result is quantized for an integer operation"
+        if step.output in placement.grids:
+            return f"on the grid of {placement.grids[step.output].name}"
+        return f"float: {self._reason(step)}"
+
+    def _form(self, step: Step) -> str:
+        """Say what a quantized operation becomes, where its name does not."""
+        if step.batch_norm is not None:
+            return f"BatchNorm folded: {step.fold}"
+        return operation_of(step.node).form(step)
+
+    def _reason(self, step: Step, otherwise: str = "no integer operation needs it") -> str:
+        if step.reason:
+            return step.reason
+        return _GRID_LOST if isinstance(step.node, Float) else otherwise
+
+    def __str__(self) -> str:
+        lines = [self._header()]
+        step = self._stats.get(STEP)
+        if step is not None and _is_concrete(step):
+            lines.append(f"training steps so far: {int(step)}{self._delays(int(step))}")
+        table = [("layer or operation", "what it is", "weight", "output", "")]
+        for name in dict.fromkeys(
+            q.name for v, q in self._placement.at.items() if v in self._placement.graph.inputs
+        ):
+            table.append((name, "model input", "", _quantizer(self.quantizers[name]), ""))
+        table += [
+            (row.path, row.op, _quantizer(row.weight), _quantizer(row.output), row.note)
+            for row in self.rows
+        ]
+        lines += _columns(table)
+        roles = [q.role for q in self.quantizers.values()]
+        lines.append(
+            f"{roles.count('activation')} activation, {roles.count('weight')} weight and "
+            f"{roles.count('constant')} constant quantizers; "
+            f"{len(self.floats)} operations stay float."
+        )
+        bad = [f"{q.name} ({q.nonfinite} steps)" for q in self.quantizers.values() if q.nonfinite]
+        if bad:
+            lines.append(f"NaN or Inf was seen, and left out of the range, in: {', '.join(bad)}.")
+        return "\n".join(lines)
+
+    def _header(self) -> str:
+        freeze = self._placement.freeze_bn
+        when = "never" if freeze is None else f"from step {freeze}"
+        return f"SimQAT plan: bn_fold={self._bn_fold!r}, BatchNorm frozen {when}"
+
+    def _delays(self, step: int) -> str:
+        delays = {
+            "weights": self._placement.delay("weight"),
+            "activations": self._placement.delay("activation"),
+        }
+        pending = [
+            f"{name} quantizes from step {delay}" for name, delay in delays.items() if step < delay
+        ]
+        return "".join(f"; {text}, until then values pass unquantized" for text in pending)
+
+
+def _is_concrete(value: object) -> bool:
+    return not isinstance(value, (Tracer, jax.ShapeDtypeStruct))
+
+
+def _describe(node: Node) -> str:
+    if node.layer is None:
+        if isinstance(node, Clamp) and node.op == "clip":
+            return f"clip({node.bounds[0]:g}, {node.bounds[1]:g})"
+        return node.op
+    module = node.layer.module
+    shown = []
+    for name, default in _ATTRIBUTES.items():
+        value = getattr(module, name, default)
+        if value is not None and value != default:
+            shown.append(f"{name}={value}")
+    return f"{node.op}({', '.join(shown)})"
+
+
+def _quantizer(info: QuantizerInfo | None) -> str:
+    if info is None:
+        return ""
+    spec = info.spec
+    words = [f"{spec.num_bits} bits", "symmetric" if spec.symmetric else "asymmetric"]
+    words += ["narrow"] if spec.narrow_range else []
+    words.append(
+        "per tensor"
+        if info.num_channels is None
+        else f"per channel (axis {info.channel_axis}, {info.num_channels})"
+    )
+    words.append(f"ema {spec.ema_decay:g}" if spec.observer == "ema" else spec.observer)
+    words += [f"delay {spec.quant_delay}"] if spec.quant_delay else []
+    words += [f"[{info.lo:.4g}, {info.hi:.4g}]"] if info.lo is not None else []
+    return ", ".join(words)
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]

@@ -1,0 +1,285 @@
+"""Decide what is quantized: one quantizer per tensor, at its producer."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from simqat_jax.capture.interception import excluded
+from simqat_jax.config import SimQATConfig
+from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, N, Node, Product
+from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
+from simqat_jax.numerics.rounding import ROUNDINGS
+from simqat_jax.ops.operation import Operation, Situation
+from simqat_jax.ops.registry import operation_of
+
+
+def group(graph: Graph) -> list[Step]:
+    """Fuse BatchNorm and clamp behind the operation whose only reader they are."""
+    readers = graph.readers()
+    taken: set[Node] = set()
+    steps: dict[Node, Step] = {}
+
+    def only_reader(node: Node, kind: type[N]) -> N | None:
+        out = node.outputs[0]
+        users = readers[out]
+        if len(users) != 1 or out in graph.outputs or users[0].remat != node.remat:
+            return None
+        return users[0] if isinstance(users[0], kind) else None
+
+    for node in graph.nodes:
+        if node in taken:
+            continue
+        norm = None
+        if isinstance(node, Product) and len(node.features) == 1:
+            norm = only_reader(node, BatchNorm)
+        if norm is not None and (norm.inputs[0] != node.outputs[0] or not norm.on_last_axis):
+            norm = None
+        last = norm or node
+        clamp = only_reader(last, Clamp) if operation_of(node).fuses_clamp else None
+        step = Step(node, norm, clamp, (clamp or last).outputs[0])
+        taken.update(step.nodes)
+        steps[step.nodes[-1]] = step
+    # A step runs where its last node did: by then every operand of its nodes is known.
+    return [steps[node] for node in graph.nodes if node in steps]
+
+
+class _Namer:
+    """Gives each quantizer a name of its own."""
+
+    def __init__(self) -> None:
+        self.used: set[str] = set()
+
+    def unique(self, stem: str, leaf: str = "") -> str:
+        """Return `stem` and `leaf`, with a number behind `stem` from the second time on."""
+        numbers = ("", *(f"_{n}" for n in range(1, len(self.used) + 1)))
+        name = next(n for n in (stem + k + leaf for k in numbers) if n not in self.used)
+        self.used.add(name)
+        return name
+
+
+class _Planner:
+    """Places quantizers, in two walks through the steps.
+
+    Backwards: which tensors must lie on a grid (`needed`) and which lead to an output (`wanted`).
+    Forwards: which of them get a quantizer.
+    """
+
+    def __init__(self, graph: Graph, config: SimQATConfig):
+        self.graph = graph
+        self.config = config
+        self.steps = group(graph)
+        self.namer = _Namer()
+        self.needed: set[int] = set()
+        self.wanted = {v for v in graph.outputs if isinstance(v, int)}
+        self.at: dict[int, Quantizer] = {}
+        self.grids: dict[int, Quantizer] = {}
+        self.weights: dict[tuple[str, ...], Quantizer] = {}
+        self.constants: dict[Slot, Quantizer] = {}
+        self.shared: dict[Quantizer, Quantizer] = {}
+        self.unquantizable = {"/".join(path): reason for path, reason in graph.unquantizable}
+
+    def plan(self) -> Placement:
+        self.mark_demand()
+        for v, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
+            if name is not None and v in self.needed:
+                self.place(v, self.namer.unique(name))
+        visited = [self.visit(step) for step in self.steps]
+        final = {old: self.finished(new) for old, new in zip(self.steps, visited, strict=True)}
+        constants = {
+            Slot(final[step], position): self.canonical(q)
+            for (step, position), q in self.constants.items()
+        }
+        return Placement(
+            graph=self.graph,
+            steps=tuple(final.values()),
+            at={v: self.canonical(q) for v, q in self.at.items()},
+            grids={v: self.canonical(q) for v, q in self.grids.items()},
+            weights=self.weights,
+            constants=constants,
+            rounding=ROUNDINGS[self.config.backend],
+            freeze_bn=self.config.freeze_bn,
+        )
+
+    # Backwards -------------------------------------------------------------------------------
+
+    def floating(self, v: int) -> bool:
+        return bool(jnp.issubdtype(self.graph.avals[v].dtype, jnp.floating))
+
+    def data(self, step: Step) -> tuple[int, ...]:
+        return step.node.data_inputs(self.graph.data)
+
+    def mark_demand(self) -> None:
+        for step in reversed(self.steps):
+            outs = {step.output, *step.node.outputs}
+            needed = not outs.isdisjoint(self.needed)
+            wanted = needed or not outs.isdisjoint(self.wanted)
+            operation = operation_of(step.node)
+            demand = operation.demand(self.data(step), needed=needed, wanted=wanted)
+            self.needed.update(demand.needed)
+            self.wanted.update(demand.wanted)
+
+    # Forwards --------------------------------------------------------------------------------
+
+    def visit(self, step: Step) -> Step:
+        node, data, operation = step.node, self.data(step), operation_of(step.node)
+        if self.carries_grid(step, operation):
+            for v in node.outputs:
+                self.grids[v] = self.grids[data[0]]
+            return step
+        quantized = self.is_quantized(step, operation)
+        if quantized and operation.shares_grid:
+            self.share(step)
+            return dataclasses.replace(step, quantized=True)
+        if quantized and operation.quantizes_constants:
+            self.place_constants(step)
+        for v in (step.output, *node.outputs[1:]):
+            if (quantized and v == step.output) or (v in self.needed and self.floating(v)):
+                last = step.nodes[-1]
+                nonnegative = isinstance(last, Clamp) and last.bounds[0] >= 0
+                self.place(v, self.output_name(step), nonnegative and v == step.output)
+        return dataclasses.replace(step, quantized=quantized)
+
+    def finished(self, step: Step) -> Step:
+        """Add how its BatchNorm is folded, and why it stays float."""
+        reason = self.unquantizable.get("/".join(step.node.path), "")
+        if not reason and excluded(step.node.path, self.config.exclude):
+            reason = "excluded"
+        fold = "none"
+        if step.batch_norm is not None and step.node.layer is not None:
+            fold = self.config.bn_fold if step.node.layer.path in self.weights else "none"
+        return dataclasses.replace(step, fold=fold, reason=reason)
+
+    def carries_grid(self, step: Step, operation: Operation) -> bool:
+        """Whether values leave the step as they came, so that the grid stays."""
+        node, data = step.node, self.data(step)
+        if not data or data[0] != node.inputs[0] or data[0] not in self.grids:
+            return False
+        per_channel = self.config.activation.per_channel
+        return operation.carries_grid(node, self.graph, per_channel=per_channel)
+
+    def is_quantized(self, step: Step, operation: Operation) -> bool:
+        node, data = step.node, self.data(step)
+        if isinstance(node, Product):
+            return self.place_kernel(node)
+        if not data or not self.floating(step.output) or not all(map(self.floating, data)):
+            return False
+        refusal = operation.refusal(node)
+        if refusal is not None:
+            self.unquantizable["/".join(node.path)] = refusal
+            return False
+        situation = Situation(
+            inputs=len(data),
+            on_grid=all(v in self.grids for v in data),
+            needed=step.output in self.needed,
+            wanted=step.output in self.wanted,
+            per_channel=self.config.activation.per_channel,
+        )
+        return operation.is_quantized(node, situation)
+
+    # Quantizers ------------------------------------------------------------------------------
+
+    def quantizer(self, name: str, v: int, nonnegative: bool = False) -> Quantizer:
+        spec, shape = self.config.activation, self.graph.avals[v].shape
+        if spec.per_channel and len(shape) < 2:
+            raise ValueError(
+                f"{name}: a tensor of shape {shape} has no channel axis, and "
+                "SimQATConfig.activation asks for one range per channel. Use "
+                "activation=QuantSpec(per_channel=False), or leave the layer out with exclude."
+            )
+        channels = shape[-1] if spec.per_channel else None
+        return Quantizer(name, spec, channels, "activation", nonnegative)
+
+    def place(self, v: int, name: str, nonnegative: bool = False) -> None:
+        self.at[v] = self.grids[v] = self.quantizer(name, v, nonnegative)
+
+    def output_name(self, step: Step) -> str:
+        node = step.node
+        if node.layer is not None:
+            return self.namer.unique("/".join((*node.layer.path, "output")))
+        return self.namer.unique("/".join((*node.path, node.op)), "/output")
+
+    def place_kernel(self, node: Product) -> bool:
+        """Place the kernel's quantizer; return False for a layer that stays float."""
+        x = node.inputs[0]
+        if not isinstance(x, int) or x not in self.grids:
+            what = f"of type {self.graph.avals[x].dtype}" if isinstance(x, int) else "a constant"
+            reason = f"its input is {what}, no floating-point array that depends on the model's"
+            self.unquantizable["/".join(node.layer.path)] = reason
+            return False
+        spec = self.config.weight
+        channels = node.num_channels if spec.per_channel else None
+        name = "/".join((*node.layer.path, "kernel"))
+        self.weights[node.layer.path] = Quantizer(name, spec, channels, "weight")
+        return True
+
+    def place_constants(self, step: Step) -> None:
+        """Give each constant operand of an add or a product a quantizer."""
+        data = self.data(step)
+        for position, v in enumerate(step.node.inputs):
+            if v not in data:
+                name = self.namer.unique("/".join((*step.node.path, step.node.op)), "/constant")
+                spec = dataclasses.replace(
+                    self.config.activation, observer="batch", quant_delay=0, per_channel=False
+                )
+                self.constants[Slot(step, position)] = Quantizer(name, spec, None, "constant")
+
+    def share(self, step: Step) -> None:
+        """Put the inputs of a concat on one grid, which its output has too."""
+        joint = self.quantizer(self.output_name(step), step.output)
+        for position, v in enumerate(step.node.inputs):
+            if isinstance(v, int) and v in self.grids:
+                if self.canonical(self.grids[v]) is not joint:
+                    self.shared[self.canonical(self.grids[v])] = joint
+            else:
+                self.constants[Slot(step, position)] = joint
+        self.grids[step.output] = joint
+
+    def canonical(self, quantizer: Quantizer) -> Quantizer:
+        while quantizer in self.shared:
+            quantizer = self.shared[quantizer]
+        return quantizer
+
+
+def check_batch_statistics(graph: Graph) -> None:
+    """Raise ValueError for a BatchNorm that would take statistics of one value per channel."""
+    for node in graph.nodes:
+        if not isinstance(node, BatchNorm) or not node.training:
+            continue
+        shape = graph.avals[node.outputs[0]].shape
+        features = math.prod(shape[axis] for axis in node.axes)
+        if math.prod(shape) == features and node.module.axis_name is None:
+            raise ValueError(
+                f"{'/'.join(node.path)}: its batch holds one value per channel (shape {shape}), "
+                "which has no variance. Train with a larger batch, or call the BatchNorm with "
+                "use_running_average=True."
+            )
+
+
+def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
+    """Plan the quantization of a model.
+
+    Quantized are the inputs of the model that an integer operation reads; the outputs of Conv and
+    Dense (behind BatchNorm and ReLU), of add, multiply, mean and average pooling, of activation
+    functions; and what a float operation hands to an integer one. Whatever only moves values
+    (max_pool, reshape, slicing, padding with zero ...) and a ReLU behind a quantized tensor keep
+    the grid. The tensors of one concatenation share one.
+
+    Raises:
+      ValueError: a Conv or Dense that cannot be quantized (`config.strict`), nothing to quantize,
+        per-channel activations without a channel axis.
+    """
+    planner = _Planner(graph, config)
+    placement, reasons = planner.plan(), planner.unquantizable
+    if reasons and config.strict:
+        listing = "\n".join(f"  {path or 'the model'}: {why}" for path, why in reasons.items())
+        raise ValueError(
+            f"cannot quantize\n{listing}\nLeave them float with "
+            f"SimQATConfig(exclude={tuple(reasons)!r}), or whatever cannot be quantized with "
+            "SimQATConfig(strict=False)."
+        )
+    if not placement.weights:
+        raise ValueError(
+            "nothing to quantize: the model calls no nn.Conv or nn.Dense that is not excluded."
+        )
+    return placement

@@ -1,0 +1,118 @@
+"""The collection `quant_stats`: what it must hold before a model can be evaluated."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from simqat_jax.ir.plan import Placement, Quantizer
+from simqat_jax.numerics.observers import RangeState, as_range_state
+
+COLLECTION = "quant_stats"
+STEP = "step"
+"""The entry that counts training steps."""
+
+
+def initial(quantizer: Quantizer | None) -> Any:
+    """Return the first state of a quantizer; of None: of the count of training steps."""
+    return jnp.zeros((), jnp.int32) if quantizer is None else quantizer.observer.init()
+
+
+def restored(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `stats` holds of what a model needs, in order, its types restored."""
+    known = {
+        name: quantizer.observer.restore(stats[name])
+        for name, quantizer in placement.stateful.items()
+        if stats.get(name) is not None
+    }
+    return {STEP: stats[STEP], **known} if stats.get(STEP) is not None else known
+
+
+def check(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ranges that a model evaluates with.
+
+    Args:
+      placement: the planned model.
+      stats: the collection.
+
+    Raises:
+      ValueError: a range is missing or, where values are at hand (outside of jit), empty; training
+        counted more operations of one kind than this call has.
+    """
+    _check_numbers(placement, stats)
+    known = restored(placement, stats)
+    missing = [name for name in (STEP, *placement.stateful) if name not in known]
+    if missing:
+        raise ValueError(
+            f"the variables hold no quant_stats for {', '.join(missing)}. Pass the quant_stats "
+            "of this model's init (called with the same kind of arguments), or make the "
+            "collection mutable: apply(..., mutable=['quant_stats'])."
+        )
+    ends = {name: q.observer.range(known[name]) for name, q in placement.stateful.items()}
+    empty = [name for name, (lo, hi) in ends.items() if _is_concrete(lo) and _is_empty(lo, hi)]
+    if empty:
+        raise ValueError(
+            f"the ranges of {', '.join(empty)} were never observed, so evaluation has no grid for "
+            "them. Train, or calibrate with apply(..., mutable=['quant_stats']), and evaluate "
+            "with the updated quant_stats."
+        )
+    return known
+
+
+def _is_concrete(value: object) -> bool:
+    return not isinstance(value, Tracer)
+
+
+def _is_empty(lo: Any, hi: Any) -> bool:
+    return bool(np.any(np.asarray(lo) > np.asarray(hi)))
+
+
+def _check_numbers(placement: Placement, stats: Mapping[str, Any]) -> None:
+    """Raise ValueError if training counted more operations of one kind than this call has.
+
+    The first add of a module in training need not be its first add here.
+    """
+    kinds = {_unnumbered(name) for name in placement.numbered}
+    extra = [k for k in stats if k not in placement.stateful and _unnumbered(k) in kinds]
+    if extra:
+        raise ValueError(
+            f"quant_stats holds {', '.join(extra)}, and this call makes fewer operations of that "
+            "kind, so that their ranges cannot be told apart. Put what only training computes "
+            "into a module of its own, or make the same operations in training and evaluation."
+        )
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_\d+(?=/output$)", "", name)
+
+
+def nonfinite_ranges(quant_stats: Mapping[str, Any]) -> dict[str, int]:
+    """Name the tensors that held NaN or Inf.
+
+    Args:
+      quant_stats: the collection, after training steps; of a model inside another one as well.
+
+    Returns:
+      For each such tensor the number of steps in which it did. Those batches did not enter its
+      range.
+
+    Raises:
+      TypeError: an entry that is no range.
+
+    Example:
+      >>> nonfinite_ranges({"input": init_range()})
+      {}
+    """
+    counts = {name: int(state.nonfinite) for name, state in _states(quant_stats)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _states(stats: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, RangeState]]:
+    for name, value in stats.items():
+        if isinstance(value, Mapping) and "nonfinite" not in value:
+            yield from _states(value, f"{path}{name}/")
+        elif name != STEP:
+            yield path + name, as_range_state(value)

@@ -1,0 +1,39 @@
+"""Run a planned model: simulated quantization in training, exact codes in evaluation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from simqat_jax.ir.plan import Placement
+from simqat_jax.training.evaluation import Evaluation
+from simqat_jax.training.simulation import Simulation
+from simqat_jax.training.values import Seen, Stats, Value, read
+
+
+def run(
+    placement: Placement, inputs: Sequence[Any], stats: Stats, *, training: bool
+) -> tuple[list[Any], Stats]:
+    """Run the model on the values of its inputs.
+
+    Args:
+      placement: the model and its quantizers.
+      inputs: one value per tensor of `placement.graph.inputs`.
+      stats: the state of each of `placement.stateful`, and "step": training steps so far.
+      training: observe ranges and simulate; otherwise use the ranges, unchanged, and compute what
+        an integer implementation computes.
+
+    Returns:
+      The values of `placement.graph.outputs`, and the new `stats`.
+    """
+    this = (Simulation if training else Evaluation)(placement, stats)
+    raw = dict(zip(placement.graph.inputs, inputs, strict=True))
+    env, seen = {v: Value(x) for v, x in raw.items()}, Seen()
+    for v in placement.graph.inputs:
+        if v in placement.at:
+            env[v] = this.put_on_grid(placement.at[v], env[v].real, seen)
+    this.steps(placement.steps, env, seen)
+    env.update({v: Value(x) for v, x in raw.items()})  # a model's own input leaves as it came
+    outputs = [read(v, env).real for v in placement.graph.outputs]
+    if not training:
+        return outputs, stats
+    states = {name: observation.state for name, observation in seen.items()}
+    return outputs, {**stats, **states, "step": stats["step"] + 1}

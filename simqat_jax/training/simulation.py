@@ -1,0 +1,64 @@
+"""Training: observe ranges, and simulate quantization with them."""
+
+import jax
+
+from simqat_jax.ir.plan import Placement, Quantizer, Step
+from simqat_jax.numerics.affine import fake_quant
+from simqat_jax.numerics.observers import Range
+from simqat_jax.numerics.requantize import FREE, Bounds
+from simqat_jax.ops.operation import bounds_of
+from simqat_jax.training.values import Observation, Run, Seen, Stats, Value, Values
+
+
+class Simulation(Run):
+    """A training step: `seen` collects what it observes."""
+
+    def __init__(self, placement: Placement, stats: Stats):
+        super().__init__(placement, stats)
+        self.shared = placement.shared
+
+    def step(self, step: Step, env: Values, seen: Seen) -> None:
+        operands = self.operands(step, env, seen)
+        results, unclamped = self.simulate(step, operands, env, seen)
+        for v, x in results.items():
+            quantizer = self.placement.at.get(v)
+            if quantizer is None:
+                env[v] = Value(x)
+            elif v == step.output and step.clamp is not None:
+                env[v] = self.observed(quantizer, x, seen, unclamped, bounds_of(step))
+            else:
+                env[v] = self.put_on_grid(quantizer, x, seen)
+
+    def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
+        return self.observed(quantizer, x, seen, x, FREE)
+
+    def observed(
+        self, quantizer: Quantizer, x: jax.Array, seen: Seen, unclamped: jax.Array, bounds: Bounds
+    ) -> Value:
+        """Observe and fake-quantize a tensor, which is `unclamped` clamped to `bounds`."""
+        spec = quantizer.spec
+        if x.size == 0:
+            raise ValueError(
+                f"{quantizer.name}: an empty tensor of shape {x.shape} has no range. Train "
+                "with at least one example in a batch."
+            )
+        lo, hi = self.observe(quantizer, unclamped, seen, bounds)
+        return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))
+
+    def observe(
+        self, quantizer: Quantizer, x: jax.Array, seen: Seen, bounds: Bounds = FREE
+    ) -> Range:
+        """Take a tensor into its range, and return the range that it trains on."""
+        observer, name = quantizer.observer, quantizer.name
+        if not quantizer.has_state:
+            return observer.present_range(x)
+        measured = observer.measure(x, bounds)
+        if name in seen:  # tensors that share a range widen each other's
+            measured = observer.merge(measured, seen[name].measured)
+        state = observer.update(self.stats[name], measured)
+        seen[name] = Observation(measured, state)
+        before = self.stats[name] if name in self.shared else None
+        return observer.training_range(state, before)
+
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        return self.observe(quantizer, flat, seen)

@@ -1,0 +1,213 @@
+"""Running a planned model with JAX, in what training and evaluation have in common."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax.capture.interception import batch_norm
+from simqat_jax.ir.graph import BatchNorm, Constant, Node, Operand, Product
+from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
+from simqat_jax.numerics import folding
+from simqat_jax.numerics.affine import fake_quant
+from simqat_jax.numerics.observers import Range, RangeState
+
+Stats = Mapping[str, Any]
+"""The state of each quantizer with one, by name, and "step": training steps so far."""
+
+
+class Value(NamedTuple):
+    """A tensor while the model runs.
+
+    Attributes:
+      real: its values, in the model's own dtype.
+      codes: in evaluation, for a tensor on a grid: `code - zero_point`, float32.
+    """
+
+    real: Any
+    codes: jax.Array | None = None
+
+
+Values = dict[int, Value]
+"""The tensors that are known so far."""
+
+
+class Observation(NamedTuple):
+    """What a training step has seen of a range so far.
+
+    Attributes:
+      measured: of all tensors that share the range, see Observer.measure.
+      state: the range's new state.
+    """
+
+    measured: Any
+    state: RangeState
+
+
+Seen = dict[str, Observation]
+"""The observations of a training step, by the name of the range."""
+
+
+def read(v: Operand, env: Mapping[int, Value]) -> Value:
+    """Return the value of an operand."""
+    return Value(v.value) if isinstance(v, Constant) else env[v]
+
+
+class Run:
+    """One run of a planned model: what it needs at every step.
+
+    Attributes:
+      placement: the model and its quantizers.
+      stats: the ranges.
+    """
+
+    def __init__(self, placement: Placement, stats: Stats):
+        self.placement = placement
+        self.stats = stats
+        freeze = placement.freeze_bn
+        self.frozen = None if freeze is None else stats["step"] >= freeze
+        """Whether BatchNorm is frozen by now; None: never."""
+
+    # What training and evaluation do each in their way ----------------------------------------
+
+    def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
+        """Quantize a tensor as it is: a model input, a constant."""
+        raise NotImplementedError
+
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        """Return the range of a kernel, viewed as (inputs, output channels)."""
+        raise NotImplementedError
+
+    def step(self, step: Step, env: Values, seen: Seen) -> None:
+        """Run a step: put the tensors that leave it into `env`."""
+        raise NotImplementedError
+
+    # Steps ------------------------------------------------------------------------------------
+
+    def steps(self, steps: Iterable[Step], env: Values, seen: Seen) -> None:
+        """Run steps in order; those inside one `nn.remat` as one rematerialized function."""
+        for remat, group in itertools.groupby(steps, key=lambda s: s.node.remat):
+            if remat is None:
+                for step in group:
+                    self.step(step, env, seen)
+            else:
+                self.rematerialized(remat.params, list(group), env, seen)
+
+    def rematerialized(
+        self, params: Mapping[str, Any], steps: list[Step], env: Values, seen: Seen
+    ) -> None:
+        nodes = [node for step in steps for node in step.nodes]
+        made = {v for node in nodes for v in node.outputs}
+        inputs = {v for node in nodes for v in node.inputs if isinstance(v, int)} - made
+        others = (n for s in self.placement.steps if s not in steps for n in s.nodes)
+        used = {v for node in others for v in node.inputs} | set(self.placement.graph.outputs)
+
+        def region(values: Values, seen: Seen) -> tuple[Values, Seen]:
+            inner, seen = dict(values), dict(seen)
+            for step in steps:
+                self.step(step, inner, seen)
+            return {v: inner[v] for v in made & used if v in inner}, seen
+
+        results, now_seen = jax.checkpoint(region, **params)({v: env[v] for v in inputs}, seen)
+        env.update(results)
+        seen.update(now_seen)
+
+    def operands(self, step: Step, env: Values, seen: Seen) -> list[Value]:
+        """Return the values of a step's inputs, its constants on their grids."""
+        values = []
+        for position, v in enumerate(step.node.inputs):
+            value = read(v, env)
+            quantizer = self.placement.constants.get(Slot(step, position))
+            if quantizer is not None:
+                value = self.put_on_grid(quantizer, jnp.asarray(value.real), seen)
+            values.append(value)
+        return values
+
+    def simulate(
+        self, step: Step, operands: Sequence[Value], env: Values, seen: Seen
+    ) -> tuple[dict[int, jax.Array], jax.Array]:
+        """Run the step on real values, with fake-quantized kernel, before any output quantizer.
+
+        Returns:
+          The tensors that leave it, and its result before the clamp.
+        """
+        values = [operand.real for operand in operands]
+        node = step.node
+        if step.fold != "none":
+            results = self.simulate_folded(step, values, env, seen)
+        else:
+            if isinstance(node, Product) and self.placement.kernel_of(node) is not None:
+                values[1] = self.quantized_kernel(node, values[1], seen)
+            results = dict(zip(node.outputs, self.run_node(node, values), strict=True))
+            if step.batch_norm is not None:
+                self.run_behind(step.batch_norm, results, env)
+        unclamped = results[(step.batch_norm or step.node).outputs[0]]
+        if step.clamp is not None:
+            self.run_behind(step.clamp, results, env)
+        return results, unclamped
+
+    def run_behind(self, node: Node, results: dict[int, jax.Array], env: Values) -> None:
+        """Put the results of a fused node in the place of the one that it reads."""
+        first, *rest = node.inputs
+        assert isinstance(first, int)
+        values = [results.pop(first), *(read(v, env).real for v in rest)]
+        results.update(zip(node.outputs, self.run_node(node, values), strict=True))
+
+    def run_node(self, node: Node, values: Sequence[Any]) -> Sequence[Any]:
+        results = node.run(*values)
+        if not isinstance(node, BatchNorm) or not node.training or self.frozen is None:
+            return results
+        layer = node.layer
+        still = batch_norm(layer, *values, use_running_average=True)
+        kept = [values[1 + layer.names.index(name)] for name in ("mean", "var")]
+        pairs = zip((*still, *kept), results, strict=True)
+        return [jnp.where(self.frozen, a, b) for a, b in pairs]
+
+    def simulate_folded(
+        self, step: Step, values: Sequence[Any], env: Values, seen: Seen
+    ) -> dict[int, jax.Array]:
+        """Run a layer with the BatchNorm behind it folded in."""
+        node, norm = step.node, step.batch_norm
+        assert isinstance(node, Product) and norm is not None
+        x, named = values[0], node.layer.named(values[1:])
+        kernel, module = named["kernel"], norm.module
+        old = norm.layer.named([read(v, env).real for v in norm.inputs[1:]])
+        no_bias = [jnp.zeros_like(v) for name, v in named.items() if name != "kernel"]
+        layer = folding.Layer(
+            run=lambda folded: node.run(x, folded.astype(kernel.dtype), *no_bias)[0],
+            kernel=kernel,
+            bias=named.get("bias"),
+            norm=folding.batch_norm_state(old, module.epsilon),
+            epsilon=module.epsilon,
+            quantize=lambda folded: self.quantized_kernel(node, folded, seen),
+            moments=_moments(norm, old.get("mask")) if norm.training else None,
+            frozen=self.frozen,
+        )
+        result = folding.FOLDS[step.fold](layer)
+        out = result.output.astype(self.placement.graph.avals[norm.outputs[0]].dtype)
+        results = {norm.outputs[0]: out}
+        for v, name in zip(norm.outputs[1:], ("mean", "var"), strict=False):
+            new = module.momentum * old[name] + (1 - module.momentum) * getattr(result, name)
+            results[v] = layer.unless_frozen(new, old[name])
+        return results
+
+    def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
+        """Fake-quantize a kernel, possibly with a BatchNorm folded in."""
+        quantizer = self.placement.weights[node.layer.path]
+        flat = kernel.reshape(-1, node.num_channels)
+        lo, hi = self.kernel_range(quantizer, flat, seen)
+        rounded = fake_quant(flat, lo, hi, quantizer.spec).reshape(kernel.shape)
+        return self.after_delay(quantizer.spec.quant_delay, rounded, kernel)
+
+    def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:
+        """Return `quantized` once `delay` training steps have passed, `real` before."""
+        return quantized if delay == 0 else jnp.where(self.stats["step"] >= delay, quantized, real)
+
+
+def _moments(norm: BatchNorm, mask: jax.Array | None) -> folding.Moments:
+    module = norm.module
+    return folding.Moments(
+        module.axis_name, module.axis_index_groups, module.use_fast_variance, mask
+    )

@@ -16,8 +16,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments import augmentation, data
-from experiments.data import Batch, MaskedBatch
+from experiments.data import augmentation
+from experiments.data.batches import (
+    Batch,
+    MaskedBatch,
+    Transform,
+    epoch_order,
+    prepared_source,
+)
 
 NUM_CLASSES = 1000
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -51,7 +57,7 @@ class ImageNet:
     workers: int = 0
     name: str = "imagenet2012"
     num_classes: int = NUM_CLASSES
-    transform: data.Transform = augmentation.identity
+    transform: Transform = augmentation.identity
 
     @property
     def train_size(self) -> int:
@@ -72,7 +78,7 @@ class ImageNet:
     ) -> Iterator[Batch]:
         """Yield one epoch's batches, see ImageData."""
         sampler = BatchSampler(
-            order=data.epoch_order(self.train_size, seed, epoch),
+            order=epoch_order(self.train_size, seed, epoch),
             seed=(seed, epoch),
             batch_size=batch_size,
             start=start,
@@ -108,7 +114,7 @@ def load(image_size: int = 224, workers: int = 0) -> ImageNet:
 
     decoders: Any = {"image": tfds.decode.SkipDecoding()}
     train, test = (
-        data.prepared_source("imagenet2012", split, decoders=decoders)
+        prepared_source("imagenet2012", split, decoders=decoders)
         for split in ("train", "validation")
     )
     return ImageNet(train=train, test=test, image_size=image_size, workers=workers)

@@ -5,7 +5,6 @@ Example: python -m experiments.deploy runs/NAME
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,10 +78,8 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
     for backend, suffix in (("tflite", "tflite"), ("onnx", "onnx")):
         rows += _rows(phase, variables, backend, folder / f"model.{suffix}", x, labels)
     report = [dataclasses.asdict(row) for row in rows]
-    text = json.dumps(
-        {"phase": phase_name, "step": step, "images": len(x), "rows": report}, indent=2
-    )
-    (folder / "deploy.json").write_text(text + "\n")
+    content = {"phase": phase_name, "step": step, "images": len(x), "rows": report}
+    runs.write_json(folder / "deploy.json", content)
     return rows
 
 

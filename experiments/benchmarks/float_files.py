@@ -14,6 +14,7 @@ from ai_edge_litert import schema_py_generated as schema
 from onnx import helper, numpy_helper
 
 import simqat_jax as sq
+from simqat_jax.files import atomic_file
 
 _RELU = ("conv", "dense", "add", "add_onnx")
 
@@ -90,7 +91,8 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
     ]
     graph = helper.make_graph(nodes, "float", ends[:1], ends[1:], initializers)
     opsets = [helper.make_opsetid("", 19)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
+    with atomic_file(path) as file:
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
 
 
 class _TFLite:
@@ -220,4 +222,5 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
         else:
             raise ValueError(f"{op.path}: no float form of {op.kind} is written here.")
         numbers[op.outputs[0]] = out
-    path.write_bytes(w.file(numbers[source], numbers[model.outputs[0]]))
+    with atomic_file(path) as file:
+        file.write(w.file(numbers[source], numbers[model.outputs[0]]))

@@ -5,7 +5,6 @@ The cache directory is SIMQAT_CACHE_DIR, by default ~/.cache/simqat_jax.
 
 import dataclasses
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from experiments.data.batches import (
     prepared_source,
 )
 from experiments.errors import ExperimentError
+from simqat_jax.files import atomic_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def _cached(path: Path, decode: Callable[[], Arrays]) -> Arrays:
         _write(path, arrays)
     except OSError as error:
         raise ExperimentError(
-            f"cannot write the cache file {path}: {error.strerror}. "
+            f"cannot write the cache file {path}: {error.strerror or error}. "
             "Set SIMQAT_CACHE_DIR to a directory that can be written."
         ) from error
     return arrays
@@ -186,15 +186,15 @@ def _read(path: Path) -> Arrays:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    """Write beside the target and rename: a killed process leaves no half a file there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            train_images=arrays["train_images"],
+            train_labels=arrays["train_labels"],
+            test_images=arrays["test_images"],
+            test_labels=arrays["test_labels"],
+        )
 
 
 _SETS: dict[str, tuple[str, Callable[[], Arrays]]] = {

@@ -24,7 +24,8 @@ BatchNormFold = Literal["none", "one_conv", "two_conv"]
 class Experiment:
     """A model, its data and its training.
 
-    Raises: ExperimentError: a value out of range, at construction.
+    Raises:
+      ExperimentError: a value out of range, at construction.
     """
 
     config: str
@@ -286,7 +287,8 @@ OVERRIDABLE = (
 def get(name: str, **overrides: Any) -> Experiment:
     """Return the named experiment with every override that is not None in place of its value.
 
-    Raises: ExperimentError: unknown name; a value out of range.
+    Raises:
+      ExperimentError: unknown name; a value out of range.
     """
     if name not in CONFIGS:
         raise ExperimentError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}.")

@@ -56,7 +56,9 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
       run: the run's directory.
       phase_name: "qat" or "qat_finetune"; None: the later of them that was trained.
       examples: how many test images to check on; None: all.
-    Raises: ExperimentError: nothing quantized was trained there.
+
+    Raises:
+      ExperimentError: nothing quantized was trained there.
     """
     experiment = runs.load_experiment(run)
     dataset = data.load(experiment.data, experiment.image_size)

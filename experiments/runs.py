@@ -20,8 +20,9 @@ from simqat_jax.files import atomic_file
 def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) -> Path:
     """Create the run's directory, or with `resume` find it and check that it fits.
 
-    Raises: ExperimentError: a name that is no plain directory name; the directory cannot be
-      written or holds something already; nothing to resume, or a run with other settings.
+    Raises:
+      ExperimentError: a name that is no plain directory name; the directory cannot be
+        written or holds something already; nothing to resume, or a run with other settings.
     """
     if name in ("", "..") or Path(name).name != name:
         raise ExperimentError(f"--name must be a plain directory name, got {name!r}.")
@@ -36,7 +37,8 @@ def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) ->
 def load_experiment(run: Path) -> Experiment:
     """Return the experiment that the run's config.json names.
 
-    Raises: ExperimentError: no or a damaged config.json; the config has changed since.
+    Raises:
+      ExperimentError: no or a damaged config.json; the config has changed since.
     """
     stored = _read_settings(run)
     experiment = configs.get(str(stored.get("config")), **configs.overrides(stored))

@@ -1,7 +1,8 @@
 """Size, latency and codes of int8 files against float files in the same runtimes.
 
-python -m experiments.benchmarks.deploy --model lenet5
-python -m experiments.benchmarks.deploy --model resnet50
+Example:
+  python -m experiments.benchmarks.deploy --model lenet5
+  python -m experiments.benchmarks.deploy --model resnet50
 """
 
 import dataclasses
@@ -175,7 +176,11 @@ def _rows(
 def _check_float(
     run: Callable[[np.ndarray], np.ndarray], workload: Workload, floats: Any, x: np.ndarray
 ) -> None:
-    """Check that the float file is the float network, up to the rounding of its weights."""
+    """Check that the float file is the float network, up to the rounding of its weights.
+
+    Raises:
+      AssertionError: it is another.
+    """
     want = np.asarray(jax.jit(functools.partial(workload.model().apply, train=False))(floats, x))
     error = np.linalg.norm(run(x) - want) / np.linalg.norm(want)
     if error > 0.2:

@@ -37,7 +37,9 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
     Args:
       model: with operations of LeNet-5 and ResNets only.
       path: of the file.
-    Raises: ValueError: another operation.
+
+    Raises:
+      ValueError: another operation.
     """
     nodes: list[Any] = []
     initializers: list[Any] = []
@@ -96,7 +98,7 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
 
 
 class _TFLite:
-    """Collects tensors and operators."""
+    """Tensors and operators of a file to be."""
 
     def __init__(self) -> None:
         self.tensors: list[Any] = []
@@ -165,7 +167,9 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
     Args:
       model: with operations of LeNet-5 and ResNets only.
       path: of the file.
-    Raises: ValueError: another operation.
+
+    Raises:
+      ValueError: another operation.
     """
     w = _TFLite()
     source = model.inputs[0]

@@ -1,7 +1,8 @@
 """Time of SimQAT training steps against the float one.
 
-python -m experiments.benchmarks.train_step --model lenet5
-python -m experiments.benchmarks.train_step --model resnet20
+Example:
+  python -m experiments.benchmarks.train_step --model lenet5
+  python -m experiments.benchmarks.train_step --model resnet20
 """
 
 import dataclasses

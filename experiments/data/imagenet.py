@@ -46,7 +46,8 @@ class ImageNet:
     """An ImageData that decodes as it goes; its images are normalised float32.
 
     Attributes:
-      train, test: sequences of examples: `image`, the encoded bytes, and `label`.
+      train: training examples: `image`, the encoded bytes, and `label`.
+      test: test examples.
       image_size: side of the crops, pixels.
       workers: processes that decode; 0: this one.
     """
@@ -108,7 +109,12 @@ class ImageNet:
 def load(image_size: int = 224, workers: int = 0) -> ImageNet:
     """Return the prepared ImageNet 2012; its split `validation` is the test set.
 
-    Raises: ExperimentError: it is not prepared.
+    Args:
+      image_size: side of the crops, pixels.
+      workers: processes that decode; 0: this one.
+
+    Raises:
+      ExperimentError: it is not prepared.
     """
     import tensorflow_datasets as tfds
 
@@ -131,7 +137,8 @@ class BatchSampler:
       order: records of the epoch.
       seed: with the place in the epoch, seed of a record's augmentation.
       batch_size: records in a batch.
-      start, stop: batches of the epoch to yield. So that all workers have the same number, up to
+      start: first batch of the epoch to yield.
+      stop: batch of the epoch to end before. So that all workers have the same number, up to
         `workers - 1` more follow, which the reader leaves out.
       workers: of the loader.
     """
@@ -201,7 +208,8 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
 
     After ten boxes that do not fit, the central box nearest to the wanted ratios.
 
-    Source: Szegedy et al., arXiv:1409.4842, section 6.
+    Source:
+      Szegedy et al., arXiv:1409.4842, section 6.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)

@@ -81,7 +81,9 @@ def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageDat
         step.
       image_size: side of the crops of ImageNet, pixels; None: 224. Other sets have their own.
       workers: processes that decode a streamed set; 0: this one.
-    Raises: ExperimentError: unknown name; not prepared; the cache directory cannot be written.
+
+    Raises:
+      ExperimentError: unknown name; not prepared; the cache directory cannot be written.
     """
     check_name(name)
     if name == "imagenet2012":
@@ -104,7 +106,11 @@ def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageDat
 
 
 def check_name(name: str) -> None:
-    """Raise ExperimentError unless `name` is a data set."""
+    """Check that `name` is a data set.
+
+    Raises:
+      ExperimentError: it is not; lists those that are.
+    """
     if name not in NAMES:
         raise ExperimentError(f"unknown data set {name!r}; known: {', '.join(NAMES)}.")
 
@@ -118,7 +124,13 @@ def cache_dir() -> Path:
 def split_stratified(
     labels: np.ndarray, test_per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (train, test) indices with `test_per_class` of every class in test."""
+    """Return (train, test) indices with `test_per_class` of every class in test.
+
+    Args:
+      labels: of all images, integers, shape (N,).
+      test_per_class: images of each class in test.
+      seed: decides which.
+    """
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     test = np.concatenate([indices[:test_per_class] for indices in shuffled])
@@ -127,7 +139,7 @@ def split_stratified(
 
 
 def _pad_and_scale(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, 28, 28, 1) to float32 in [0, 1], (N, 32, 32, 1)."""
+    """Return digits, uint8 (N, 28, 28, 1), as float32 in [0, 1], (N, 32, 32, 1)."""
     padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
     return padded.astype(np.float32) / np.float32(255)
 
@@ -158,7 +170,11 @@ def _decode_prepared(name: str) -> Arrays:
 
 
 def _cached(path: Path, decode: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays in `path`; decode and write them where the file is absent or damaged."""
+    """Return the arrays in `path`; decode and write them where the file is absent or damaged.
+
+    Raises:
+      ExperimentError: the cache directory cannot be written.
+    """
     if path.exists():
         try:
             return _read(path)

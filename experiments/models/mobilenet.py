@@ -1,6 +1,7 @@
 """MobileNetV2.
 
-Source: Sandler et al., arXiv:1801.04381.
+Source:
+  Sandler et al., arXiv:1801.04381.
 """
 
 import functools

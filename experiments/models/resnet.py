@@ -1,6 +1,7 @@
 """Residual networks: ResNet-18 and -50 (ImageNet or CIFAR stem) and ResNet-20 for CIFAR.
 
-Source: He et al., arXiv:1512.03385. The stride of a bottleneck is on its 3x3 convolution.
+Source:
+  He et al., arXiv:1512.03385. The stride of a bottleneck is on its 3x3 convolution.
 """
 
 import functools

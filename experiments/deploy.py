@@ -93,11 +93,6 @@ def _test_set(dataset: data.ImageData, examples: int | None) -> tuple[np.ndarray
     return np.concatenate(images)[:examples], np.concatenate(labels)[:examples]
 
 
-def _in_batches(function: Callable[[np.ndarray], Any], x: np.ndarray) -> np.ndarray:
-    parts = (x[i : i + _BATCH] for i in range(0, len(x), _BATCH))
-    return np.concatenate([np.asarray(function(part)) for part in parts])
-
-
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(logits.argmax(axis=-1) == labels))
 
@@ -122,7 +117,7 @@ def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.n
     run = functools.partial(apply, floats)
     return Row(
         what="float, JAX",
-        accuracy=_accuracy(_in_batches(run, x), labels),
+        accuracy=_accuracy(data.in_batches(run, x, _BATCH), labels),
         differing=None,
         bytes=sum(a.nbytes for a in jax.tree.leaves(floats)),
         latency_us=_latency(run, x[:1]),
@@ -143,7 +138,7 @@ def _rows(
     qmodel = sq.SimQAT(quant).apply(model.module)
     apply = jax.jit(functools.partial(qmodel.apply, train=False))
     evaluate = functools.partial(apply, variables)
-    want = _in_batches(evaluate, x)
+    want = data.in_batches(evaluate, x, _BATCH)
     integer = sq.convert(qmodel, variables, x[:1], train=False)
     integer.save(path.with_suffix(f".{backend}.integer"))
     export = sq.export_onnx if backend == "onnx" else sq.export_tflite
@@ -157,7 +152,7 @@ def _rows(
     )
     rows = []
     for what, function, number in ways:
-        logits = _in_batches(function, x)
+        logits = data.in_batches(function, x, _BATCH)
         rows.append(
             Row(
                 what=what,

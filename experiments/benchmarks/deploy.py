@@ -24,7 +24,11 @@ from rich.table import Table
 import simqat_jax as sq
 from experiments.benchmarks import float_files
 from experiments.benchmarks.timing import interleaved
+from experiments.data import in_batches
 from experiments.models import LeNet5, ResNet20, ResNet50
+
+_BATCH = 8
+"""Images in a batch where codes are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +133,10 @@ def _rows(
 
     images = np.asarray(images[:count])
     evaluate = jax.jit(functools.partial(qmodel.apply, train=False))
-    want = _in_batches(functools.partial(evaluate, variables), images)
+    want = in_batches(functools.partial(evaluate, variables), images, _BATCH)
 
     def differing(function: Callable[[np.ndarray], Any]) -> str:
-        return f"{int((_in_batches(function, images) != want).sum()):,} of {want.size:,}"
+        return f"{int((in_batches(function, images, _BATCH) != want).sum()):,} of {want.size:,}"
 
     def runner(path: Path) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
         file = sq.open_file(path, threads=1)
@@ -185,11 +189,6 @@ def _check_float(
     error = np.linalg.norm(run(x) - want) / np.linalg.norm(want)
     if error > 0.2:
         raise AssertionError(f"the float file is another network: {error:.0%} off.")
-
-
-def _in_batches(function: Callable[[np.ndarray], Any], x: np.ndarray, size: int = 8) -> np.ndarray:
-    parts = [np.asarray(function(x[i : i + size])) for i in range(0, len(x), size)]
-    return np.concatenate(parts)
 
 
 def main(

@@ -1,6 +1,6 @@
 """Data sets behind one interface, `ImageData`: arrays in memory or streams."""
 
-from experiments.data.batches import Batch, ImageData, MaskedBatch, Transform
+from experiments.data.batches import Batch, ImageData, MaskedBatch, Transform, in_batches
 from experiments.data.sets import NAMES, Dataset, cache_dir, check_name, load, split_stratified
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Transform",
     "cache_dir",
     "check_name",
+    "in_batches",
     "load",
     "split_stratified",
 ]

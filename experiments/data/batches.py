@@ -6,6 +6,7 @@ from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from experiments.errors import ExperimentError
 
@@ -77,6 +78,21 @@ class ImageData(Protocol):
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of `size` images in an epoch, a permutation."""
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def in_batches(function: Callable[[np.ndarray], ArrayLike], x: np.ndarray, size: int) -> np.ndarray:
+    """Return `function(x)`, computed on `size` images at a time.
+
+    Args:
+      function: from images to what has as many rows.
+      x: images, shape (N, ...), N at least 1.
+      size: images in a batch; the last one may be smaller.
+
+    Example:
+      >>> in_batches(lambda batch: batch.sum(axis=1), np.ones((5, 3)), size=2)
+      array([3., 3., 3., 3., 3.])
+    """
+    return np.concatenate([np.asarray(function(x[i : i + size])) for i in range(0, len(x), size)])
 
 
 def prepared_source(name: str, split: str, **options: Any) -> Examples:

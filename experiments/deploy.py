@@ -8,12 +8,13 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
@@ -77,8 +78,8 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
     folder = run / "deploy"
     folder.mkdir(exist_ok=True)
     rows = [_float_row(phase, variables, x, labels)]
-    for backend, suffix in (("tflite", "tflite"), ("onnx", "onnx")):
-        rows += _rows(phase, variables, backend, folder / f"model.{suffix}", x, labels)
+    for backend in ("tflite", "onnx"):
+        rows += _rows(phase, variables, backend, folder / f"model.{backend}", x, labels)
     report = [dataclasses.asdict(row) for row in rows]
     content = {"phase": phase_name, "step": step, "images": len(x), "rows": report}
     runs.write_json(folder / "deploy.json", content)
@@ -98,7 +99,7 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _latency(
-    function: Callable[[np.ndarray], Any], image: np.ndarray
+    function: Callable[[np.ndarray], ArrayLike], image: np.ndarray
 ) -> tuple[float, float, float]:
     for _ in range(10):
         function(image)
@@ -111,7 +112,8 @@ def _latency(
 
 
 def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.ndarray) -> Row:
-    model: Any = phase.model
+    model = phase.model
+    assert isinstance(model, sq.QuantizedModule), "the phase is a quantized one"
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
     apply = jax.jit(functools.partial(model.module.apply, train=False))
     run = functools.partial(apply, floats)
@@ -127,13 +129,14 @@ def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.n
 def _rows(
     phase: phases.Phase,
     variables: dict,
-    backend: Any,
+    backend: Literal["tflite", "onnx"],
     path: Path,
     x: np.ndarray,
     labels: np.ndarray,
 ) -> list[Row]:
     """Evaluate, convert and export for one runtime."""
-    model: Any = phase.model
+    model = phase.model
+    assert isinstance(model, sq.QuantizedModule), "the phase is a quantized one"
     quant = dataclasses.replace(model.config, backend=backend)
     qmodel = sq.SimQAT(quant).apply(model.module)
     apply = jax.jit(functools.partial(qmodel.apply, train=False))

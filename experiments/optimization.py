@@ -72,8 +72,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) 
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def _is_kernel(params: Any) -> Any:
-    def named_kernel(path: tuple, _: Any) -> bool:
+def _is_kernel(params: optax.Params) -> optax.Params:
+    def named_kernel(path: tuple, _: object) -> bool:
         return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
     return jax.tree_util.tree_map_with_path(named_kernel, params)

@@ -28,7 +28,7 @@ class TrainState:
     step: jax.Array
     """Training steps done, int32."""
     params: Any
-    opt_state: Any
+    opt_state: optax.OptState
     collections: dict[str, Any]
     """Every other collection of the model: `batch_stats`, `quant_stats`."""
 

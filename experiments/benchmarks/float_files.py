@@ -4,6 +4,7 @@ Weights are dequantized and BatchNorm is folded, as a converter of float network
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import flatbuffers
 import numpy as np
 import onnx
 from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import ArrayLike, DTypeLike
 from onnx import helper, numpy_helper
 
 import simqat_jax as sq
@@ -106,7 +108,7 @@ class _TFLite:
         self.operators: list[Any] = []
         self.kinds: list[str] = []
 
-    def tensor(self, shape: Any, value: np.ndarray | None = None) -> int:
+    def tensor(self, shape: Sequence[int], value: np.ndarray | None = None) -> int:
         tensor = schema.TensorT()
         is_int = value is not None and value.dtype == np.int32
         tensor.type = schema.TensorType.INT32 if is_int else schema.TensorType.FLOAT32
@@ -122,12 +124,12 @@ class _TFLite:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> int:
+    def constant(self, value: ArrayLike, dtype: DTypeLike = np.float32) -> int:
         value = np.asarray(value, dtype)
         return self.tensor(value.shape, value)
 
     def operator(
-        self, kind: str, options: str, inputs: list[int], shape: Any, **values: Any
+        self, kind: str, options: str, inputs: list[int], shape: Sequence[int], **values: Any
     ) -> int:
         if kind not in self.kinds:
             self.kinds.append(kind)
@@ -156,7 +158,7 @@ class _TFLite:
         return bytes(builder.Output())
 
 
-def _is_same(size: int, window: int, stride: int, padding: Any) -> bool:
+def _is_same(size: int, window: int, stride: int, padding: Sequence[int]) -> bool:
     total = max((math.ceil(size / stride) - 1) * stride + window - size, 0)
     return tuple(padding) == (total // 2, total - total // 2)
 
@@ -175,7 +177,9 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
     source = model.inputs[0]
     numbers = {source: w.tensor(model.tensors[source].shape)}
 
-    def padded(i: int, window: Any, strides: Any, padding: Any) -> tuple[int, int]:
+    def padded(
+        i: int, window: Sequence[int], strides: Sequence[int], padding: Sequence[Sequence[int]]
+    ) -> tuple[int, int]:
         """Return the input and the padding of the operator itself.
 
         What is padded in front of a max pool is never negative: zeros do.

@@ -1,7 +1,7 @@
 """What every data set is made of: batches, their order, and the splits that TFDS has prepared."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import jax
@@ -18,8 +18,14 @@ MaskedBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Images, labels, and mask, bool, shape (batch,): False where a batch is only filled up."""
 Transform = Callable[[jax.Array, jax.Array | None], jax.Array]
 """`(images, key)` to the model's input, inside the compiled step; key None in evaluation."""
-Examples = Sequence[Mapping[str, Any]]
-"""A split as a random-access sequence of examples, each with `image` and `label`."""
+
+
+class Examples(Protocol):
+    """A split: examples by their number, each with `image` and `label`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
 class ImageData(Protocol):
@@ -96,7 +102,7 @@ def in_batches(function: Callable[[np.ndarray], ArrayLike], x: np.ndarray, size:
 
 
 def prepared_source(name: str, split: str, **options: Any) -> Examples:
-    """Return a split prepared by tensorflow-datasets, as a sequence of examples.
+    """Return a split prepared by tensorflow-datasets, as examples by their number.
 
     Args:
       name: of a set in tensorflow-datasets.

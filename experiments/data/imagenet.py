@@ -19,6 +19,7 @@ from PIL import Image
 from experiments.data import augmentation
 from experiments.data.batches import (
     Batch,
+    Examples,
     MaskedBatch,
     Transform,
     epoch_order,
@@ -37,6 +38,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 CENTER_CROP = 224 / 256
 """Test crop by shorter side of the image it is cut from."""
 
+Example = dict[str, np.ndarray | np.int32]
+"""`image`, float32, shape (H, W, 3), and `label`."""
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge in an image, pixels."""
 
@@ -52,8 +55,8 @@ class ImageNet:
       workers: processes that decode; 0: this one.
     """
 
-    train: Any
-    test: Any
+    train: Examples
+    test: Examples
     image_size: int = 224
     workers: int = 0
     name: str = "imagenet2012"
@@ -228,13 +231,17 @@ def _resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def _example(pixels: np.ndarray, label: Any) -> dict:
+def _example(pixels: np.ndarray, label: int) -> Example:
     """Return float32 pixels of mean 0 and variance 1, and the label, int32."""
     image = (pixels.astype(np.float32) / np.float32(255) - MEAN) / STD
     return {"image": image, "label": np.int32(label)}
 
 
-def _load(source: Any, sampler: BatchSampler, transform: Any) -> Iterator[dict]:
+def _load(
+    source: Examples,
+    sampler: BatchSampler,
+    transform: grain.MapTransform | grain.RandomMapTransform,
+) -> Iterator[dict[str, np.ndarray]]:
     """Yield the sampler's batches, decoded by its workers."""
     if sampler.start >= sampler.stop:
         return

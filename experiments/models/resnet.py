@@ -6,13 +6,14 @@ Source:
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-ModuleDef = Callable[..., Any]
+Layer = Callable[..., Callable[..., jax.Array]]
+"""Makes a layer, or a block of them."""
 
 
 class Block(nn.Module):
@@ -27,8 +28,8 @@ class Block(nn.Module):
 
     features: int
     strides: int
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Layer
+    norm: Layer
 
     @nn.nowrap
     def around(self, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -73,11 +74,11 @@ class ResNet(nn.Module):
     """
 
     stage_sizes: Sequence[int]
-    block: ModuleDef
+    block: Layer
     width: int = 64
     num_classes: int = 10
     cifar_stem: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

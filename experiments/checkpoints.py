@@ -42,7 +42,8 @@ class Progress:
 def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) -> None:
     """Write checkpoint `step`, wait for it, and remove all but the newest `keep`.
 
-    Raises: ExperimentError: the directory cannot be written.
+    Raises:
+      ExperimentError: the directory cannot be written.
     """
     record = dataclasses.asdict(progress) | {"digest": _digest(state)}
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
@@ -69,8 +70,9 @@ def latest(directory: Path) -> int | None:
 def restore(directory: Path, step: int, target: Any) -> tuple[Any, Progress]:
     """Read checkpoint `step` into a tree like `target`, and verify every bit.
 
-    Raises: ExperimentError: it cannot be read or its content is not what was written (another
-      checkpoint is never taken instead); its tree differs from the target's.
+    Raises:
+      ExperimentError: it cannot be read or its content is not what was written (another
+        checkpoint is never taken instead); its tree differs from the target's.
     """
     return _restore(directory / str(step), target)
 
@@ -78,7 +80,8 @@ def restore(directory: Path, step: int, target: Any) -> tuple[Any, Progress]:
 def read(directory: Path, step: int) -> tuple[dict[str, Any], Progress]:
     """Read checkpoint `step` as nested dicts, whatever model wrote it, and verify every bit.
 
-    Raises: ExperimentError: it cannot be read or its content is not what was written.
+    Raises:
+      ExperimentError: it cannot be read or its content is not what was written.
     """
     return _restore(directory / str(step), None)
 
@@ -106,13 +109,16 @@ def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
 
 
 def check_tree(expected: Shapes, found: Shapes, source: str) -> None:
-    """Raise ExperimentError unless both trees have the same keys and shapes.
+    """Check that two trees have the same keys and shapes.
 
     Args:
       expected: the model's leaves, see `leaf_shapes`.
       found: the leaves of what is to be loaded.
       source: names what is loaded, for the message.
-    Raises: ExperimentError: lists every missing key, every extra key and every other shape.
+
+    Raises:
+      ExperimentError: they have not; lists every missing key, extra key and other shape.
+
     Example:
       >>> check_tree({"kernel": (3, 4)}, {"kernel": (3, 4)}, "checkpoint")
     """

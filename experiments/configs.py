@@ -24,7 +24,8 @@ BatchNormFold = Literal["none", "one_conv", "two_conv"]
 class Experiment:
     """A model, its data and its training.
 
-    Raises: ExperimentError: a value out of range, at construction.
+    Raises:
+      ExperimentError: a value out of range, at construction.
     """
 
     config: str
@@ -97,13 +98,13 @@ class Experiment:
         options = {} if self.dtype == "float32" else {"dtype": jnp.dtype(self.dtype)}
         return self.model(num_classes=num_classes, **options)
 
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """Return every field as JSON values: what `--resume` compares."""
         fields = dataclasses.asdict(self) | {"model": _describe(self.model)}
         return json.loads(json.dumps(fields))
 
 
-def _one_of(choices: Any) -> str:
+def _one_of(choices: object) -> str:
     return "one of " + ", ".join(get_args(choices))
 
 
@@ -113,7 +114,7 @@ def _fields(model: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(model)}
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     """Return the name of a class, or of a partial one with its arguments."""
     if isinstance(value, functools.partial):
         options = (f"{name}={_describe(given)}" for name, given in value.keywords.items())
@@ -283,10 +284,11 @@ OVERRIDABLE = (
 """Fields that the command line may replace; `bn_fold` is one of `quant`."""
 
 
-def get(name: str, **overrides: Any) -> Experiment:
+def get(name: str, **overrides: object) -> Experiment:
     """Return the named experiment with every override that is not None in place of its value.
 
-    Raises: ExperimentError: unknown name; a value out of range.
+    Raises:
+      ExperimentError: unknown name; a value out of range.
     """
     if name not in CONFIGS:
         raise ExperimentError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}.")
@@ -300,7 +302,7 @@ def get(name: str, **overrides: Any) -> Experiment:
     return dataclasses.replace(experiment, **given)
 
 
-def overrides(settings: dict) -> dict[str, Any]:
+def overrides(settings: dict[str, Any]) -> dict[str, object]:
     """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
     flat = {"bn_fold": (settings.get("quant") or {}).get("bn_fold")} | settings
     return {field: flat.get(field) for field in OVERRIDABLE}

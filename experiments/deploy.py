@@ -5,16 +5,16 @@ Example: python -m experiments.deploy runs/NAME
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
@@ -57,7 +57,9 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
       run: the run's directory.
       phase_name: "qat" or "qat_finetune"; None: the later of them that was trained.
       examples: how many test images to check on; None: all.
-    Raises: ExperimentError: nothing quantized was trained there.
+
+    Raises:
+      ExperimentError: nothing quantized was trained there.
     """
     experiment = runs.load_experiment(run)
     dataset = data.load(experiment.data, experiment.image_size)
@@ -76,13 +78,11 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
     folder = run / "deploy"
     folder.mkdir(exist_ok=True)
     rows = [_float_row(phase, variables, x, labels)]
-    for backend, suffix in (("tflite", "tflite"), ("onnx", "onnx")):
-        rows += _rows(phase, variables, backend, folder / f"model.{suffix}", x, labels)
+    for backend in ("tflite", "onnx"):
+        rows += _rows(phase, variables, backend, folder / f"model.{backend}", x, labels)
     report = [dataclasses.asdict(row) for row in rows]
-    text = json.dumps(
-        {"phase": phase_name, "step": step, "images": len(x), "rows": report}, indent=2
-    )
-    (folder / "deploy.json").write_text(text + "\n")
+    content = {"phase": phase_name, "step": step, "images": len(x), "rows": report}
+    runs.write_json(folder / "deploy.json", content)
     return rows
 
 
@@ -94,17 +94,12 @@ def _test_set(dataset: data.ImageData, examples: int | None) -> tuple[np.ndarray
     return np.concatenate(images)[:examples], np.concatenate(labels)[:examples]
 
 
-def _in_batches(function: Callable[[np.ndarray], Any], x: np.ndarray) -> np.ndarray:
-    parts = (x[i : i + _BATCH] for i in range(0, len(x), _BATCH))
-    return np.concatenate([np.asarray(function(part)) for part in parts])
-
-
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(logits.argmax(axis=-1) == labels))
 
 
 def _latency(
-    function: Callable[[np.ndarray], Any], image: np.ndarray
+    function: Callable[[np.ndarray], ArrayLike], image: np.ndarray
 ) -> tuple[float, float, float]:
     for _ in range(10):
         function(image)
@@ -117,13 +112,14 @@ def _latency(
 
 
 def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.ndarray) -> Row:
-    model: Any = phase.model
+    model = phase.model
+    assert isinstance(model, sq.QuantizedModule), "the phase is a quantized one"
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
     apply = jax.jit(functools.partial(model.module.apply, train=False))
     run = functools.partial(apply, floats)
     return Row(
         what="float, JAX",
-        accuracy=_accuracy(_in_batches(run, x), labels),
+        accuracy=_accuracy(data.in_batches(run, x, _BATCH), labels),
         differing=None,
         bytes=sum(a.nbytes for a in jax.tree.leaves(floats)),
         latency_us=_latency(run, x[:1]),
@@ -133,18 +129,19 @@ def _float_row(phase: phases.Phase, variables: dict, x: np.ndarray, labels: np.n
 def _rows(
     phase: phases.Phase,
     variables: dict,
-    backend: Any,
+    backend: Literal["tflite", "onnx"],
     path: Path,
     x: np.ndarray,
     labels: np.ndarray,
 ) -> list[Row]:
     """Evaluate, convert and export for one runtime."""
-    model: Any = phase.model
+    model = phase.model
+    assert isinstance(model, sq.QuantizedModule), "the phase is a quantized one"
     quant = dataclasses.replace(model.config, backend=backend)
     qmodel = sq.SimQAT(quant).apply(model.module)
     apply = jax.jit(functools.partial(qmodel.apply, train=False))
     evaluate = functools.partial(apply, variables)
-    want = _in_batches(evaluate, x)
+    want = data.in_batches(evaluate, x, _BATCH)
     integer = sq.convert(qmodel, variables, x[:1], train=False)
     integer.save(path.with_suffix(f".{backend}.integer"))
     export = sq.export_onnx if backend == "onnx" else sq.export_tflite
@@ -158,7 +155,7 @@ def _rows(
     )
     rows = []
     for what, function, number in ways:
-        logits = _in_batches(function, x)
+        logits = data.in_batches(function, x, _BATCH)
         rows.append(
             Row(
                 what=what,

@@ -41,7 +41,9 @@ def evaluate(path: Path, workers: int = 0) -> list[Evaluation]:
     Args:
       path: a run, one of its phases, or one checkpoint of a phase.
       workers: processes that decode a streamed data set; 0: this one.
-    Raises: ExperimentError: none of these; a corrupt checkpoint, or one of another model.
+
+    Raises:
+      ExperimentError: none of these; a corrupt checkpoint, or one of another model.
     """
     run, chosen = _locate(path)
     experiment = runs.load_experiment(run)

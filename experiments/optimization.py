@@ -19,12 +19,14 @@ def learning_rate(
     (polynomial).
 
     Args:
+      schedule: how it falls.
       peak: highest learning rate.
       total_steps: of the phase, warm-up included.
       warmup_steps: below `total_steps`.
+
     Example:
       >>> rate = learning_rate("cosine", 0.5, total_steps=12, warmup_steps=2)
-      >>> [float(rate(step)) for step in (0, 1, 2, 7, 12)]
+      >>> [round(float(rate(step)), 6) for step in (0, 1, 2, 7, 12)]
       [0.25, 0.5, 0.5, 0.25, 0.0]
     """
     if schedule == "constant" and not warmup_steps:
@@ -60,7 +62,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) 
     """Return the mean cross entropy, scalar.
 
     Args:
-      logits: shape (N, classes). labels: integers, shape (N,).
+      logits: shape (N, classes).
+      labels: integers, shape (N,).
       label_smoothing: share of the target that is spread over all classes.
     """
     if not label_smoothing:
@@ -69,8 +72,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) 
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def _is_kernel(params: Any) -> Any:
-    def named_kernel(path: tuple, _: Any) -> bool:
+def _is_kernel(params: optax.Params) -> optax.Params:
+    def named_kernel(path: tuple, _: object) -> bool:
         return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
     return jax.tree_util.tree_map_with_path(named_kernel, params)

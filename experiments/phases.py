@@ -28,7 +28,7 @@ class TrainState:
     step: jax.Array
     """Training steps done, int32."""
     params: Any
-    opt_state: Any
+    opt_state: optax.OptState
     collections: dict[str, Any]
     """Every other collection of the model: `batch_stats`, `quant_stats`."""
 
@@ -89,7 +89,15 @@ def steps_per_epoch(experiment: Experiment, dataset: ImageData) -> int:
 def build(
     name: str, experiment: Experiment, dataset: ImageData, run: Path, **options: Any
 ) -> Phase:
-    """Return the phase `name` of a run; `options` are further fields of Phase."""
+    """Return a phase of a run.
+
+    Args:
+      name: one of NAMES.
+      experiment: its config.
+      dataset: what it trains on.
+      run: the run's directory.
+      options: further fields of Phase.
+    """
     model = experiment.build_model(dataset.num_classes)
     if name != "float":
         quant = experiment.quant
@@ -131,7 +139,8 @@ def model_input(phase: Phase) -> jax.Array:
 def start_from(state: TrainState, trained: TrainState) -> TrainState:
     """Return `state` with copies of the trained parameters and of every collection of both.
 
-    Raises: ExperimentError: the trees differ; lists every missing and extra key.
+    Raises:
+      ExperimentError: the trees differ; lists every missing and extra key.
     """
     check_start(state, trained)
     shared = [name for name in trained.collections if name in state.collections]
@@ -146,9 +155,15 @@ def start_from(state: TrainState, trained: TrainState) -> TrainState:
 def check_start(
     state: TrainState, trained: TrainState, source: str = "the float checkpoint"
 ) -> None:
-    """Raise ExperimentError unless `state`, arrays or their shapes, can start from `trained`.
+    """Check that `state` can start from `trained`.
 
-    Raises: ExperimentError: lists every missing and extra key and every other shape.
+    Args:
+      state: arrays or their shapes.
+      trained: arrays or their shapes.
+      source: names what is loaded, for the message.
+
+    Raises:
+      ExperimentError: it cannot; lists every missing and extra key and every other shape.
     """
 
     def shapes(of: TrainState) -> checkpoints.Shapes:
@@ -164,7 +179,9 @@ def read_float(path: Path) -> tuple[TrainState, Progress]:
     Args:
       path: a run, its phase `float`, or one checkpoint of that: runs/NAME, runs/NAME/float,
         runs/NAME/float/3905.
-    Raises: ExperimentError: no such checkpoint; a corrupt one.
+
+    Raises:
+      ExperimentError: no such checkpoint; a corrupt one.
     """
     if path.name.isdigit() and path.parent.name == "float":
         directory, step = path.parent, int(path.name)

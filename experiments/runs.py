@@ -14,13 +14,15 @@ from experiments import configs
 from experiments.checkpoints import Progress
 from experiments.configs import Experiment
 from experiments.errors import ExperimentError
+from simqat_jax.files import atomic_file
 
 
 def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) -> Path:
     """Create the run's directory, or with `resume` find it and check that it fits.
 
-    Raises: ExperimentError: a name that is no plain directory name; the directory cannot be
-      written or holds something already; nothing to resume, or a run with other settings.
+    Raises:
+      ExperimentError: a name that is no plain directory name; the directory cannot be
+        written or holds something already; nothing to resume, or a run with other settings.
     """
     if name in ("", "..") or Path(name).name != name:
         raise ExperimentError(f"--name must be a plain directory name, got {name!r}.")
@@ -35,7 +37,8 @@ def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) ->
 def load_experiment(run: Path) -> Experiment:
     """Return the experiment that the run's config.json names.
 
-    Raises: ExperimentError: no or a damaged config.json; the config has changed since.
+    Raises:
+      ExperimentError: no or a damaged config.json; the config has changed since.
     """
     stored = _read_settings(run)
     experiment = configs.get(str(stored.get("config")), **configs.overrides(stored))
@@ -67,8 +70,18 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     }
     results["history"] = {name: list(progress.history) for name, progress in phases.items()}
     path = run / "results.json"
-    _write_json(path, results)
+    write_json(path, results)
     return path
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that appears whole or not at all.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def seconds_per_step(progress: Progress) -> float:
@@ -86,7 +99,7 @@ def _create(run: Path, experiment: Experiment) -> None:
                 f"{run} already holds another run. Continue it with --resume, choose another "
                 "--name, or delete the directory."
             )
-        _write_json(run / "config.json", experiment.settings())
+        write_json(run / "config.json", experiment.settings())
     except OSError as error:
         raise ExperimentError(
             f"cannot write the run directory {run}: {error.strerror}. Choose another --runs-dir."
@@ -131,10 +144,3 @@ def _read_settings(run: Path) -> dict:
             f"{path} cannot be read: {error}. Restore it, or start again under another --name."
         ) from error
     return settings
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Write beside the target and rename: a reader never sees half of it."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

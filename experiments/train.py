@@ -129,7 +129,8 @@ def main() -> None:
 def run_experiment(arguments: Arguments, console: Console) -> Results:
     """Train the chosen phases, write results.json and print the table.
 
-    Raises: ExperimentError: see experiments.runs, experiments.training and experiments.data.
+    Raises:
+      ExperimentError: what experiments.runs, experiments.training or experiments.data refuse.
     """
     experiment = _experiment(arguments)
     dataset = data.load(experiment.data, experiment.image_size, arguments.workers)
@@ -153,7 +154,11 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
 
 
 def _experiment(arguments: Arguments) -> Experiment:
-    """Return the config with the given options; check those that are not part of it."""
+    """Return the config with the given options; check those that are not part of it.
+
+    Raises:
+      ExperimentError: an unknown config; a value out of range.
+    """
     for option, least in (("checkpoint_every", 1), ("keep", 1), ("workers", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
@@ -164,7 +169,11 @@ def _experiment(arguments: Arguments) -> Experiment:
 
 
 def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
-    """Raise ExperimentError where an epoch would hold no training step."""
+    """Check that an epoch holds a training step.
+
+    Raises:
+      ExperimentError: it would hold none.
+    """
     images = experiment.batch_size * experiment.steps_per_dispatch
     if images > dataset.train_size:
         raise ExperimentError(
@@ -177,7 +186,8 @@ def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
 def _chosen(arguments: Arguments, built: dict[str, Phase]) -> list[Phase]:
     """Return the phases to train and those that the run to resume has finished, in order.
 
-    Raises: ExperimentError: fine-tuning has nothing to start from, or two starts.
+    Raises:
+      ExperimentError: fine-tuning has nothing to start from, or two starts.
     """
     other = arguments.float_checkpoint is not None
     names = arguments.phases or (phases.NAMES[1:] if other else phases.NAMES)
@@ -198,7 +208,8 @@ def _chosen(arguments: Arguments, built: dict[str, Phase]) -> list[Phase]:
 def _float_start(experiment: Experiment, phase: Phase) -> FloatStart | None:
     """Read --float-checkpoint, if there is one, and check that it fits the model.
 
-    Raises: ExperimentError: it cannot be read; lists every missing and extra key.
+    Raises:
+      ExperimentError: it cannot be read; it does not fit, with every missing and extra key.
     """
     if experiment.float_checkpoint is None:
         return None

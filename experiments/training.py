@@ -97,8 +97,12 @@ def in_top(logits: jax.Array, labels: jax.Array | np.ndarray, k: int) -> jax.Arr
     """Return whether each label is among its row's `k` highest logits; of equal ones the first.
 
     Args:
-      logits: shape (N, classes). labels: integers, shape (N,).
-    Returns: bool, shape (N,).
+      logits: shape (N, classes).
+      labels: integers, shape (N,).
+      k: how many logits count.
+
+    Returns:
+      bool, shape (N,).
     """
     _, indices = jax.lax.top_k(logits, min(k, logits.shape[-1]))
     return jnp.any(indices == jnp.asarray(labels)[:, None], axis=-1)
@@ -111,8 +115,12 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
       phase: what to train.
       state: the first state; consumed.
       report: called with the progress every few steps and after every epoch.
-    Returns: the last state and the progress with the history of all epochs.
-    Raises: ExperimentError: a loss that is NaN or Inf; a corrupt or other model's checkpoint.
+
+    Returns:
+      the last state and the progress with the history of all epochs.
+
+    Raises:
+      ExperimentError: a loss that is NaN or Inf; a corrupt or other model's checkpoint.
     """
     progress = Progress(seed=phase.experiment.seed)
     newest = checkpoints.latest(phase.directory)
@@ -216,7 +224,11 @@ def _save(phase: Phase, state: TrainState, progress: Progress) -> None:
 
 
 def _check_finite(phase: Phase, state: TrainState, progress: Progress, losses: np.ndarray) -> None:
-    """Raise ExperimentError at the first loss that is NaN or Inf."""
+    """Refuse a loss that is NaN or Inf.
+
+    Raises:
+      ExperimentError: one is; names the first, and the tensors that held NaN or Inf.
+    """
     bad = np.flatnonzero(~np.isfinite(losses))
     if not bad.size:
         return

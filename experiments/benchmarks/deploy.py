@@ -1,29 +1,38 @@
 """Size, latency and codes of int8 files against float files in the same runtimes.
 
-python -m experiments.benchmarks.deploy --model lenet5
-python -m experiments.benchmarks.deploy --model resnet50
+Example:
+  python -m experiments.benchmarks.deploy --model lenet5
+  python -m experiments.benchmarks.deploy --model resnet50
 """
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 import tyro
+from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
 
 import simqat_jax as sq
 from experiments.benchmarks import float_files
 from experiments.benchmarks.timing import interleaved
+from experiments.data import in_batches
 from experiments.models import LeNet5, ResNet20, ResNet50
+
+T = TypeVar("T")
+
+_BATCH = 8
+"""Images in a batch where codes are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,9 @@ def _images(key: jax.Array, count: int, image: tuple[int, int, int]) -> jax.Arra
     return jax.image.resize(coarse, (count, *image), "linear")
 
 
-def trained(workload: Workload, backend: Any) -> tuple[sq.QuantizedModule, Any, jax.Array]:
+def trained(
+    workload: Workload, backend: Literal["tflite", "onnx"]
+) -> tuple[sq.QuantizedModule, Any, jax.Array]:
     """Return a quantized model, random variables with ranges of some steps, and 64 images."""
     qmodel = sq.SimQAT(sq.SimQATConfig(backend=backend)).apply(workload.model())
     images = _images(jax.random.key(0), 64, workload.image)
@@ -84,7 +95,7 @@ def trained(workload: Workload, backend: Any) -> tuple[sq.QuantizedModule, Any, 
     return qmodel, jax.block_until_ready(variables), images
 
 
-def _peak(function: Callable[[], Any]) -> tuple[Any, float, int | None]:
+def _peak(function: Callable[[], T]) -> tuple[T, float, int | None]:
     """Return a call's result, its seconds and the bytes by which memory grew (Linux: else None)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -102,8 +113,7 @@ def _peak(function: Callable[[], Any]) -> tuple[Any, float, int | None]:
 
 
 def _openvino(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import openvino  # type: ignore[import-not-found]
-
+    openvino = importlib.import_module("openvino")  # Of no extra: used where it is installed.
     model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
     return lambda x: model([x])[0]
 
@@ -128,10 +138,10 @@ def _rows(
 
     images = np.asarray(images[:count])
     evaluate = jax.jit(functools.partial(qmodel.apply, train=False))
-    want = _in_batches(functools.partial(evaluate, variables), images)
+    want = in_batches(functools.partial(evaluate, variables), images, _BATCH)
 
-    def differing(function: Callable[[np.ndarray], Any]) -> str:
-        return f"{int((_in_batches(function, images) != want).sum()):,} of {want.size:,}"
+    def differing(function: Callable[[np.ndarray], ArrayLike]) -> str:
+        return f"{int((in_batches(function, images, _BATCH) != want).sum()):,} of {want.size:,}"
 
     def runner(path: Path) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
         file = sq.open_file(path, threads=1)
@@ -175,16 +185,15 @@ def _rows(
 def _check_float(
     run: Callable[[np.ndarray], np.ndarray], workload: Workload, floats: Any, x: np.ndarray
 ) -> None:
-    """Check that the float file is the float network, up to the rounding of its weights."""
+    """Check that the float file is the float network, up to the rounding of its weights.
+
+    Raises:
+      AssertionError: it is another.
+    """
     want = np.asarray(jax.jit(functools.partial(workload.model().apply, train=False))(floats, x))
     error = np.linalg.norm(run(x) - want) / np.linalg.norm(want)
     if error > 0.2:
         raise AssertionError(f"the float file is another network: {error:.0%} off.")
-
-
-def _in_batches(function: Callable[[np.ndarray], Any], x: np.ndarray, size: int = 8) -> np.ndarray:
-    parts = [np.asarray(function(x[i : i + size])) for i in range(0, len(x), size)]
-    return np.concatenate(parts)
 
 
 def main(

@@ -4,6 +4,7 @@ Weights are dequantized and BatchNorm is folded, as a converter of float network
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import flatbuffers
 import numpy as np
 import onnx
 from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import ArrayLike, DTypeLike
 from onnx import helper, numpy_helper
 
 import simqat_jax as sq
+from simqat_jax.files import atomic_file
 
 _RELU = ("conv", "dense", "add", "add_onnx")
 
@@ -36,7 +39,9 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
     Args:
       model: with operations of LeNet-5 and ResNets only.
       path: of the file.
-    Raises: ValueError: another operation.
+
+    Raises:
+      ValueError: another operation.
     """
     nodes: list[Any] = []
     initializers: list[Any] = []
@@ -90,11 +95,12 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
     ]
     graph = helper.make_graph(nodes, "float", ends[:1], ends[1:], initializers)
     opsets = [helper.make_opsetid("", 19)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), str(path))
+    with atomic_file(path) as file:
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
 
 
 class _TFLite:
-    """Collects tensors and operators."""
+    """Tensors and operators of a file to be."""
 
     def __init__(self) -> None:
         self.tensors: list[Any] = []
@@ -102,7 +108,7 @@ class _TFLite:
         self.operators: list[Any] = []
         self.kinds: list[str] = []
 
-    def tensor(self, shape: Any, value: np.ndarray | None = None) -> int:
+    def tensor(self, shape: Sequence[int], value: np.ndarray | None = None) -> int:
         tensor = schema.TensorT()
         is_int = value is not None and value.dtype == np.int32
         tensor.type = schema.TensorType.INT32 if is_int else schema.TensorType.FLOAT32
@@ -118,12 +124,12 @@ class _TFLite:
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
-    def constant(self, value: Any, dtype: Any = np.float32) -> int:
+    def constant(self, value: ArrayLike, dtype: DTypeLike = np.float32) -> int:
         value = np.asarray(value, dtype)
         return self.tensor(value.shape, value)
 
     def operator(
-        self, kind: str, options: str, inputs: list[int], shape: Any, **values: Any
+        self, kind: str, options: str, inputs: list[int], shape: Sequence[int], **values: Any
     ) -> int:
         if kind not in self.kinds:
             self.kinds.append(kind)
@@ -152,7 +158,7 @@ class _TFLite:
         return bytes(builder.Output())
 
 
-def _is_same(size: int, window: int, stride: int, padding: Any) -> bool:
+def _is_same(size: int, window: int, stride: int, padding: Sequence[int]) -> bool:
     total = max((math.ceil(size / stride) - 1) * stride + window - size, 0)
     return tuple(padding) == (total // 2, total - total // 2)
 
@@ -163,13 +169,17 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
     Args:
       model: with operations of LeNet-5 and ResNets only.
       path: of the file.
-    Raises: ValueError: another operation.
+
+    Raises:
+      ValueError: another operation.
     """
     w = _TFLite()
     source = model.inputs[0]
     numbers = {source: w.tensor(model.tensors[source].shape)}
 
-    def padded(i: int, window: Any, strides: Any, padding: Any) -> tuple[int, int]:
+    def padded(
+        i: int, window: Sequence[int], strides: Sequence[int], padding: Sequence[Sequence[int]]
+    ) -> tuple[int, int]:
         """Return the input and the padding of the operator itself.
 
         What is padded in front of a max pool is never negative: zeros do.
@@ -220,4 +230,5 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
         else:
             raise ValueError(f"{op.path}: no float form of {op.kind} is written here.")
         numbers[op.outputs[0]] = out
-    path.write_bytes(w.file(numbers[source], numbers[model.outputs[0]]))
+    with atomic_file(path) as file:
+        file.write(w.file(numbers[source], numbers[model.outputs[0]]))

@@ -1,7 +1,8 @@
 """Time of SimQAT training steps against the float one.
 
-python -m experiments.benchmarks.train_step --model lenet5
-python -m experiments.benchmarks.train_step --model resnet20
+Example:
+  python -m experiments.benchmarks.train_step --model lenet5
+  python -m experiments.benchmarks.train_step --model resnet20
 """
 
 import dataclasses
@@ -19,6 +20,11 @@ from rich.table import Table
 import simqat_jax as sq
 from experiments.benchmarks.timing import interleaved
 from experiments.models import LeNet5, ResNet20
+
+State = tuple[Any, dict[str, Any], optax.OptState]
+"""Parameters, other collections and the optimizer's state."""
+Batch = tuple[jax.Array, jax.Array]
+"""Images and labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +63,9 @@ class Trainer:
         variables = dict(jax.jit(model.init)(keys[2], self.batch[0]))
         params = variables.pop("params")
         self.optimizer = optax.sgd(0.01, momentum=0.9)
-        self.state = (params, variables, self.optimizer.init(params))
+        self.state: State = (params, variables, self.optimizer.init(params))
 
-    def step(self, state: Any, batch: Any) -> tuple[Any, jax.Array]:
+    def step(self, state: State, batch: Batch) -> tuple[State, jax.Array]:
         params, collections, opt_state = state
         images, labels = batch
 

@@ -7,8 +7,9 @@ import jax
 class LeNet5(nn.Module):
     """Classify images of shape (N, 32, 32, C) into logits of shape (N, num_classes).
 
-    Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998, in the
-    form of the source system: ReLU, max pooling, convolutions without bias.
+    Source:
+      LeCun et al., "Gradient-based learning applied to document recognition", 1998, in the
+      form of the source system: ReLU, max pooling, convolutions without bias.
     """
 
     num_classes: int = 10

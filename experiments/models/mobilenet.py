@@ -1,14 +1,19 @@
 """MobileNetV2.
 
-Source: Sandler et al., arXiv:1801.04381.
+Source:
+  Sandler et al., arXiv:1801.04381.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Layer = Callable[..., Callable[..., jax.Array]]
+"""Makes a layer."""
 
 
 class InvertedResidual(nn.Module):
@@ -17,8 +22,8 @@ class InvertedResidual(nn.Module):
     features: int
     strides: int
     expansion: int
-    conv: Any
-    norm: Any
+    conv: Layer
+    norm: Layer
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +48,7 @@ class MobileNetV2(nn.Module):
 
     num_classes: int = 10
     cifar_stem: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

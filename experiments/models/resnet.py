@@ -1,56 +1,64 @@
 """Residual networks: ResNet-18 and -50 (ImageNet or CIFAR stem) and ResNet-20 for CIFAR.
 
-Source: He et al., arXiv:1512.03385. The stride of a bottleneck is on its 3x3 convolution.
+Source:
+  He et al., arXiv:1512.03385. The stride of a bottleneck is on its 3x3 convolution.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-ModuleDef = Callable[..., Any]
+Layer = Callable[..., Callable[..., jax.Array]]
+"""Makes a layer, or a block of them."""
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the shortcut around them."""
+class Block(nn.Module):
+    """What both blocks share: how they are made, and the shortcut.
+
+    Attributes:
+      features: of the inner convolutions.
+      strides: of the first 3x3 convolution and of the shortcut.
+      conv: makes a convolution.
+      norm: makes a BatchNorm.
+    """
 
     features: int
     strides: int
-    conv: ModuleDef
-    norm: ModuleDef
+    conv: Layer
+    norm: Layer
+
+    @nn.nowrap
+    def around(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return ReLU of `x + y`, with a 1x1 convolution of `x` where their shapes differ."""
+        if x.shape != y.shape:
+            x = self.conv(y.shape[-1], (1, 1), self.strides, name="conv_shortcut")(x)
+            x = self.norm(name="norm_shortcut")(x)
+        return nn.relu(x + y)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions and the shortcut around them."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.relu(self.norm()(self.conv(self.features, (3, 3), self.strides)(x)))
         y = self.norm(scale_init=nn.initializers.zeros)(self.conv(self.features, (3, 3))(y))
-        if x.shape != y.shape:
-            x = self.norm(name="norm_shortcut")(
-                self.conv(self.features, (1, 1), self.strides, name="conv_shortcut")(x)
-            )
-        return nn.relu(x + y)
+        return self.around(x, y)
 
 
-class BottleneckBlock(nn.Module):
+class BottleneckBlock(Block):
     """1x1, 3x3 and 1x1 convolution, four times as wide at the end, and the shortcut."""
-
-    features: int
-    strides: int
-    conv: ModuleDef
-    norm: ModuleDef
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.relu(self.norm()(self.conv(self.features, (1, 1))(x)))
         y = nn.relu(self.norm()(self.conv(self.features, (3, 3), self.strides)(y)))
         y = self.norm(scale_init=nn.initializers.zeros)(self.conv(4 * self.features, (1, 1))(y))
-        if x.shape != y.shape:
-            x = self.norm(name="norm_shortcut")(
-                self.conv(4 * self.features, (1, 1), self.strides, name="conv_shortcut")(x)
-            )
-        return nn.relu(x + y)
+        return self.around(x, y)
 
 
 class ResNet(nn.Module):
@@ -66,11 +74,11 @@ class ResNet(nn.Module):
     """
 
     stage_sizes: Sequence[int]
-    block: ModuleDef
+    block: Layer
     width: int = 64
     num_classes: int = 10
     cifar_stem: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

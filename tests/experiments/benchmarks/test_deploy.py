@@ -1,8 +1,8 @@
-"""The benchmarks run, and what they compare is the same network."""
+"""The benchmark of files runs, and what it compares is the same network."""
 
 import pytest
 
-from experiments.benchmarks import deploy, train_step
+from experiments.benchmarks import deploy
 
 
 # OpenVINO, where it is installed, starts a process of its own.
@@ -16,8 +16,3 @@ def test_deploy(model, capsys, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 4
     if model == "lenet5":  # 61,470 weights
         assert all(file.stat().st_size <= 70_000 for file in tmp_path.glob("int8.*"))
-
-
-def test_train_step(capsys):
-    train_step.main("lenet5", rounds=1, calls=1, compilations=1)
-    assert "lenet5: training step" in capsys.readouterr().out

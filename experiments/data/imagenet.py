@@ -16,8 +16,15 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments import augmentation, data
-from experiments.data import Batch, MaskedBatch
+from experiments.data import augmentation
+from experiments.data.batches import (
+    Batch,
+    Examples,
+    MaskedBatch,
+    Transform,
+    epoch_order,
+    prepared_source,
+)
 
 NUM_CLASSES = 1000
 MEAN = np.array((0.485, 0.456, 0.406), np.float32)
@@ -31,6 +38,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 CENTER_CROP = 224 / 256
 """Test crop by shorter side of the image it is cut from."""
 
+Example = dict[str, np.ndarray | np.int32]
+"""`image`, float32, shape (H, W, 3), and `label`."""
 Box = tuple[float, float, float, float]
 """Left, upper, right and lower edge in an image, pixels."""
 
@@ -40,18 +49,19 @@ class ImageNet:
     """An ImageData that decodes as it goes; its images are normalised float32.
 
     Attributes:
-      train, test: sequences of examples: `image`, the encoded bytes, and `label`.
+      train: training examples: `image`, the encoded bytes, and `label`.
+      test: test examples.
       image_size: side of the crops, pixels.
       workers: processes that decode; 0: this one.
     """
 
-    train: Any
-    test: Any
+    train: Examples
+    test: Examples
     image_size: int = 224
     workers: int = 0
     name: str = "imagenet2012"
     num_classes: int = NUM_CLASSES
-    transform: data.Transform = augmentation.identity
+    transform: Transform = augmentation.identity
 
     @property
     def train_size(self) -> int:
@@ -72,7 +82,7 @@ class ImageNet:
     ) -> Iterator[Batch]:
         """Yield one epoch's batches, see ImageData."""
         sampler = BatchSampler(
-            order=data.epoch_order(self.train_size, seed, epoch),
+            order=epoch_order(self.train_size, seed, epoch),
             seed=(seed, epoch),
             batch_size=batch_size,
             start=start,
@@ -102,13 +112,18 @@ class ImageNet:
 def load(image_size: int = 224, workers: int = 0) -> ImageNet:
     """Return the prepared ImageNet 2012; its split `validation` is the test set.
 
-    Raises: ExperimentError: it is not prepared.
+    Args:
+      image_size: side of the crops, pixels.
+      workers: processes that decode; 0: this one.
+
+    Raises:
+      ExperimentError: it is not prepared.
     """
     import tensorflow_datasets as tfds
 
     decoders: Any = {"image": tfds.decode.SkipDecoding()}
     train, test = (
-        data.prepared_source("imagenet2012", split, decoders=decoders)
+        prepared_source("imagenet2012", split, decoders=decoders)
         for split in ("train", "validation")
     )
     return ImageNet(train=train, test=test, image_size=image_size, workers=workers)
@@ -125,7 +140,8 @@ class BatchSampler:
       order: records of the epoch.
       seed: with the place in the epoch, seed of a record's augmentation.
       batch_size: records in a batch.
-      start, stop: batches of the epoch to yield. So that all workers have the same number, up to
+      start: first batch of the epoch to yield.
+      stop: batch of the epoch to end before. So that all workers have the same number, up to
         `workers - 1` more follow, which the reader leaves out.
       workers: of the loader.
     """
@@ -195,7 +211,8 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> Box:
 
     After ten boxes that do not fit, the central box nearest to the wanted ratios.
 
-    Source: Szegedy et al., arXiv:1409.4842, section 6.
+    Source:
+      Szegedy et al., arXiv:1409.4842, section 6.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*CROP_AREA)
@@ -214,13 +231,17 @@ def _resize(image: Image.Image, box: Box, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
-def _example(pixels: np.ndarray, label: Any) -> dict:
+def _example(pixels: np.ndarray, label: int) -> Example:
     """Return float32 pixels of mean 0 and variance 1, and the label, int32."""
     image = (pixels.astype(np.float32) / np.float32(255) - MEAN) / STD
     return {"image": image, "label": np.int32(label)}
 
 
-def _load(source: Any, sampler: BatchSampler, transform: Any) -> Iterator[dict]:
+def _load(
+    source: Examples,
+    sampler: BatchSampler,
+    transform: grain.MapTransform | grain.RandomMapTransform,
+) -> Iterator[dict[str, np.ndarray]]:
     """Yield the sampler's batches, decoded by its workers."""
     if sampler.start >= sampler.stop:
         return

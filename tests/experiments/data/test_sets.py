@@ -160,3 +160,9 @@ def test_unknown_data_set_and_unwritable_cache(
     monkeypatch.setenv("SIMQAT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(ExperimentError, match="SIMQAT_CACHE_DIR"):
         data.load("mnist5k")
+    cache = tmp_path / "cache"
+    (cache / "mnist5k-v1.npz").mkdir(parents=True)
+    monkeypatch.setenv("SIMQAT_CACHE_DIR", str(cache))
+    with pytest.raises(ExperimentError, match=r"cannot write the cache file .* is a directory"):
+        data.load("mnist5k")
+    assert [p.name for p in cache.iterdir()] == ["mnist5k-v1.npz"]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import augmentation
+from experiments.data import augmentation
 
 IMAGES = np.random.default_rng(0).integers(1, 256, (64, 8, 6, 3), np.uint8)
 

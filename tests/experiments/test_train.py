@@ -19,7 +19,7 @@ from rich.console import Console
 
 from experiments import checkpoints, configs, data, deploy, errors, evaluate, phases, runs, train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ARGUMENTS = train.Arguments(
     config="lenet5_mnist",
     data="mnist5k",

@@ -8,7 +8,8 @@ import pytest
 import tiny_imagenet
 from PIL import Image
 
-from experiments import data, imagenet
+from experiments import data
+from experiments.data import imagenet
 from experiments.errors import ExperimentError
 
 TRAIN, TEST, SIZE = 21, 7, 32

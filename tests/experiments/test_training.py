@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import simqat_jax as sq
-from experiments import augmentation, checkpoints, configs, phases, training
-from experiments.data import Dataset
+from experiments import checkpoints, configs, phases, training
+from experiments.data import Dataset, augmentation
 from experiments.errors import ExperimentError
 
 

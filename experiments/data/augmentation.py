@@ -19,7 +19,10 @@ def random_crop_and_flip(images: jax.Array, key: jax.Array, padding: int = 4) ->
       images: shape (N, H, W, C), any dtype.
       key: decides everything; the same key gives the same images.
       padding: pixels on each side.
-    Returns: shape and dtype of `images`.
+
+    Returns:
+      shape and dtype of `images`.
+
     Example:
       >>> random_crop_and_flip(jnp.ones((2, 8, 8, 3), jnp.uint8), jax.random.key(0)).shape
       (2, 8, 8, 3)
@@ -43,7 +46,8 @@ def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
 
     Args:
       images: uint8, shape (N, H, W, C).
-      mean, std: of the channels, in units of [0, 1].
+      mean: of the channels, in units of [0, 1].
+      std: of the channels, in units of [0, 1].
     """
     scale = np.reciprocal(255.0 * np.asarray(std)).astype(np.float32)
     offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)

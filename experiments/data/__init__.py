@@ -1,0 +1,18 @@
+"""Data sets behind one interface, `ImageData`: arrays in memory or streams."""
+
+from experiments.data.batches import Batch, ImageData, MaskedBatch, Transform, in_batches
+from experiments.data.sets import NAMES, Dataset, cache_dir, check_name, load, split_stratified
+
+__all__ = [
+    "NAMES",
+    "Batch",
+    "Dataset",
+    "ImageData",
+    "MaskedBatch",
+    "Transform",
+    "cache_dir",
+    "check_name",
+    "in_batches",
+    "load",
+    "split_stratified",
+]

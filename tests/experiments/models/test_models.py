@@ -1,0 +1,38 @@
+"""The networks have as many parameters as their papers' implementations."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.models import LeNet5, MobileNetV2, ResNet18, ResNet20, ResNet50
+
+
+# LeNet-5: 61,470 weights and 214 biases. ResNet-20 with projections as shortcuts.
+@pytest.mark.parametrize(
+    ("model", "image", "count"),
+    [
+        (LeNet5(), (32, 32, 1), 61_684),
+        (ResNet20(), (32, 32, 3), 272_474),
+        (ResNet18(cifar_stem=False, num_classes=1000), (224, 224, 3), 11_689_512),
+        (ResNet50(cifar_stem=False, num_classes=1000), (224, 224, 3), 25_557_032),
+        (MobileNetV2(cifar_stem=False, num_classes=1000), (224, 224, 3), 3_504_872),
+    ],
+)
+def test_number_of_parameters(model: nn.Module, image: tuple[int, ...], count: int) -> None:
+    images = jnp.zeros((1, *image))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert sum(np.prod(p.shape) for p in jax.tree.leaves(variables["params"])) == count
+    assert jax.eval_shape(model.apply, variables, images).shape == (1, model.num_classes)
+
+
+def test_a_shortcut_has_parameters_only_where_shapes_differ() -> None:
+    params = jax.eval_shape(ResNet50().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    blocks = [f"BottleneckBlock_{i}" for i in range(16)]
+    assert set(params) == {"conv_stem", "norm_stem", "Dense_0", *blocks}
+    projected = [i for i, block in enumerate(blocks) if "conv_shortcut" in params[block]]
+    assert projected == [0, 3, 7, 13]
+    inside = {f"{kind}_{i}" for kind in ("Conv", "BatchNorm") for i in range(3)}
+    assert set(params[blocks[1]]) == inside
+    assert set(params[blocks[0]]) == inside | {"conv_shortcut", "norm_shortcut"}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from simqat_jax.ir.graph import Graph, Node, shape_of
 
 Result = tuple[object, VariableDict]
 """What a call returns: `(output, updated collections)`."""
-Restore = Callable[[Sequence[jax.Array]], Result]
+Restore = Callable[[Sequence[Any]], Result]
 """Maps the values of a graph's outputs to the call's result."""
 
 

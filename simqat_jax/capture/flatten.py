@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import (
     INLINED_CALLS,
@@ -92,7 +93,7 @@ class Flattener:
     def inline(
         self,
         jaxpr: core.Jaxpr,
-        consts: Sequence[object],
+        consts: Sequence[ArrayLike],
         inputs: Sequence[Operand],
         path: tuple[str, ...],
         remat: Remat | None = None,
@@ -130,7 +131,7 @@ class Flattener:
     def next_remat(self, eqn: core.JaxprEqn) -> Remat:
         """Return the next call of `nn.remat`."""
         self._remats += 1
-        return Remat(self._remats, {k: eqn.params[k] for k in ("policy", "prevent_cse")})
+        return Remat(self._remats, eqn.params["policy"], eqn.params["prevent_cse"])
 
     def unreachable(self, call: LayerCall, where: str) -> None:
         """Note that a layer cannot be quantized because of what calls it."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Float, Graph
@@ -79,12 +80,12 @@ def _same_attributes(sample: Any, free: Any, size: int) -> bool:
     return sample == free or (isinstance(free, int) and free < 0 and sample == -free * size)
 
 
-def same_values(sample: Sequence[Any], free: Sequence[Any]) -> bool:
+def same_values(sample: Sequence[ArrayLike | None], free: Sequence[ArrayLike | None]) -> bool:
     """Whether constants are equal, shapes included."""
     return len(sample) == len(free) and all(map(_same_value, sample, free))
 
 
-def _same_value(a: Any, b: Any) -> bool:
+def _same_value(a: ArrayLike | None, b: ArrayLike | None) -> bool:
     if a is b:
         return True
     if a is None or b is None:

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 import flax.errors
 import jax
@@ -17,22 +16,22 @@ from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.graph import Graph
 from simqat_jax.ir.plan import Placement
-from simqat_jax.ir.program import Program
+from simqat_jax.ir.program import Program, PyTree
 from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, check
+from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check
 
 
 def convert(
     qmodule: QuantizedModule,
     variables: VariableDict,
-    *args: Any,
+    *args: PyTree,
     backend: Backend | None = None,
     method: Method = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> IntegerModel:
     """Make the integer-only model of a trained quantization-aware model.
 
@@ -107,7 +106,7 @@ def _checked(
     return config
 
 
-def _ranges(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Range]:
+def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
     """Return the range of each quantizer with a state, by name.
 
     Raises:
@@ -133,7 +132,7 @@ class _Call:
         variables: VariableDict,
         args: tuple,
         method: Method,
-        kwargs: Mapping[str, Any],
+        kwargs: Mapping[str, PyTree],
     ):
         self.qmodule = qmodule
         self.variables = variables
@@ -149,7 +148,7 @@ class _Call:
         self.size = lengths.pop() if len(lengths) == 1 else None
 
     def captured(self, batch: int | None) -> Capture:
-        def resized(x: Any) -> Any:
+        def resized(x: PyTree) -> PyTree:
             if batch is None or not hasattr(x, "dtype"):
                 return x
             return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)

@@ -25,6 +25,8 @@ FORMAT = 1
 _MAGIC = "simqat_jax integer model"
 
 Arrays = dict[str, np.ndarray]
+Json = Any
+"""What JSON holds."""
 
 
 def save(program: Program, path: str | os.PathLike) -> None:
@@ -98,7 +100,7 @@ def _digest(data: bytes) -> str:
 # Tensors and operations --------------------------------------------------------------------------
 
 
-def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> dict[str, Any]:
+def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> Json:
     grid = None if tensor.grid is None else dataclasses.asdict(tensor.grid)
     fields = {"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype, "grid": grid}
     if tensor.value is not None:
@@ -106,7 +108,7 @@ def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> dict[str, Any
     return fields | {"constant": tensor.value is not None}
 
 
-def _tensor(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndarray]) -> Tensor:
+def _tensor(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Tensor:
     return Tensor(
         fields["name"],
         tuple(fields["shape"]),
@@ -116,7 +118,7 @@ def _tensor(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndar
     )
 
 
-def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> dict[str, Any]:
+def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> Json:
     held = dict(op.arrays)
     if isinstance(op, FloatOp):
         held["function"] = np.frombuffer(_exported(program, op), np.uint8)
@@ -125,7 +127,7 @@ def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> dict[st
     return fields | {"attributes": op.attributes, "arrays": sorted(held)}
 
 
-def _op(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndarray]) -> Op:
+def _op(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Op:
     held = {name: arrays[f"{number}/{name}"] for name in fields["arrays"]}
     given = _tuples(fields["attributes"])
     if "function" in held:
@@ -142,7 +144,7 @@ def _op(fields: Mapping[str, Any], number: int, arrays: Mapping[str, np.ndarray]
 
 def _exported(program: Program, op: FloatOp) -> bytes:
     """Serialize a float function, for any batch size."""
-    (batch,) = jax.export.symbolic_shape("batch")
+    batch: Any = jax.export.symbolic_shape("batch")[0]
     dims = [program.tensors[i].shape for i in op.inputs]
     shapes = [
         jax.ShapeDtypeStruct(
@@ -176,14 +178,14 @@ def _imported(data: bytes) -> Function:
 # JSON --------------------------------------------------------------------------------------------
 
 
-def _tuples(value: Any) -> Any:
+def _tuples(value: Json) -> Json:
     """Undo what JSON does to tuples."""
     if isinstance(value, dict):
         return {k: _tuples(v) for k, v in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _encoded(structure: Structure) -> Any:
+def _encoded(structure: Structure) -> Json:
     """Write a structure so that JSON keeps tuples apart from lists."""
     if isinstance(structure, dict):
         return {"dict": {k: _encoded(v) for k, v in structure.items()}}
@@ -192,7 +194,7 @@ def _encoded(structure: Structure) -> Any:
     return structure
 
 
-def _decoded(structure: Any) -> Structure:
+def _decoded(structure: Json) -> Structure:
     if not isinstance(structure, dict):
         return structure
     ((kind, value),) = structure.items()

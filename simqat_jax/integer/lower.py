@@ -1,13 +1,13 @@
 """Lower a planned model to a program on integers."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
 
 import jax
 
+from simqat_jax.capture.capture import Restore
 from simqat_jax.ir.graph import BatchNorm, Dropout
 from simqat_jax.ir.plan import Placement
-from simqat_jax.ir.program import Program, Structure
+from simqat_jax.ir.program import Program, PyTree, Structure
 from simqat_jax.ir.program_builder import ProgramBuilder
 from simqat_jax.numerics.grid import grid_of_range
 from simqat_jax.numerics.observers import Range
@@ -20,7 +20,7 @@ NOT_EVALUATION = (
     "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
     "use_running_average=True."
 )
-Compiled = dict[Hashable, Callable[..., Any]]
+Compiled = dict[Hashable, Callable[..., dict[str, jax.Array]]]
 """Functions that layers which are alike share."""
 
 
@@ -32,9 +32,9 @@ def lower(
     placement: Placement,
     ranges: Mapping[str, Range],
     builder: ProgramBuilder,
-    restore: Callable[[Sequence[Any]], Any],
+    restore: Restore,
     compiled: Compiled,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, object],
 ) -> Program:
     """Make the program of a planned model, one step of the plan after the other.
 
@@ -84,9 +84,7 @@ def _lower(at: LoweredStep) -> None:
         emit_float(at)
 
 
-def _returned(
-    restore: Callable[[Sequence[Any]], Any], count: int
-) -> tuple[list[_Index], Structure]:
+def _returned(restore: Restore, count: int) -> tuple[list[_Index], Structure]:
     """Return which outputs the model returns, in order, and in what structure."""
     result, _ = restore(list(map(_Index, range(count))))
     read = jax.tree.leaves(result)
@@ -97,7 +95,7 @@ def _returned(
     return read, _plain(jax.tree.map(lambda i: numbers[i], result))
 
 
-def _plain(tree: Any) -> Structure:
+def _plain(tree: PyTree) -> Structure:
     """Rebuild a tree from dictionaries, lists and tuples, as a file can hold it."""
     if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
         return {k: _plain(v) for k, v in tree.items()}

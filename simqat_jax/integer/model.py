@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.integer import file
 from simqat_jax.integer.table import shape_text, table
-from simqat_jax.ir.program import Context, Op, Program, Structure, Tensor, at_batch, grid_of
+from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, at_batch, grid_of
 
 
 class IntegerModel:
@@ -60,7 +59,7 @@ class IntegerModel:
         return self.program.backend
 
     @property
-    def metadata(self) -> Mapping[str, Any]:
+    def metadata(self) -> Mapping[str, object]:
         """Library version and configuration."""
         return self.program.metadata
 
@@ -79,7 +78,7 @@ class IntegerModel:
 
     # Running ---------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyTree) -> PyTree:
         """Run on real values.
 
         Args:
@@ -98,7 +97,7 @@ class IntegerModel:
         values = [raw.get(i, r) for i, r in zip(self.outputs, results, strict=True)]
         return _structured(self.structure, values)
 
-    def quantize(self, *args: Any) -> Any:
+    def quantize(self, *args: PyTree) -> PyTree:
         """Map inputs to their codes; what has none stays as it is. One array: itself, else a list.
 
         Raises:
@@ -107,7 +106,7 @@ class IntegerModel:
         codes = self._quantized(jax.tree.leaves(args))
         return codes[0] if len(codes) == 1 else codes
 
-    def run_codes(self, *codes: Any) -> Any:
+    def run_codes(self, *codes: PyTree) -> PyTree:
         """Run on codes, as `quantize` returns them.
 
         Returns:
@@ -118,7 +117,7 @@ class IntegerModel:
         """
         return _structured(self.structure, self._codes(jax.tree.leaves(codes)))
 
-    def dequantize(self, codes: Any) -> Any:
+    def dequantize(self, codes: PyTree) -> PyTree:
         """Map what `run_codes` returned to real values."""
         leaves = jax.tree.leaves(codes)
         return jax.tree.unflatten(jax.tree.structure(codes), self._dequantize(leaves))
@@ -212,7 +211,7 @@ class IntegerModel:
         return cls(file.load(path))
 
 
-def _structured(structure: Structure, values: Sequence[ArrayLike]) -> Any:
+def _structured(structure: Structure, values: Sequence[ArrayLike]) -> PyTree:
     """Put outputs into the structure that the float model returns them in."""
     if isinstance(structure, dict):
         return {k: _structured(v, values) for k, v in structure.items()}

@@ -3,21 +3,24 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.numerics.requantize import FREE, Bounds
+
+V = TypeVar("V")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
     """An operand that is a constant of the model."""
 
-    value: Any
+    value: ArrayLike
 
 
 Operand = int | Constant
@@ -38,7 +41,7 @@ class Layer:
     path: tuple[str, ...]
     names: tuple[str, ...] = ()
 
-    def named(self, values: Sequence[Any]) -> dict[str, Any]:
+    def named(self, values: Sequence[V]) -> dict[str, V]:
         """Name the values of the inputs after the first."""
         return dict(zip(self.names, values, strict=True))
 
@@ -55,11 +58,13 @@ class Remat:
 
     Attributes:
       number: which one, in order of the calls.
-      params: its parameters, those of `jax.checkpoint`.
+      policy: what may be kept for the backward pass, as `jax.checkpoint` takes it.
+      prevent_cse: as `jax.checkpoint` takes it.
     """
 
     number: int
-    params: Mapping[str, Any] = dataclasses.field(compare=False)
+    policy: Callable[..., bool] | None = dataclasses.field(compare=False)
+    prevent_cse: bool = dataclasses.field(compare=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -84,7 +89,7 @@ class Node:
     path: tuple[str, ...]
     inputs: tuple[Operand, ...]
     outputs: tuple[int, ...]
-    run: Callable[..., Sequence[Any]]
+    run: Callable[..., Sequence[jax.Array]]
     eqn: core.JaxprEqn
     layer: Layer | None = None
     remat: Remat | None = None

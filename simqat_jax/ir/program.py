@@ -11,7 +11,9 @@ from simqat_jax.numerics.grid import Grid
 
 Shape = tuple[int, ...]
 """Lengths of a tensor; -k stands for k times the batch size."""
-Structure = Any
+PyTree = Any
+"""A tree of arrays as JAX understands it."""
+Structure = PyTree
 """Dictionaries, lists and tuples with the index of an output for each leaf."""
 
 
@@ -76,7 +78,7 @@ class Op:
         raise NotImplementedError
 
 
-Function = Callable[[Sequence[jax.Array], Any], Sequence[jax.Array]]
+Function = Callable[[Sequence[jax.Array], int], Sequence[jax.Array]]
 """From values and the batch size to values."""
 
 
@@ -88,13 +90,13 @@ class Context:
       inputs: the tensors that it reads.
       outputs: the tensors that it makes.
       arrays: its arrays, as traced.
-      batch: the batch size.
+      batch: the batch size, maybe a symbolic one.
     """
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     arrays: Mapping[str, jax.Array]
-    batch: Any
+    batch: int
 
     @property
     def grid(self) -> Grid:
@@ -110,7 +112,7 @@ class Context:
         return at_batch(dims, self.batch)
 
 
-def at_batch(dims: Sequence[int], batch: Any) -> tuple[Any, ...]:
+def at_batch(dims: Sequence[int], batch: int) -> tuple[int, ...]:
     """Put the batch size into lengths of which -k stands for k times it."""
     return tuple(-d * batch if d < 0 else d for d in dims)
 
@@ -141,7 +143,7 @@ class Program:
     outputs: tuple[int, ...]
     structure: Structure
     backend: str
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
 
     @property
     def nbytes(self) -> int:

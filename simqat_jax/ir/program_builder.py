@@ -1,9 +1,9 @@
 """Put a Program together: tensors, constants, operations."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Graph, Node, Operand
 from simqat_jax.ir.program import Op, Program, Shape, Structure, Tensor
@@ -26,7 +26,7 @@ class ProgramBuilder:
       float_constants: what operations in float hold.
     """
 
-    def __init__(self, graph: Graph, inputs: Sequence[Any], free_batch: bool):
+    def __init__(self, graph: Graph, inputs: Sequence[ArrayLike], free_batch: bool):
         self.graph, self.free_batch = graph, free_batch
         self.ids: dict[int, int] = {}
         self.constants = {
@@ -34,7 +34,7 @@ class ProgramBuilder:
         }
         self.tensors: list[Tensor] = []
         self.ops: list[Op] = []
-        self.float_constants: list[Any] = []
+        self.float_constants: list[ArrayLike | None] = []
 
     # Operands of the graph -------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ class ProgramBuilder:
         """Whether an operand depends on the data."""
         return isinstance(v, int) and v in self.graph.data
 
-    def value(self, v: Operand) -> Any:
+    def value(self, v: Operand) -> ArrayLike:
         """Return an operand that does not depend on the data."""
         return v.value if isinstance(v, Constant) else self.constants[v]
 
@@ -104,7 +104,7 @@ class ProgramBuilder:
         outputs: Sequence[int],
         structure: Structure,
         backend: str,
-        metadata: Mapping[str, Any],
+        metadata: Mapping[str, object],
     ) -> Program:
         """Return the program, without the operations whose results nobody reads."""
         needed, ops = set(outputs), []

@@ -1,25 +1,27 @@
 """Run captured operations at other shapes than those they were captured with."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Node
 
-_Bind = Callable[[core.JaxprEqn, Sequence[Any]], Sequence[Any]]
+_Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call")
 
 
-def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], bind: _Bind) -> list[Any]:
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+def _run(
+    jaxpr: core.Jaxpr, consts: Sequence[ArrayLike], values: Sequence[ArrayLike], bind: _Bind
+) -> list[ArrayLike]:
+    env: dict[core.Var, ArrayLike] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
 
-    def read(v: Any) -> Any:
+    def read(v: core.Var | core.Literal) -> ArrayLike:
         return v.val if isinstance(v, core.Literal) else env[v]
 
     for eqn in jaxpr.eqns:
@@ -34,14 +36,16 @@ def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
 
 
-def _run_eqn(eqn: core.JaxprEqn, values: Sequence[Any], bind: _Bind) -> Sequence[Any]:
+def _run_eqn(eqn: core.JaxprEqn, values: Sequence[ArrayLike], bind: _Bind) -> Sequence[ArrayLike]:
     closed = _called(eqn)
     if closed is not None:
         return _run(closed.jaxpr, closed.consts, values, bind)
     return bind(eqn, values)
 
 
-def _results(eqn: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any]) -> Sequence[Any]:
+def _results(
+    eqn: core.JaxprEqn, values: Sequence[ArrayLike], params: dict[str, object]
+) -> Sequence[ArrayLike]:
     result = eqn.primitive.bind(*values, **params)
     return result if eqn.primitive.multiple_results else (result,)
 
@@ -49,7 +53,7 @@ def _results(eqn: core.JaxprEqn, values: Sequence[Any], params: dict[str, Any]) 
 # Elementwise functions ---------------------------------------------------------------------------
 
 
-def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
     if eqn.primitive.name in ("broadcast_in_dim", "reshape"):
         return (values[0],)
     arrays = [jnp.reshape(v, ()) if np.size(v) == 1 else jnp.asarray(v) for v in values]
@@ -60,7 +64,7 @@ def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
     return [lax.optimization_barrier(v) for v in results]
 
 
-def pointwise(node: Node, values: Sequence[Any]) -> jax.Array:
+def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:
     """Compute an elementwise node on a first operand of any shape.
 
     Every operation rounds by itself: the results are the same with and without jit.
@@ -76,7 +80,7 @@ def pointwise(node: Node, values: Sequence[Any]) -> jax.Array:
     for part in parts:
         operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
         env.update(zip(part.outputs, _run_eqn(part.eqn, operands, _bind_pointwise), strict=True))
-    return env[parts[-1].outputs[0]]
+    return jnp.asarray(env[parts[-1].outputs[0]])
 
 
 # Another batch size ------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def _is_plain(eqn: core.JaxprEqn) -> bool:
     return not list(core.jaxprs_in_params(eqn.params))
 
 
-def constants(node: Node) -> list[Any]:
+def constants(node: Node) -> list[ArrayLike]:
     """Return the constants that a node's operations hold, at any depth."""
     found = []
     for part in node.parts or (node,):
@@ -103,7 +107,7 @@ def constants(node: Node) -> list[Any]:
     return found
 
 
-def _constants_of(eqn: core.JaxprEqn) -> list[Any]:
+def _constants_of(eqn: core.JaxprEqn) -> list[ArrayLike]:
     found = [v.val for v in eqn.invars if isinstance(v, core.Literal)]
     for value in jax.tree.leaves(list(eqn.params.values())):
         if isinstance(value, core.ClosedJaxpr):
@@ -114,7 +118,7 @@ def _constants_of(eqn: core.JaxprEqn) -> list[Any]:
     return found
 
 
-def _rescaled(value: Any, old: int, new: Any) -> Any:
+def _rescaled(value: object, old: int, new: int) -> object:
     if type(value) is int and value and value % old == 0:
         return value // old * new
     if type(value) is tuple:
@@ -122,7 +126,7 @@ def _rescaled(value: Any, old: int, new: Any) -> Any:
     return value
 
 
-def at_batch(node: Node, values: Sequence[Any], old: int, new: Any) -> Sequence[Any]:
+def at_batch(node: Node, values: Sequence[ArrayLike], old: int, new: int) -> Sequence[ArrayLike]:
     """Run a node that was captured with batches of `old` on batches of `new`.
 
     Args:
@@ -132,7 +136,7 @@ def at_batch(node: Node, values: Sequence[Any], old: int, new: Any) -> Sequence[
       new: the batch size of `values`.
     """
 
-    def bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> Sequence[Any]:
+    def bind(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
         params = eqn.primitive.get_bind_params(eqn.params)
         return _results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
 

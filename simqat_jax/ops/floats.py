@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Float, Node
@@ -71,20 +72,20 @@ class FloatOperation(Operation):
 
 def function_of(builder: ProgramBuilder, node: Node) -> Function:
     """Return what computes a node on the values of its data, at any batch size."""
-    is_data = [builder.is_data(v) for v in node.inputs]
     fixed = _fixed(builder, node)
 
-    def function(values: Sequence[jax.Array], batch: Any) -> Sequence[jax.Array]:
+    def function(values: Sequence[jax.Array], batch: int) -> Sequence[jax.Array]:
         rest = iter(values)
-        operands = [next(rest) if d else x for d, x in zip(is_data, fixed, strict=True)]
+        operands = [next(rest) if x is None else x for x in fixed]
         if builder.free_batch:
-            return replay.at_batch(node, operands, BATCH, batch)
+            results = replay.at_batch(node, operands, BATCH, batch)
+            return [jnp.asarray(x) for x in results]
         return node.run(*operands)
 
     return function
 
 
-def _fixed(builder: ProgramBuilder, node: Node) -> list[Any]:
+def _fixed(builder: ProgramBuilder, node: Node) -> list[ArrayLike | None]:
     """Return the operands that do not depend on the data, None for the others."""
     return [None if builder.is_data(v) else builder.value(v) for v in node.inputs]
 

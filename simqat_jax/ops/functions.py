@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from simqat_jax.ir.graph import Clamp, Elementwise, Graph, Node
 from simqat_jax.ir.plan import Step
@@ -19,7 +19,9 @@ from simqat_jax.ops.moves import clip_at_zero
 from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
 
 
-def lookup_table(node: Node, scalars: Sequence[Any], dtype: Any, x: Grid, y: Grid) -> jax.Array:
+def lookup_table(
+    node: Node, scalars: Sequence[ArrayLike], dtype: DTypeLike, x: Grid, y: Grid
+) -> jax.Array:
     """Return an elementwise function of each code, lowest first, as centered codes.
 
     Args:

@@ -187,7 +187,7 @@ class LoweredStep:
     placement: Placement
     builder: ProgramBuilder
     ranges: Mapping[str, Range]
-    compiled: dict[Hashable, Callable[..., Any]]
+    compiled: dict[Hashable, Callable[..., dict[str, jax.Array]]]
 
     @property
     def node(self) -> Node:
@@ -244,7 +244,7 @@ class LoweredStep:
         array = np.asarray(codes).astype(grid.dtype)
         return self.builder.constant(quantizer.name, array, "float32", grid)
 
-    def layer_values(self) -> list[dict[str, Any]]:
+    def layer_values(self) -> list[dict[str, jax.Array]]:
         """Return the parameters and statistics of each layer of the step, by name.
 
         Raises:
@@ -252,9 +252,9 @@ class LoweredStep:
         """
         return [self._layer_values(node) for node in self.step.nodes if node.layer is not None]
 
-    def _layer_values(self, node: Node) -> dict[str, Any]:
+    def _layer_values(self, node: Node) -> dict[str, jax.Array]:
         assert node.layer is not None
-        values = node.layer.named([self.builder.value(v) for v in node.inputs[1:]])
+        values = node.layer.named([jnp.asarray(self.builder.value(v)) for v in node.inputs[1:]])
         for name, value in values.items():
             if not np.all(np.isfinite(np.asarray(value, np.float32))):
                 raise ValueError(

@@ -6,19 +6,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core.scope import CollectionFilter, subtract_filters
+from flax.core.scope import CollectionFilter, LazyRng, subtract_filters
+from flax.typing import PRNGKey, RNGSequences, VariableDict
 
 from simqat_jax.capture import Call, Capture, capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
+from simqat_jax.ir.program import PyTree
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import check_batch_statistics, place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, check, initial, restored
+from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, initial, restored
 from simqat_jax.training.run import run
-from simqat_jax.training.values import Stats
 
-Method = Callable[..., Any] | str | None
+Method = Callable[..., PyTree] | str | None
 """One of the float module's methods, by name or function; None: its `__call__`."""
+Kwargs = Mapping[str, PyTree]
+"""Keyword arguments of a call."""
+Rngs = Mapping[str, jax.Array | LazyRng]
+"""A key for each random stream."""
 
 
 class SimQAT:
@@ -98,21 +103,25 @@ class QuantizedModule(nn.Module):
     def setup(self) -> None:
         nn.share_scope(self, self.module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Call the module; takes and returns what the float module does."""
         return self._run(None, args, kwargs)
 
     @nn.nowrap
-    def apply(self, variables: Mapping[str, Any], *args: Any, method: Method = None, **kwargs: Any):
+    def apply(
+        self, variables: VariableDict, *args: PyTree, method: Method = None, **kwargs: PyTree
+    ):
         """Apply as any linen module; `method`: one of the float module's, by name or function."""
         return super().apply(variables, *args, method=_quantized(method), **kwargs)
 
     @nn.nowrap
-    def init_with_output(self, rngs: Any, *args: Any, method: Method = None, **kwargs: Any):
+    def init_with_output(
+        self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
+    ):
         """Initialize as any linen module, as does `init`; `method` as in `apply`."""
         return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
 
-    def _run(self, method: Method, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    def _run(self, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
         assert self.scope is not None
         result, mutable = None, True  # all: the updates are dropped
         if self.is_initializing():
@@ -135,7 +144,7 @@ class QuantizedModule(nn.Module):
             self._store(collection, tree)
         return output
 
-    def _store(self, collection: str, tree: Mapping[str, Any]) -> None:
+    def _store(self, collection: str, tree: VariableDict) -> None:
         for name, value in tree.items():
             self.put_variable(collection, name, value)
 
@@ -154,11 +163,11 @@ class QuantizedModule(nn.Module):
     @nn.nowrap
     def plan(
         self,
-        variables: Mapping[str, Any],
-        *args: Any,
-        rngs: Any = None,
+        variables: VariableDict,
+        *args: PyTree,
+        rngs: Rngs | None = None,
         method: Method = None,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> Plan:
         """Tell what is quantized and how, for a call with these arguments; computes nothing.
 
@@ -183,12 +192,12 @@ class QuantizedModule(nn.Module):
 
 def trace(
     qmodule: QuantizedModule,
-    variables: Mapping[str, Any],
+    variables: VariableDict,
     args: tuple,
-    kwargs: Mapping[str, Any],
+    kwargs: Kwargs,
     method: Method,
     *,
-    rngs: Mapping[str, Any],
+    rngs: Rngs,
     mutable: CollectionFilter = True,
 ) -> Capture:
     """Capture a call of a quantized module's float module.
@@ -220,7 +229,7 @@ def trace(
     return capture(call, exclude=qmodule.config.exclude, forbidden=QuantizedModule)
 
 
-def _quantized(method: Method) -> Callable[..., Any] | None:
+def _quantized(method: Method) -> Callable[..., PyTree] | None:
     """Return what Flax is to call on a QuantizedModule for a method of the float module."""
     if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
         return None
@@ -231,7 +240,7 @@ def _function(method: Method) -> Any:
     return getattr(method, "__func__", method)
 
 
-def _float_method(module: nn.Module, method: Method) -> Callable[..., Any]:
+def _float_method(module: nn.Module, method: Method) -> Callable[..., PyTree]:
     if callable(method):
         return functools.partial(_function(method), module)
     return module if method is None else getattr(module, method)

@@ -1,8 +1,7 @@
 """The printed plan: what is quantized and how, what stays float and why."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from simqat_jax.ir.plan import Placement, Quantizer, Step
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.ops.registry import operation_of
-from simqat_jax.training.ranges import STEP
+from simqat_jax.training.ranges import STEP, Stats
 
 _ATTRIBUTES = {
     "features": None,
@@ -87,7 +86,7 @@ class Plan:
       floats: module path or operation and reason, of everything that stays float.
     """
 
-    def __init__(self, placement: Placement, bn_fold: BatchNormFold, stats: Mapping[str, Any]):
+    def __init__(self, placement: Placement, bn_fold: BatchNormFold, stats: Stats):
         self._placement = placement
         self._bn_fold = bn_fold
         self._stats = stats

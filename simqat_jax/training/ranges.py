@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.plan import Placement, Quantizer
 from simqat_jax.numerics.observers import RangeState, as_range_state
@@ -14,6 +15,8 @@ from simqat_jax.numerics.observers import RangeState, as_range_state
 COLLECTION = "quant_stats"
 STEP = "step"
 """The entry that counts training steps."""
+Stats = Mapping[str, Any]
+"""The state of each quantizer with one, by name, and "step": training steps so far."""
 
 
 def initial(quantizer: Quantizer | None) -> Any:
@@ -21,7 +24,7 @@ def initial(quantizer: Quantizer | None) -> Any:
     return jnp.zeros((), jnp.int32) if quantizer is None else quantizer.observer.init()
 
 
-def restored(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Any]:
+def restored(placement: Placement, stats: Stats) -> dict[str, Any]:
     """Return what `stats` holds of what a model needs, in order, its types restored."""
     known = {
         name: quantizer.observer.restore(stats[name])
@@ -31,7 +34,7 @@ def restored(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Any]:
     return {STEP: stats[STEP], **known} if stats.get(STEP) is not None else known
 
 
-def check(placement: Placement, stats: Mapping[str, Any]) -> dict[str, Any]:
+def check(placement: Placement, stats: Stats) -> dict[str, Any]:
     """Return the ranges that a model evaluates with.
 
     Args:
@@ -66,11 +69,11 @@ def _is_concrete(value: object) -> bool:
     return not isinstance(value, Tracer)
 
 
-def _is_empty(lo: Any, hi: Any) -> bool:
+def _is_empty(lo: ArrayLike, hi: ArrayLike) -> bool:
     return bool(np.any(np.asarray(lo) > np.asarray(hi)))
 
 
-def _check_numbers(placement: Placement, stats: Mapping[str, Any]) -> None:
+def _check_numbers(placement: Placement, stats: Stats) -> None:
     """Raise ValueError if training counted more operations of one kind than this call has.
 
     The first add of a module in training need not be its first add here.
@@ -89,7 +92,7 @@ def _unnumbered(name: str) -> str:
     return re.sub(r"_\d+(?=/output$)", "", name)
 
 
-def nonfinite_ranges(quant_stats: Mapping[str, Any]) -> dict[str, int]:
+def nonfinite_ranges(quant_stats: Stats) -> dict[str, int]:
     """Name the tensors that held NaN or Inf.
 
     Args:
@@ -110,7 +113,7 @@ def nonfinite_ranges(quant_stats: Mapping[str, Any]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _states(stats: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, RangeState]]:
+def _states(stats: Stats, path: str = "") -> Iterator[tuple[str, RangeState]]:
     for name, value in stats.items():
         if isinstance(value, Mapping) and "nonfinite" not in value:
             yield from _states(value, f"{path}{name}/")

@@ -1,17 +1,19 @@
 """Run a planned model: simulated quantization in training, exact codes in evaluation."""
 
 from collections.abc import Sequence
-from typing import Any
+
+import jax
 
 from simqat_jax.ir.plan import Placement
 from simqat_jax.training.evaluation import Evaluation
+from simqat_jax.training.ranges import Stats
 from simqat_jax.training.simulation import Simulation
-from simqat_jax.training.values import Seen, Stats, Value, read
+from simqat_jax.training.values import Seen, Value, read
 
 
 def run(
-    placement: Placement, inputs: Sequence[Any], stats: Stats, *, training: bool
-) -> tuple[list[Any], Stats]:
+    placement: Placement, inputs: Sequence[jax.Array], stats: Stats, *, training: bool
+) -> tuple[list[jax.Array], Stats]:
     """Run the model on the values of its inputs.
 
     Args:

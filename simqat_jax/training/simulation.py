@@ -7,7 +7,8 @@ from simqat_jax.numerics.affine import fake_quant
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.ops.operation import bounds_of
-from simqat_jax.training.values import Observation, Run, Seen, Stats, Value, Values
+from simqat_jax.training.ranges import Stats
+from simqat_jax.training.values import Observation, Run, Seen, Value, Values
 
 
 class Simulation(Run):

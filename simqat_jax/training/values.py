@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from simqat_jax.capture.interception import batch_norm
-from simqat_jax.ir.graph import BatchNorm, Constant, Node, Operand, Product
+from simqat_jax.ir.graph import BatchNorm, Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics import folding
 from simqat_jax.numerics.affine import fake_quant
 from simqat_jax.numerics.observers import Range, RangeState
-
-Stats = Mapping[str, Any]
-"""The state of each quantizer with one, by name, and "step": training steps so far."""
+from simqat_jax.training.ranges import Stats
 
 
 class Value(NamedTuple):
@@ -93,11 +91,9 @@ class Run:
                 for step in group:
                     self.step(step, env, seen)
             else:
-                self.rematerialized(remat.params, list(group), env, seen)
+                self.rematerialized(remat, list(group), env, seen)
 
-    def rematerialized(
-        self, params: Mapping[str, Any], steps: list[Step], env: Values, seen: Seen
-    ) -> None:
+    def rematerialized(self, remat: Remat, steps: list[Step], env: Values, seen: Seen) -> None:
         nodes = [node for step in steps for node in step.nodes]
         made = {v for node in nodes for v in node.outputs}
         inputs = {v for node in nodes for v in node.inputs if isinstance(v, int)} - made
@@ -110,7 +106,8 @@ class Run:
                 self.step(step, inner, seen)
             return {v: inner[v] for v in made & used if v in inner}, seen
 
-        results, now_seen = jax.checkpoint(region, **params)({v: env[v] for v in inputs}, seen)
+        again = jax.checkpoint(region, policy=remat.policy, prevent_cse=remat.prevent_cse)
+        results, now_seen = again({v: env[v] for v in inputs}, seen)
         env.update(results)
         seen.update(now_seen)
 
@@ -155,7 +152,7 @@ class Run:
         values = [results.pop(first), *(read(v, env).real for v in rest)]
         results.update(zip(node.outputs, self.run_node(node, values), strict=True))
 
-    def run_node(self, node: Node, values: Sequence[Any]) -> Sequence[Any]:
+    def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:
         results = node.run(*values)
         if not isinstance(node, BatchNorm) or not node.training or self.frozen is None:
             return results
@@ -166,7 +163,7 @@ class Run:
         return [jnp.where(self.frozen, a, b) for a, b in pairs]
 
     def simulate_folded(
-        self, step: Step, values: Sequence[Any], env: Values, seen: Seen
+        self, step: Step, values: Sequence[jax.Array], env: Values, seen: Seen
     ) -> dict[int, jax.Array]:
         """Run a layer with the BatchNorm behind it folded in."""
         node, norm = step.node, step.batch_norm

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from simqat_jax.files import import_extra
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.grid import Grid
 
 _OPSET, _IR_VERSION = 19, 9
+OnnxObject = Any
+"""A message of ONNX, which has no types."""
 _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
 LAST, FIRST = "channels last", "channels first"
 Layout = str | tuple[int, ...]
@@ -26,8 +29,8 @@ class Writer:
         self.helper = import_extra("onnx.helper")
         self.numpy = import_extra("onnx.numpy_helper")
         self.model, self.integer_io = model, integer_io
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
+        self.nodes: list[OnnxObject] = []
+        self.initializers: list[OnnxObject] = []
         self.outputs = [f"output_{n}" for n in range(len(model.outputs))]
         if len(self.outputs) == 1:
             self.outputs = ["output"]
@@ -45,7 +48,9 @@ class Writer:
         self.names.add(name)
         return name
 
-    def node(self, kind: str, inputs: Sequence[str], stem: str, **attributes: Any) -> str:
+    def node(
+        self, kind: str, inputs: Sequence[str], stem: str, **attributes: ArrayLike | str
+    ) -> str:
         """Add a node without defaults or a name besides its output's: the bytes count."""
         output = self.name(stem)
         given = {
@@ -56,7 +61,7 @@ class Writer:
         self.nodes.append(self.helper.make_node(kind, list(inputs), [output], **given))
         return output
 
-    def initializer(self, value: Any, stem: str) -> str:
+    def initializer(self, value: ArrayLike, stem: str) -> str:
         name = self.name(stem)
         self.initializers.append(self.numpy.from_array(np.array(value, order="C"), name))
         return name
@@ -174,7 +179,7 @@ class Writer:
         self.onnx.checker.check_model(proto, full_check=True)
         return proto.SerializeToString()
 
-    def value_info(self, name: str, tensor: Tensor) -> Any:
+    def value_info(self, name: str, tensor: Tensor) -> OnnxObject:
         types = self.onnx.TensorProto
         if tensor.grid is None:
             kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
@@ -183,7 +188,7 @@ class Writer:
         shape = ["batch" if d == -1 else f"{-d}*batch" if d < 0 else d for d in tensor.shape]
         return self.helper.make_tensor_value_info(name, kind, shape)
 
-    def input(self, i: int) -> Any:
+    def input(self, i: int) -> OnnxObject:
         tensor = self.model.tensors[i]
         codes = tensor.name
         if tensor.grid is not None and not self.integer_io:
@@ -191,7 +196,7 @@ class Writer:
         self.put(i, codes)
         return self.value_info(tensor.name, tensor)
 
-    def output(self, number: int, i: int) -> Any:
+    def output(self, number: int, i: int) -> OnnxObject:
         tensor = self.model.tensors[i]
         name = self.outputs[number]
         codes = self.get(i)

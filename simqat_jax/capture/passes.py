@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.ir.graph import (
-    Add,
     Clamp,
     Constant,
     Elementwise,
     Float,
     Graph,
     Mean,
-    Mul,
     Node,
     Operand,
     as_kind,
@@ -22,7 +20,6 @@ from simqat_jax.ir.graph import (
 from simqat_jax.numerics.requantize import FREE, Bounds
 
 _SAME_VALUES = ("broadcast_in_dim", "convert_element_type", "reshape")
-_POINTWISE = (Elementwise, Clamp, Add, Mul)
 
 
 def _chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., tuple[Any, ...]]:
@@ -50,7 +47,7 @@ def prune(graph: Graph) -> Graph:
 
 
 def merge_means(graph: Graph) -> Graph:
-    """Merge a sum and the division of its result by a constant into one "mean" node."""
+    """Merge a sum and the division of its result by a constant into one node: a mean."""
     readers = graph.readers()
     merged: dict[Node, Node | None] = {}
     for node in graph.nodes:
@@ -64,16 +61,7 @@ def merge_means(graph: Graph) -> Graph:
             continue
         inputs = (*node.inputs, divisor)
         merged[node] = None
-        merged[users[0]] = as_kind(
-            Mean,
-            users[0],
-            op="avg_pool" if node.primitive == "reduce_window_sum" else "mean",
-            inputs=inputs,
-            run=_chain((node, users[0]), inputs),
-            divisor=divisor,
-            eqn=node.eqn,
-            parts=(node, users[0]),
-        )
+        merged[users[0]] = node.divided(users[0], inputs, _chain((node, users[0]), inputs))
     nodes = (merged.get(node, node) for node in graph.nodes)
     return dataclasses.replace(graph, nodes=tuple(n for n in nodes if n is not None))
 
@@ -101,7 +89,7 @@ def _roots(graph: Graph, scalars: set[int], cuts: set[int]) -> dict[int, int]:
         sources = {roots.get(v, v) if v not in cuts else v for v in operands if isinstance(v, int)}
         out = node.outputs[0]
         if (
-            isinstance(node, _POINTWISE)
+            node.pointwise
             and len(sources) == 1
             and all(isinstance(v, int) and v in graph.data for v in operands)
             and graph.avals[out].shape == graph.avals[next(iter(sources))].shape

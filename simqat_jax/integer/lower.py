@@ -5,7 +5,6 @@ from collections.abc import Callable, Hashable, Mapping
 import jax
 
 from simqat_jax.capture.capture import Restore
-from simqat_jax.ir.graph import BatchNorm, Dropout
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree, Structure
 from simqat_jax.ir.program_builder import ProgramBuilder
@@ -71,8 +70,7 @@ def lower(
 
 def _lower(at: LoweredStep) -> None:
     step, placement = at.step, at.placement
-    training = any(isinstance(n, BatchNorm) and n.training for n in step.nodes)
-    if training or isinstance(step.node, Dropout):
+    if any(node.only_training for node in step.nodes):
         raise ValueError(NOT_EVALUATION.format(path="/".join(step.node.path)))
     operation = operation_of(step.node)
     if step.quantized:

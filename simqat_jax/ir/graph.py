@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -97,6 +97,14 @@ class Node:
     parts: tuple["Node", ...] = ()
     kind: str = "float"
 
+    pointwise: ClassVar[bool] = False
+    """Whether it may be part of a function of each element of one tensor."""
+
+    @property
+    def only_training(self) -> bool:
+        """Whether it computes as in training and has no meaning in evaluation."""
+        return False
+
     @property
     def primitive(self) -> str:
         """The name of the operation that it was captured as."""
@@ -157,6 +165,10 @@ class BatchNorm(Node):
     kind: str = "batch_norm"
 
     @property
+    def only_training(self) -> bool:
+        return self.training
+
+    @property
     def module(self) -> nn.BatchNorm:
         """The layer."""
         assert isinstance(self.layer.module, nn.BatchNorm)
@@ -183,6 +195,7 @@ class Add(Node):
     """A sum or difference of two tensors."""
 
     kind: str = "add"
+    pointwise: ClassVar[bool] = True
 
     @property
     def subtracts(self) -> bool:
@@ -195,6 +208,7 @@ class Mul(Node):
     """A product of two tensors, element by element."""
 
     kind: str = "mul"
+    pointwise: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -207,6 +221,28 @@ class Mean(Node):
 
     divisor: Operand | None = None
     kind: str = "mean"
+
+    def divided(
+        self, division: Node, inputs: tuple[Operand, ...], run: Callable[..., Sequence[jax.Array]]
+    ) -> "Mean":
+        """Return this sum and the division by a constant behind it as one.
+
+        Args:
+          division: the division.
+          inputs: those of this sum, and the divisor.
+          run: computes both.
+        """
+        windows = self.primitive == "reduce_window_sum"
+        return as_kind(
+            Mean,
+            division,
+            op="avg_pool" if windows else "mean",
+            inputs=inputs,
+            run=run,
+            divisor=inputs[-1],
+            eqn=self.eqn,
+            parts=(self, division),
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -221,6 +257,7 @@ class Elementwise(Node):
     """A function of each element of one tensor, and of scalars."""
 
     kind: str = "elementwise"
+    pointwise: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,6 +270,7 @@ class Clamp(Node):
 
     bounds: Bounds = FREE
     kind: str = "clamp"
+    pointwise: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -245,6 +283,10 @@ class Move(Node):
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Dropout(Move):
     """An active dropout: it keeps the grid of its input for the next layer, not its codes."""
+
+    @property
+    def only_training(self) -> bool:
+        return True
 
 
 class Unquantizable(NamedTuple):

@@ -47,7 +47,7 @@ class Step:
 
     Attributes:
       node: the operation.
-      batch_norm: the BatchNorm behind a Conv or Dense.
+      norm: the BatchNorm behind a Conv or Dense.
       clamp: the ReLU, ReLU6 or clip behind it.
       output: the tensor that leaves the step (of several, the first).
       fold: how the BatchNorm behind it trains.
@@ -56,7 +56,7 @@ class Step:
     """
 
     node: Node
-    batch_norm: BatchNorm | None
+    norm: BatchNorm | None
     clamp: Clamp | None
     output: int
     fold: BatchNormFold = "none"
@@ -66,7 +66,7 @@ class Step:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """The operation and what is fused behind it."""
-        return tuple(n for n in (self.node, self.batch_norm, self.clamp) if n is not None)
+        return tuple(n for n in (self.node, self.norm, self.clamp) if n is not None)
 
 
 class Slot(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.rounding import Rounding
 
 Shape = tuple[int, ...]
 """Lengths of a tensor; -k stands for k times the batch size."""
@@ -72,6 +73,11 @@ class Op:
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return sum(a.nbytes for a in self.arrays.values())
+
+    def rounds_as(self, rounding: Rounding) -> bool:
+        """Whether it gives the codes of a runtime that rounds so; most do in every runtime."""
+        del rounding
+        return True
 
     def run(self, c: "Context", *inputs: jax.Array) -> Sequence[jax.Array]:
         """Compute the outputs, stored codes, from the inputs, stored codes."""

@@ -117,6 +117,9 @@ class Sum(Op):
     multipliers: tuple[float, ...] = ()
     clamp: Clamp
 
+    def rounds_as(self, rounding: Rounding) -> bool:
+        return self.kind in (rounding.add.kind, rounding.subtract.kind)
+
     @property
     def attributes(self) -> dict[str, Any]:
         given = super().attributes
@@ -135,6 +138,9 @@ class Multiply(Op):
 
     kinds = tuple(_PRODUCTS)
     clamp: Clamp
+
+    def rounds_as(self, rounding: Rounding) -> bool:
+        return self.kind == rounding.multiply.kind
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         a, b = (c.in_grid(p).centered(x) for p, x in enumerate(inputs))

@@ -76,12 +76,12 @@ def deployed(
       None for a BatchNorm on batch statistics.
     """
     kernel, bias = layers[0]["kernel"], layers[0].get("bias")
-    if step.batch_norm is None:
+    if step.norm is None:
         codes = quantize(kernel)
-    elif step.batch_norm.training:
+    elif step.norm.training:
         return None
     else:
-        norm = step.batch_norm.module
+        norm = step.norm.module
         codes, bias = folded(layers[1], norm.epsilon, kernel, bias, quantize, step.fold)
     if bias is None:
         return Deployed(codes, None)
@@ -206,7 +206,7 @@ def _arrays(at: LoweredStep) -> dict[str, np.ndarray]:
     quantizer, module, norm = (
         at.placement.kernel_of(at.node),
         module_of(at.node),
-        at.step.batch_norm,
+        at.step.norm,
     )
     assert quantizer is not None and isinstance(at.node, Product)
     epsilon = norm and norm.module.epsilon

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program
+from simqat_jax.ir.program import Program
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import Rounding
-from simqat_jax.ops.arithmetic import Multiply, Sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +45,3 @@ class Target:
     rounding: Rounding
     write: Callable[[Program, bool], bytes]
     open: Callable[[Path, int | None], OpenFile]
-
-
-def rounds_otherwise(op: Op, rounding: Rounding) -> bool:
-    """Whether an operation is a sum or product that does not round as a runtime does."""
-    if isinstance(op, Sum):
-        return op.kind not in (rounding.add.kind, rounding.subtract.kind)
-    return isinstance(op, Multiply) and op.kind != rounding.multiply.kind

@@ -13,8 +13,9 @@ from simqat_jax.capture import Call, Capture, capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
+from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.plan_table import Plan
-from simqat_jax.training.planner import check_batch_statistics, place_quantizers
+from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, initial, restored
 from simqat_jax.training.run import run
 

@@ -144,7 +144,7 @@ class Plan:
 
     def _form(self, step: Step) -> str:
         """Say what a quantized operation becomes, where its name does not."""
-        if step.batch_norm is not None:
+        if step.norm is not None:
             return f"BatchNorm folded: {step.fold}"
         return operation_of(step.node).form(step)
 

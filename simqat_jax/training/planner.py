@@ -1,7 +1,6 @@
 """Decide what is quantized: one quantizer per tensor, at its producer."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 
@@ -146,7 +145,7 @@ class _Planner:
         if not reason and excluded(step.node.path, self.config.exclude):
             reason = "excluded"
         fold = "none"
-        if step.batch_norm is not None and step.node.layer is not None:
+        if step.norm is not None and step.node.layer is not None:
             fold = self.config.bn_fold if step.node.layer.path in self.weights else "none"
         return dataclasses.replace(step, fold=fold, reason=reason)
 
@@ -239,21 +238,6 @@ class _Planner:
         while quantizer in self.shared:
             quantizer = self.shared[quantizer]
         return quantizer
-
-
-def check_batch_statistics(graph: Graph) -> None:
-    """Raise ValueError for a BatchNorm that would take statistics of one value per channel."""
-    for node in graph.nodes:
-        if not isinstance(node, BatchNorm) or not node.training:
-            continue
-        shape = graph.avals[node.outputs[0]].shape
-        features = math.prod(shape[axis] for axis in node.axes)
-        if math.prod(shape) == features and node.module.axis_name is None:
-            raise ValueError(
-                f"{'/'.join(node.path)}: its batch holds one value per channel (shape {shape}), "
-                "which has no variance. Train with a larger batch, or call the BatchNorm with "
-                "use_running_average=True."
-            )
 
 
 def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:

@@ -2,17 +2,17 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from simqat_jax.capture.interception import batch_norm
-from simqat_jax.ir.graph import BatchNorm, Constant, Node, Operand, Product, Remat
+from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
-from simqat_jax.numerics import folding
 from simqat_jax.numerics.affine import fake_quant
 from simqat_jax.numerics.observers import Range, RangeState
+from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
 
 
@@ -138,9 +138,9 @@ class Run:
             if isinstance(node, Product) and self.placement.kernel_of(node) is not None:
                 values[1] = self.quantized_kernel(node, values[1], seen)
             results = dict(zip(node.outputs, self.run_node(node, values), strict=True))
-            if step.batch_norm is not None:
-                self.run_behind(step.batch_norm, results, env)
-        unclamped = results[(step.batch_norm or step.node).outputs[0]]
+            if step.norm is not None:
+                self.run_behind(step.norm, results, env)
+        unclamped = results[(step.norm or step.node).outputs[0]]
         if step.clamp is not None:
             self.run_behind(step.clamp, results, env)
         return results, unclamped
@@ -154,41 +154,17 @@ class Run:
 
     def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:
         results = node.run(*values)
-        if not isinstance(node, BatchNorm) or not node.training or self.frozen is None:
-            return results
-        layer = node.layer
-        still = batch_norm(layer, *values, use_running_average=True)
-        kept = [values[1 + layer.names.index(name)] for name in ("mean", "var")]
-        pairs = zip((*still, *kept), results, strict=True)
-        return [jnp.where(self.frozen, a, b) for a, b in pairs]
+        return results if self.frozen is None else unless_frozen(node, values, results, self.frozen)
 
     def simulate_folded(
         self, step: Step, values: Sequence[jax.Array], env: Values, seen: Seen
     ) -> dict[int, jax.Array]:
         """Run a layer with the BatchNorm behind it folded in."""
-        node, norm = step.node, step.batch_norm
-        assert isinstance(node, Product) and norm is not None
-        x, named = values[0], node.layer.named(values[1:])
-        kernel, module = named["kernel"], norm.module
-        old = norm.layer.named([read(v, env).real for v in norm.inputs[1:]])
-        no_bias = [jnp.zeros_like(v) for name, v in named.items() if name != "kernel"]
-        layer = folding.Layer(
-            run=lambda folded: node.run(x, folded.astype(kernel.dtype), *no_bias)[0],
-            kernel=kernel,
-            bias=named.get("bias"),
-            norm=folding.batch_norm_state(old, module.epsilon),
-            epsilon=module.epsilon,
-            quantize=lambda folded: self.quantized_kernel(node, folded, seen),
-            moments=_moments(norm, old.get("mask")) if norm.training else None,
-            frozen=self.frozen,
-        )
-        result = folding.FOLDS[step.fold](layer)
-        out = result.output.astype(self.placement.graph.avals[norm.outputs[0]].dtype)
-        results = {norm.outputs[0]: out}
-        for v, name in zip(norm.outputs[1:], ("mean", "var"), strict=False):
-            new = module.momentum * old[name] + (1 - module.momentum) * getattr(result, name)
-            results[v] = layer.unless_frozen(new, old[name])
-        return results
+        assert isinstance(step.node, Product) and step.norm is not None
+        stats = [read(v, env).real for v in step.norm.inputs[1:]]
+        quantize = partial(self.quantized_kernel, step.node, seen=seen)
+        dtype = self.placement.graph.avals[step.norm.outputs[0]].dtype
+        return folded_step(step, values, stats, quantize, self.frozen, dtype)
 
     def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
         """Fake-quantize a kernel, possibly with a BatchNorm folded in."""
@@ -201,10 +177,3 @@ class Run:
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:
         """Return `quantized` once `delay` training steps have passed, `real` before."""
         return quantized if delay == 0 else jnp.where(self.stats["step"] >= delay, quantized, real)
-
-
-def _moments(norm: BatchNorm, mask: jax.Array | None) -> folding.Moments:
-    module = norm.module
-    return folding.Moments(
-        module.axis_name, module.axis_index_groups, module.use_fast_variance, mask
-    )

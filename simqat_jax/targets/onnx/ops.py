@@ -28,7 +28,6 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
-from simqat_jax.targets.target import rounds_otherwise
 
 T = TypeVar("T")
 
@@ -40,7 +39,7 @@ def write_op(writer: Writer, op: Op) -> None:
       ValueError: it has no form in ONNX.
     """
     write = _WRITERS.get(type(op))
-    if rounds_otherwise(op, ONNXRUNTIME):
+    if not op.rounds_as(ONNXRUNTIME):
         raise ValueError(
             f"{op.path}: this model's {op.kind} rounds as in {writer.model.backend}. Convert it "
             'with convert(..., backend="onnx").'

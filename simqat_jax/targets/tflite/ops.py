@@ -1,7 +1,8 @@
 """Write the operations of a program as TFLite operators on int8 codes."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,17 +28,46 @@ from simqat_jax.ops.moves import (
 )
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
-from simqat_jax.targets.target import rounds_otherwise
 from simqat_jax.targets.tflite.subgraph import Codes, refuse, stored
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
-    convolution,
     grown,
     pad_codes,
+    padded,
     windowed,
 )
 from simqat_jax.targets.tflite.writer import Writer
+
+VERSIONS = {
+    "ADD": ("AddOptions", 2),
+    "CAST": ("CastOptions", 1),
+    "CONCATENATION": ("ConcatenationOptions", 2),
+    "CONV_2D": ("Conv2DOptions", 3),
+    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
+    "DEQUANTIZE": (None, 2),
+    "DIV": ("DivOptions", 1),
+    "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
+    "GATHER": ("GatherOptions", 2),
+    "MAXIMUM": ("MaximumMinimumOptions", 2),
+    "MAX_POOL_2D": ("Pool2DOptions", 2),
+    "MINIMUM": ("MaximumMinimumOptions", 2),
+    "MIRROR_PAD": ("MirrorPadOptions", 2),
+    "MUL": ("MulOptions", 2),
+    "PAD": ("PadOptions", 2),
+    "PADV2": ("PadV2Options", 2),
+    "QUANTIZE": (None, 1),
+    "REDUCE_MAX": ("ReducerOptions", 2),
+    "REDUCE_MIN": ("ReducerOptions", 2),
+    "RESHAPE": ("ReshapeOptions", 1),
+    "REVERSE_V2": ("ReverseV2Options", 1),
+    "ROUND": (None, 1),
+    "STRIDED_SLICE": ("StridedSliceOptions", 2),
+    "SUB": ("SubOptions", 2),
+    "TILE": ("TileOptions", 1),
+    "TRANSPOSE": ("TransposeOptions", 2),
+}
+"""The options and the version of each operator that is written."""
 
 
 def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
@@ -52,7 +82,7 @@ def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
 def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
     for op in program.ops:
-        if rounds_otherwise(op, XNNPACK):
+        if not op.rounds_as(XNNPACK):
             refuse(
                 op,
                 "it rounds as ONNX Runtime does, which LiteRT does not",
@@ -103,7 +133,7 @@ def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
             "Resize the input with jnp.repeat in front of a plain convolution.",
         )
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation, op.pad_mode)
-    convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
+    _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
 
 
 def _dense(w: Writer, op: Dense, x: Codes, y: Codes) -> None:
@@ -135,9 +165,37 @@ def _affine(w: Writer, op: Affine, x: Codes, y: Codes) -> None:
     source = w.reshape(x, planar(x.shape))
     out = y if len(y.shape) == 4 else w.codes(f"{op.path}/planar", planar(y.shape), y.grid)
     scales = np.broadcast_to(scale, (channels,))
-    convolution(w, op, source, out, kernel, scales, channels, window, op.clamp)
+    _convolution(w, op, source, out, kernel, scales, channels, window, op.clamp)
     if out is not y:
         w.reshape(out, y.shape, y)
+
+
+def _convolution(
+    w: Writer,
+    op: Op,
+    x: Codes,
+    y: Codes,
+    kernel: np.ndarray,
+    scale: np.ndarray,
+    groups: int,
+    window: Window,
+    clamp: Sequence[int],
+) -> None:
+    depthwise = groups > 1 and groups == x.shape[-1]
+    kernel = kernel.reshape(*(1,) * (4 - kernel.ndim), *kernel.shape)
+    name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+
+    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
+        dilation = window.planar().dilation
+        options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
+        if depthwise:
+            options["depthMultiplier"] = kernel.shape[-1] // groups
+            weights = w.weights(op, x, y, kernel.reshape(1, *kernel.shape[:2], -1), scale, 3)
+        else:
+            weights = w.weights(op, x, y, kernel.transpose(3, 0, 1, 2), scale, 0)
+        w.clamped(op, name, [x.index, *weights], y, clamp, **options)
+
+    windowed(w, op, x, y, window, emit, functools.partial(padded, w, op))
 
 
 # Sums --------------------------------------------------------------------------------------------
@@ -167,7 +225,7 @@ def _sum_pool(w: Writer, op: SumPool, x: Codes, y: Codes) -> None:
     weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths))
     kernel = np.full((*window.lengths, 1, channels), weight)
     scales = np.full(channels, scale)
-    convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+    _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
 
 
 def _ones(op: SumOver | SumPool, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -12,35 +12,6 @@ from numpy.typing import ArrayLike, DTypeLike
 from simqat_jax.ir.program import Op
 from simqat_jax.numerics.grid import Grid
 
-# The options and the version of each operator that is written.
-_OPERATORS = {
-    "ADD": ("AddOptions", 2),
-    "CAST": ("CastOptions", 1),
-    "CONCATENATION": ("ConcatenationOptions", 2),
-    "CONV_2D": ("Conv2DOptions", 3),
-    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
-    "DEQUANTIZE": (None, 2),
-    "DIV": ("DivOptions", 1),
-    "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
-    "GATHER": ("GatherOptions", 2),
-    "MAXIMUM": ("MaximumMinimumOptions", 2),
-    "MAX_POOL_2D": ("Pool2DOptions", 2),
-    "MINIMUM": ("MaximumMinimumOptions", 2),
-    "MIRROR_PAD": ("MirrorPadOptions", 2),
-    "MUL": ("MulOptions", 2),
-    "PAD": ("PadOptions", 2),
-    "PADV2": ("PadV2Options", 2),
-    "QUANTIZE": (None, 1),
-    "REDUCE_MAX": ("ReducerOptions", 2),
-    "REDUCE_MIN": ("ReducerOptions", 2),
-    "RESHAPE": ("ReshapeOptions", 1),
-    "REVERSE_V2": ("ReverseV2Options", 1),
-    "ROUND": (None, 1),
-    "STRIDED_SLICE": ("StridedSliceOptions", 2),
-    "SUB": ("SubOptions", 2),
-    "TILE": ("TileOptions", 1),
-    "TRANSPOSE": ("TransposeOptions", 2),
-}
 _ACTIVATIONS = {
     "NONE": (-math.inf, math.inf),
     "RELU": (0.0, math.inf),
@@ -73,10 +44,11 @@ class Subgraph:
 
     Attributes:
       schema: the module of LiteRT's schema classes, which have no types.
+      versions: of each operator that may be emitted its options and its version.
     """
 
-    def __init__(self, schema: ModuleType):
-        self.schema = schema
+    def __init__(self, schema: ModuleType, versions: Mapping[str, tuple[str | None, int]]):
+        self.schema, self.versions = schema, versions
         self.tensors: list[SchemaObject] = []
         self.buffers: list[SchemaObject] = [schema.BufferT()]
         self.operators: list[SchemaObject] = []
@@ -86,7 +58,7 @@ class Subgraph:
         """Return the entry of an operator in the list of those that the file uses."""
         code, value = self.schema.OperatorCodeT(), getattr(self.schema.BuiltinOperator, name)
         code.builtinCode, code.deprecatedBuiltinCode = value, min(value, 127)
-        code.version = _OPERATORS[name][1]
+        code.version = self.versions[name][1]
         return code
 
     # Tensors ---------------------------------------------------------------------------------
@@ -163,7 +135,7 @@ class Subgraph:
         s, operator = self.schema, self.schema.OperatorT()
         operator.opcodeIndex = self.opcodes.setdefault(name, len(self.opcodes))
         operator.inputs, operator.outputs = list(inputs), [output]
-        kind = _OPERATORS[name][0]
+        kind = self.versions[name][0]
         if kind is not None:
             operator.builtinOptionsType = getattr(s.BuiltinOptions, kind)
             operator.builtinOptions = getattr(s, kind + "T")()

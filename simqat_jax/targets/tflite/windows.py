@@ -4,8 +4,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from simqat_jax.ir.program import Op
 from simqat_jax.targets.tflite.subgraph import Codes, refuse
 from simqat_jax.targets.tflite.writer import Writer
@@ -78,45 +76,14 @@ def windowed(
         w.reshape(target, y.shape, y)
 
 
-def convolution(
-    w: Writer,
-    op: Op,
-    x: Codes,
-    y: Codes,
-    kernel: np.ndarray,
-    scale: np.ndarray,
-    groups: int,
-    window: Window,
-    clamp: Sequence[int],
-) -> None:
-    depthwise = groups > 1 and groups == x.shape[-1]
-    kernel = kernel.reshape(*(1,) * (4 - kernel.ndim), *kernel.shape)
-    name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
-
-    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
-        dilation = window.planar().dilation
-        options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
-        if depthwise:
-            options["depthMultiplier"] = kernel.shape[-1] // groups
-            weights = w.weights(op, x, y, kernel.reshape(1, *kernel.shape[:2], -1), scale, 3)
-        else:
-            weights = w.weights(op, x, y, kernel.transpose(3, 0, 1, 2), scale, 0)
-        w.clamped(op, name, [x.index, *weights], y, clamp, **options)
-
-    def pad(x: Codes, window: Window) -> Codes:
-        if window.mode == "wrap":
-            return _wrapped(w, op, x, window.padding)
-        return _padded(w, op, x, [(0, 0), *window.padding, (0, 0)], window.mode)
-
-    windowed(w, op, x, y, window, emit, pad)
-
-
-def _padded(
-    w: Writer, op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
-) -> Codes:
-    check_padding(op, x, padding, mode)
+def padded(w: Writer, op: Op, x: Codes, window: Window) -> Codes:
+    """Pad as a convolution does."""
+    if window.mode == "wrap":
+        return _wrapped(w, op, x, window.padding)
+    padding = [(0, 0), *window.padding, (0, 0)]
+    check_padding(op, x, padding, window.mode)
     y = w.codes(f"{op.path}/padded", grown(x.shape, padding), x.grid)
-    if mode == "reflect":
+    if window.mode == "reflect":
         options = {"mode": w.schema.MirrorPadMode.REFLECT}
         w.emit("MIRROR_PAD", [x.index, w.constant(padding)], y.index, **options)
     else:

@@ -1,6 +1,6 @@
 """Write a program as a TFLite model: its operations, inputs and outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -17,8 +17,13 @@ class Writer(Subgraph):
       values: what stands for each of its tensors that has been written.
     """
 
-    def __init__(self, program: Program, schema: ModuleType):
-        super().__init__(schema)
+    def __init__(
+        self,
+        program: Program,
+        schema: ModuleType,
+        versions: Mapping[str, tuple[str | None, int]],
+    ):
+        super().__init__(schema, versions)
         self.source = program
         self.values: dict[int, Codes] = {}
 

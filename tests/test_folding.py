@@ -90,6 +90,7 @@ def assert_close(got, want, tolerance):
         assert worst <= tolerance * scale, (jax.tree_util.keystr(path), worst, scale)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MODES)
 def test_without_rounding_training_equals_the_float_network(setup, mode):
     model, floats, x = setup

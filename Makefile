@@ -1,7 +1,11 @@
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of some interpreters that is there and runs.
+at-hand = $(firstword $(foreach python,$(1),$(shell $(python) -c '' 2>/dev/null && echo $(python))))
+PYTHON ?= $(call at-hand,python3.11 python3)
+OLDEST ?= $(call at-hand,python3.11)
+NEWEST ?= $(call at-hand,python3.14 python3.13 python3.12)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test notebooks lint docs
+.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs
 
 venv: .venv/.installed
 
@@ -17,6 +21,26 @@ quickstart: venv  ## float LeNet5, its quantized twin, its two int8 files, on em
 
 test: venv
 	$(RUN) -m pytest -n 2
+
+test-versions:  ## the tests marked so, with the oldest and the newest that pyproject.toml admits
+	$(if $(OLDEST),$(MAKE) test-oldest,@echo "SKIPPED: the oldest versions; there is no python3.11.")
+	$(if $(NEWEST),$(MAKE) test-newest,@echo "SKIPPED: the newest; no python3.14, 3.13 or 3.12.")
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python -m pytest -n 2 -m versions \
+	  --ignore-glob 'tests/*experiments*'
+
+.venv-oldest/.installed: pyproject.toml .ci/lower_bounds.py
+	$(OLDEST) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python .ci/lower_bounds.py export test > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[export,test]' \
+	  --constraint .venv-oldest/constraints.txt
+	touch $@
+
+.venv-newest/.installed: pyproject.toml  # `rm -r .venv-newest` for what was released since
+	$(NEWEST) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable '.[export,test]'
+	touch $@
 
 notebooks: venv  ## run them; the second one only where TFDS_DATA_DIR says where CIFAR-10 is
 	$(if $(TFDS_DATA_DIR),,@echo "02_cifar10_resnet.ipynb is skipped: TFDS_DATA_DIR is not set.")

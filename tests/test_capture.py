@@ -76,6 +76,7 @@ class Lifted(nn.Module):
         return Middle(cls, name="d")(Middle(cls, name="c")(x)) + x
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("lift", [lambda cls: cls, nn.jit, nn.remat])
 def test_instances_of_one_class_keep_their_own_paths(lift):
     found, plan = rows(Lifted(lift), X)
@@ -89,13 +90,16 @@ def test_instances_of_one_class_keep_their_own_paths(lift):
     assert weights == ["b/Dense_0/kernel", "d/i/Dense_0/kernel"]
 
 
+@pytest.mark.versions
 def test_traces_of_the_float_model_are_not_reused():
     cls = nn.jit(Inner)
     model = Model(lambda x: nn.Dense(2)(cls(name="a")(x)))
     variables = model.init(KEY, X)
     before = model.apply(variables, X)
     _, _, y, floats = trained(model, X)
-    np.testing.assert_array_equal(floats, before)
+    # Compiled as one or operation by operation, floats differ in their last bits; a quantized trace
+    # would differ by about 1e-2.
+    np.testing.assert_allclose(floats, before, rtol=1e-5, atol=1e-6)
     assert 0 < jnp.abs(y - floats).max() < 0.05
     np.testing.assert_array_equal(model.apply(variables, X), before)
 
@@ -230,6 +234,7 @@ def reverse_gradient(x):
 reverse_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     "function",
     [
@@ -268,6 +273,7 @@ def test_custom_gradients_are_kept():
         np.testing.assert_allclose(grad, sign * want, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("function", "op"),
     [
@@ -369,6 +375,7 @@ class Recurrent(nn.Module):
         return nn.Dense(2)(nn.RNN(nn.GRUCell(4, name="layer"))(x[None]))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("model", "inside"),
     [

@@ -146,6 +146,7 @@ def test_conv(case):
     assert len(np.unique(want[0])) > 50
 
 
+@pytest.mark.versions
 def test_network():
     """Every operator, one behind the other."""
 
@@ -310,7 +311,9 @@ class Blocks(nn.Module):
 @pytest.mark.parametrize(
     ("lift", "rate"),  # nn.jit has random streams of its own
     [
-        (lambda cls: nn.remat(cls, static_argnums=(2,)), 0.5),
+        pytest.param(
+            lambda cls: nn.remat(cls, static_argnums=(2,)), 0.5, marks=pytest.mark.versions
+        ),
         (lambda cls: nn.jit(cls, static_argnums=(2,)), 0.0),
     ],
     ids=["remat", "jit"],

@@ -91,6 +91,7 @@ def test_float_parts_are_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.versions
 def test_float_inputs_and_outputs_by_default(tmp_path):
     case = CASES["residual"]
     model = converted(case)
@@ -146,6 +147,7 @@ def test_without_the_extra(tmp_path, monkeypatch):
         sq.export_onnx(model, tmp_path / "m.onnx")
 
 
+@pytest.mark.versions
 def test_several_outputs_are_numbered(tmp_path):
     sq.export_onnx(converted(CASES["two heads"]), tmp_path / "m.onnx")
     names = [o.name for o in session(tmp_path / "m.onnx").get_outputs()]

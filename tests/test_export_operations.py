@@ -64,6 +64,7 @@ def test_additions(backend, folder, a, b, c, seed, subtract):
     compared(addition(backend, a, b, c, subtract, (seed % 100, 255)), folder, list(codes))
 
 
+@pytest.mark.versions
 @both
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("zeros", [(0, 0, 0), (255, 255, 255), (0, 255, 128), (3, 130, 77)])
@@ -89,6 +90,7 @@ def test_products(backend, folder, a, b, c, seed):
 # Layers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @both
 @given(grids, grids, seeds, st.integers(1, 300), st.booleans())
 @settings(max_examples=20, deadline=None)
@@ -223,6 +225,7 @@ def test_clips(backend, folder, x, lo, hi):
     compared(single(backend, "clip", (x, x), {}, clamp=(lo, hi)), folder, codes)
 
 
+@pytest.mark.versions
 @both
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_tables_of_every_code(backend, symmetric, tmp_path):

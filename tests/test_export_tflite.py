@@ -99,6 +99,7 @@ class Residual(nn.Module):
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("integer_io", [False, True])
 def test_xnnpack_takes_the_whole_graph_as_one(integer_io, tmp_path):
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -124,6 +125,7 @@ def test_what_is_refused(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.versions
 def test_float_inputs_and_outputs_by_default(tmp_path):
     model = converted(CASES["residual"])
     sq.export_tflite(model, tmp_path / "m.tflite")
@@ -140,6 +142,7 @@ def test_float_inputs_and_outputs_by_default(tmp_path):
     np.testing.assert_array_equal(got, model(x))
 
 
+@pytest.mark.versions
 def test_signature(tmp_path):
     model = converted(CASES["two heads"])
     sq.export_tflite(model, tmp_path / "m.tflite")

@@ -90,6 +90,7 @@ def assert_close(got, want, tolerance):
         assert worst <= tolerance * scale, (jax.tree_util.keystr(path), worst, scale)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MODES)
 def test_without_rounding_training_equals_the_float_network(setup, mode):
     model, floats, x = setup
@@ -97,9 +98,11 @@ def test_without_rounding_training_equals_the_float_network(setup, mode):
     want_y, want_updates, want_grads = train_step(model, floats, x)
     with mock.patch.object(affine, "_fake_quant", identity):
         y, updates, grads = train_step(qmodel, variables, x)
-    assert_close(y, want_y, 1e-5)
+    # Means are ten times as far from float64 before jax 0.10.2 as they are since: the output of the
+    # float network itself 4e-5 of its largest value, its gradients more.
+    assert_close(y, want_y, 1e-4)
     assert_close(updates["batch_stats"], want_updates["batch_stats"], 1e-5)
-    assert_close(grads, want_grads, 1e-4)
+    assert_close(grads, want_grads, 5e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)

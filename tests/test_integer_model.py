@@ -101,6 +101,7 @@ def test_widths(activation_bits, weight_bits, symmetric):
     assert (grid.qmin, grid.qmax) == (config.activation.qmin, config.activation.qmax)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
 def test_batch_norm_of_every_kind(fold):
     """Negative, zero and dead channels, folded in each mode."""
@@ -114,6 +115,7 @@ def test_batch_norm_of_every_kind(fold):
     assert_same(model(*norm.args), evaluate(variables, *norm.args))
 
 
+@pytest.mark.versions
 def test_int8_weights_and_a_table_to_read():
     case = CASES["residual"]
     qmodel, variables, _ = trained(case)
@@ -200,6 +202,7 @@ def test_a_truncated_file(saved):
         sq.IntegerModel.load(saved)
 
 
+@pytest.mark.versions
 def test_an_altered_file(saved):
     data = bytearray(saved.read_bytes())
     data[len(data) // 2] ^= 0x10

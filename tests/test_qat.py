@@ -101,6 +101,7 @@ def test_plan_computes_nothing_and_takes_shapes(x):
 # Training and evaluation -------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 def test_training_with_train_state_lowers_the_loss(x):
     qmodel, variables = qat(Net(), x)
     labels = jnp.argmax(x[:, :3], axis=-1)

@@ -33,6 +33,7 @@ def data():
     return np.asarray(jax.random.normal(jax.random.key(3), (70, 8, 8, 4)))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("integer_io", [False, True])
 @pytest.mark.parametrize("backend", ["onnx", "tflite"])
 def test_no_code_differs(backend, integer_io, data, tmp_path):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Hashable, Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from simqat_jax.capture.capture import Restore
 from simqat_jax.ir.plan import Placement
@@ -72,6 +74,7 @@ def _lower(at: LoweredStep) -> None:
     step, placement = at.step, at.placement
     if any(node.only_training for node in step.nodes):
         raise ValueError(NOT_EVALUATION.format(path="/".join(step.node.path)))
+    _check_operands(at)
     operation = operation_of(step.node)
     if step.quantized:
         if not operation.lower(at):
@@ -80,6 +83,22 @@ def _lower(at: LoweredStep) -> None:
         operation.move(at)
     else:
         emit_float(at)
+
+
+def _check_operands(at: LoweredStep) -> None:
+    """Raise ValueError for NaN in what functional operations read besides their data."""
+    for node in at.step.nodes:
+        if node.layer is not None:  # `layer_values` names the parameter
+            continue
+        for v in node.inputs:
+            value = None if at.builder.is_data(v) else np.asarray(at.builder.value(v))
+            if value is None or not jnp.issubdtype(value.dtype, jnp.floating):
+                continue
+            if np.isnan(value.astype(np.float32)).any():
+                raise ValueError(
+                    f"{node.where}: a parameter of {node.op} holds NaN. Train again from a "
+                    "checkpoint without."
+                )
 
 
 def _returned(restore: Restore, count: int) -> tuple[list[_Index], Structure]:

@@ -1,7 +1,8 @@
 """A model on integers: tensors with their grids, and operations on their codes."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -157,6 +158,22 @@ class Program:
         constants = [t.value for t in self.tensors if t.value is not None]
         return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
 
+    def output_names(self) -> tuple[str, ...]:
+        """Return a name for each output, as the model returns it: the keys of a dictionary.
+
+        "output" for a single array, "output_0" in a list or tuple, "head/boxes" in dictionaries;
+        no two are equal, and none is an input's.
+        """
+        names = dict(_named(self.structure, ""))
+        taken = {self.tensors[i].name for i in self.inputs}
+        unique: list[str] = []
+        for k in range(len(self.outputs)):
+            stem = names.get(k, f"output_{k}")
+            numbers = itertools.chain([""], (f"_{n}" for n in itertools.count(2)))
+            unique.append(next(stem + n for n in numbers if stem + n not in taken))
+            taken.add(unique[-1])
+        return tuple(unique)
+
     def validate(self) -> None:
         """Check that every tensor that is read has been made, and made once.
 
@@ -174,3 +191,15 @@ class Program:
         unmade = [i for i in self.outputs if i not in made]
         if strangers or unmade:
             raise ValueError(f"outputs that nothing makes: {unmade}; no tensors: {strangers}.")
+
+
+def _named(structure: Structure, path: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and the name of each output in a structure."""
+    if isinstance(structure, int):
+        yield structure, path or "output"
+    elif isinstance(structure, Mapping):
+        for key, value in structure.items():
+            yield from _named(value, f"{path}/{key}" if path else key)
+    elif isinstance(structure, list | tuple):
+        for k, value in enumerate(structure):
+            yield from _named(value, f"{path}/{k}" if path else f"output_{k}")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simqat_jax.ir.graph import Graph, Node
+from simqat_jax.ir.graph import BatchNorm, Graph, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.ir.program import Context, Op, Shape
 from simqat_jax.ir.program_builder import ProgramBuilder
@@ -256,10 +256,13 @@ class LoweredStep:
         assert node.layer is not None
         values = node.layer.named([jnp.asarray(self.builder.value(v)) for v in node.inputs[1:]])
         for name, value in values.items():
+            below = " or values below zero" if name == "var" else ""
+            if below and isinstance(node, BatchNorm):
+                value = np.where(np.asarray(value) + node.module.epsilon > 0, value, np.nan)
             if not np.all(np.isfinite(np.asarray(value, np.float32))):
                 raise ValueError(
-                    f"{'/'.join(node.path)}: its {name} holds NaN or Inf. Train again from a "
-                    "checkpoint without."
+                    f"{'/'.join(node.path)}: its {name} holds NaN or Inf{below}. Train again from "
+                    "a checkpoint without."
                 )
         return values
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,10 +63,15 @@ def verify(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a file of another kind, a model with outputs that are no codes, no examples.
+      ValueError: a file of another kind or another model, a model with outputs that are no codes,
+        data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
     path = Path(path)
+    if batch_size < 1:
+        raise ValueError(
+            f"batch_size is the number of examples a call, 1 or more: got {batch_size}."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     floats = [model.tensors[i].name for i in model.outputs if model.tensors[i].grid is None]
@@ -95,6 +101,12 @@ def _batches(
         raise ValueError(f"the model takes {len(model.inputs)} arrays, got {len(arrays)}.")
     if any(not a.shape or not len(a) for a in arrays):
         raise ValueError("the data hold no examples.")
+    counts = {len(a) for a in arrays}
+    if len(counts) > 1:
+        raise ValueError(f"the data hold different numbers of examples: {sorted(counts)}.")
+    for i, a in zip(model.inputs, arrays, strict=True):
+        if np.issubdtype(a.dtype, np.floating) and np.isnan(a).any():
+            raise ValueError(f"{model.tensors[i].name}: the data hold NaN, which has no code.")
     if all(d >= 0 for i in model.inputs for d in model.tensors[i].shape):
         return [list(arrays)]
     starts = range(0, len(arrays[0]), size)
@@ -166,16 +178,29 @@ def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command `simqat-verify MODEL FILE DATA`; return 1 where codes differ."""
+    """Run the command `simqat-verify MODEL FILE --data DATA`.
+
+    Returns:
+      0 where all codes are equal, 1 where some differ, 2 where something could not be checked;
+      then one line says why.
+    """
     parser = argparse.ArgumentParser(prog="simqat-verify", description=__doc__)
     parser.add_argument("model", help="an integer model, as IntegerModel.save wrote it")
     parser.add_argument("file", nargs="+", help="*.onnx or *.tflite files written from it")
     parser.add_argument("--data", required=True, help="*.npy with inputs in real units")
     options = parser.parse_args(arguments)
-    model, data = IntegerModel.load(options.model), np.load(options.data)
-    found = [verify(model, file, data) for file in options.file]
-    print(*found, sep="\n")
-    return int(any(v.differing for v in found))
+    status = 0
+    try:
+        model, data = IntegerModel.load(options.model), np.load(options.data)
+        for file in options.file:
+            found = verify(model, file, data)
+            print(found)
+            status = max(status, int(found.differing > 0))
+    except Exception as error:  # a runtime raises errors of its own for a file that it cannot read
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"simqat-verify: could not check: {reason}", file=sys.stderr)
+        return 2
+    return status
 
 
 if __name__ == "__main__":

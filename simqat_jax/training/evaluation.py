@@ -4,8 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from simqat_jax.ir.graph import Dropout, Product
+from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Product
 from simqat_jax.ir.plan import Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
 from simqat_jax.numerics.grid import (
@@ -55,6 +56,22 @@ class Evaluation(Run):
             return grid
         known = jnp.all(jnp.asarray(lo) <= hi)
         return Grid(jnp.where(known, grid.scale, jnp.nan), *(grid.zero_point, grid.qmin, grid.qmax))
+
+    def is_sound(self, env: Values) -> jax.Array:
+        """Whether every range was observed, and layers and ranges hold neither NaN nor Inf.
+
+        Codes have no NaN: without this, a diverged parameter gives finite and plausible results.
+        """
+        ranges = (q.observer.range(self.stats[q.name]) for q in self.placement.stateful.values())
+        sound = [_is_range(lo, hi) for lo, hi in ranges]
+        nodes = (node for step in self.placement.steps for node in step.nodes)
+        for node, position, v in ((n, k, v) for n in nodes for k, v in enumerate(n.inputs)):
+            if v in self.placement.graph.data or (isinstance(v, int) and v not in env):
+                continue
+            x = read(v, env).real
+            if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                sound.append(_is_sound(node, position, jnp.asarray(x)))
+        return jnp.all(jnp.stack(sound))
 
     # Tensors ----------------------------------------------------------------------------------
 
@@ -109,7 +126,7 @@ class Evaluation(Run):
     def kernel_codes(self, step: Step, kernel: jax.Array) -> Codes:
         assert isinstance(step.node, Product)
         quantizer = self.placement.weights[step.node.layer.path]
-        ends = self.stats[quantizer.name][:2] if quantizer.has_state else None
+        ends = self.range(quantizer, kernel) if quantizer.has_state else None
         return kernel_codes(quantizer, ends, kernel)
 
     def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:
@@ -150,3 +167,21 @@ class Evaluation(Run):
             for operand in operands
         ]
         return node.run(*values)[node.outputs.index(v)].astype(jnp.float32)
+
+
+def _is_range(lo: ArrayLike, hi: ArrayLike) -> jax.Array:
+    lo, hi = jnp.asarray(lo), jnp.asarray(hi)
+    return jnp.all((lo <= hi) & jnp.isfinite(lo) & jnp.isfinite(hi))
+
+
+def _is_sound(node: Node, position: int, x: jax.Array) -> jax.Array:
+    """Whether an operand that does not depend on the data holds what it may.
+
+    A layer's parameters are finite and its variance is none below zero. Another operand may be an
+    infinite bound, but never NaN.
+    """
+    if node.layer is None or position == 0:
+        return ~jnp.any(jnp.isnan(x))
+    if isinstance(node, BatchNorm) and node.layer.names[position - 1] == "var":
+        x = jnp.where(x + node.module.epsilon > 0, x, jnp.nan)
+    return jnp.all(jnp.isfinite(x))

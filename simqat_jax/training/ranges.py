@@ -1,7 +1,7 @@
 """The collection `quant_stats`: what it must hold before a model can be evaluated."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from simqat_jax.ir.plan import Placement, Quantizer
-from simqat_jax.numerics.observers import RangeState, as_range_state
+from simqat_jax.numerics.observers import Range
 
 COLLECTION = "quant_stats"
 STEP = "step"
@@ -42,8 +42,8 @@ def check(placement: Placement, stats: Stats) -> dict[str, Any]:
       stats: the collection.
 
     Raises:
-      ValueError: a range is missing or, where values are at hand (outside of jit), empty; training
-        counted more operations of one kind than this call has.
+      ValueError: a range is missing or, where values are at hand (outside of jit), empty or not
+        finite; training counted more operations of one kind than this call has.
     """
     _check_numbers(placement, stats)
     known = restored(placement, stats)
@@ -55,12 +55,19 @@ def check(placement: Placement, stats: Stats) -> dict[str, Any]:
             "collection mutable: apply(..., mutable=['quant_stats'])."
         )
     ends = {name: q.observer.range(known[name]) for name, q in placement.stateful.items()}
-    empty = [name for name, (lo, hi) in ends.items() if _is_concrete(lo) and _is_empty(lo, hi)]
+    concrete = {name: pair for name, pair in ends.items() if _is_concrete(pair[0])}
+    empty = [name for name, (lo, hi) in concrete.items() if _is_empty(lo, hi)]
     if empty:
         raise ValueError(
             f"the ranges of {', '.join(empty)} were never observed, so evaluation has no grid for "
             "them. Train, or calibrate with apply(..., mutable=['quant_stats']), and evaluate "
             "with the updated quant_stats."
+        )
+    broken = [name for name, pair in concrete.items() if not _is_finite(pair)]
+    if broken:
+        raise ValueError(
+            f"the ranges of {', '.join(broken)} hold NaN or Inf. Take the quant_stats of an "
+            "earlier checkpoint, or of init, and calibrate again."
         )
     return known
 
@@ -71,6 +78,10 @@ def _is_concrete(value: object) -> bool:
 
 def _is_empty(lo: ArrayLike, hi: ArrayLike) -> bool:
     return bool(np.any(np.asarray(lo) > np.asarray(hi)))
+
+
+def _is_finite(pair: Range) -> bool:
+    return all(bool(np.all(np.isfinite(np.asarray(end)))) for end in pair)
 
 
 def _check_numbers(placement: Placement, stats: Stats) -> None:
@@ -109,13 +120,22 @@ def nonfinite_ranges(quant_stats: Stats) -> dict[str, int]:
       >>> nonfinite_ranges({"input": init_range()})
       {}
     """
-    counts = {name: int(state.nonfinite) for name, state in _states(quant_stats)}
+    counts = dict(_counts(quant_stats))
     return {name: count for name, count in counts.items() if count}
 
 
-def _states(stats: Stats, path: str = "") -> Iterator[tuple[str, RangeState]]:
+def _counts(stats: Stats, path: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the count of each state, whatever its observer, and however it was restored."""
     for name, value in stats.items():
         if isinstance(value, Mapping) and "nonfinite" not in value:
-            yield from _states(value, f"{path}{name}/")
+            yield from _counts(value, f"{path}{name}/")
         elif name != STEP:
-            yield path + name, as_range_state(value)
+            yield path + name, int(np.asarray(_nonfinite(path + name, value)))
+
+
+def _nonfinite(name: str, state: object) -> ArrayLike:
+    if isinstance(state, Mapping):
+        return state["nonfinite"]
+    if isinstance(state, Sequence) and not isinstance(state, str) and len(state) > 1:
+        return getattr(state, "nonfinite", state[-1])
+    raise TypeError(f"{name}: {state!r} is no range. Pass the collection quant_stats.")

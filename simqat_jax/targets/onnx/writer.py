@@ -31,9 +31,7 @@ class Writer:
         self.model, self.integer_io = model, integer_io
         self.nodes: list[OnnxObject] = []
         self.initializers: list[OnnxObject] = []
-        self.outputs = [f"output_{n}" for n in range(len(model.outputs))]
-        if len(self.outputs) == 1:
-            self.outputs = ["output"]
+        self.outputs = model.output_names()
         self.names = {*self.outputs, *(model.tensors[i].name for i in model.inputs)}
         self.scales: dict[Grid, tuple[str, str]] = {}
         # For each tensor the names under which it was written, by layout.

@@ -38,7 +38,8 @@ class Writer(Subgraph):
             target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
             replaced = write(self, op, *(self.values[i] for i in op.inputs), target)
             self.values[op.outputs[0]] = replaced or target
-        outputs = [self.output(i, k, integer_io) for k, i in enumerate(self.source.outputs)]
+        names = self.source.output_names()
+        outputs = [self.output(k, name, integer_io) for k, name in enumerate(names)]
         return self.packed(inputs, outputs)
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
@@ -49,9 +50,7 @@ class Writer(Subgraph):
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
         names = [self.source.tensors[i].name for i in self.source.inputs]
         signature.inputs = self.named(names, inputs)
-        count = len(outputs)
-        shown = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
-        signature.outputs = self.named(shown, outputs)
+        signature.outputs = self.named(self.source.output_names(), outputs)
         model.version, model.description = 3, "simqat_jax"
         model.operatorCodes = [self.opcode(name) for name in self.opcodes]
         model.subgraphs, model.buffers, model.signatureDefs = [subgraph], self.buffers, [signature]
@@ -71,14 +70,16 @@ class Writer(Subgraph):
         self.quantize(real, tensor.shape, codes)
         return real
 
-    def output(self, i: int, position: int, integer_io: bool) -> int:
+    def output(self, position: int, name: str, integer_io: bool) -> int:
+        i = self.source.outputs[position]
         codes = self.values[i]
         if not integer_io:
-            real = self.tensor(f"output_{position}", codes.shape, np.float32)
+            real = self.tensor(name, codes.shape, np.float32)
             self.emit("DEQUANTIZE", [codes.index], real)
             return real
         earlier = [*self.source.inputs, *self.source.outputs[:position]]
         if i in earlier or self.source.tensors[i].value is not None:
-            copy = self.codes(f"output_{position}", codes.shape, codes.grid)
+            copy = self.codes(name, codes.shape, codes.grid)
             return self.reshape(codes, codes.shape, copy).index
+        self.tensors[codes.index].name = name
         return codes.index

@@ -102,6 +102,7 @@ class QuantizedModule(nn.Module):
     config: SimQATConfig
 
     def setup(self) -> None:
+        """Share the scope with the float module: its variables are this module's."""
         nn.share_scope(self, self.module)
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:

@@ -36,7 +36,7 @@ class SimQAT:
     Raises:
       TypeError: `config` is no SimQATConfig.
 
-    Example:
+    Examples:
       >>> qmodel = SimQAT(SimQATConfig()).apply(nn.Dense(10))
       >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
       >>> sorted(variables["quant_stats"])

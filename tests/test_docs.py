@@ -31,8 +31,6 @@ MODULES = ["simqat_jax"] + [
 PUBLIC = {name: getattr(simqat_jax, name) for name in simqat_jax.__all__}
 NAMES = PUBLIC | {"jax": jax, "jnp": jnp, "nn": nn}
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 # Docstrings --------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ def check_tree(expected: Shapes, found: Shapes, source: str) -> None:
     Raises:
       ExperimentError: they have not; lists every missing key, extra key and other shape.
 
-    Example:
+    Examples:
       >>> check_tree({"kernel": (3, 4)}, {"kernel": (3, 4)}, "checkpoint")
     """
     lines = [f"missing: {key} {expected[key]}" for key in sorted(expected.keys() - found.keys())]

@@ -24,7 +24,7 @@ def learning_rate(
       total_steps: of the phase, warm-up included.
       warmup_steps: below `total_steps`.
 
-    Example:
+    Examples:
       >>> rate = learning_rate("cosine", 0.5, total_steps=12, warmup_steps=2)
       >>> [round(float(rate(step)), 6) for step in (0, 1, 2, 7, 12)]
       [0.25, 0.5, 0.5, 0.25, 0.0]

@@ -21,7 +21,7 @@ class SimQATConfig:
       ValueError: an unknown `bn_fold`, a negative `freeze_bn`, asymmetric weights, an empty pattern
         in `exclude`.
 
-    Example:
+    Examples:
       >>> SimQATConfig(weight=QuantSpec(num_bits=4, symmetric=True, per_channel=True),
       ...              exclude=("Dense_2",)).weight.qmin
       -8

@@ -1,12 +1,18 @@
 """The documentation says what the code does."""
 
+import ast
 import dataclasses
 import doctest
 import importlib
 import inspect
 import pathlib
 import pkgutil
+import pydoc
 import re
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,61 +20,69 @@ import jax.numpy as jnp
 import pytest
 
 import simqat_jax
+from simqat_jax.training.plan_table import Row
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PACKAGE = ROOT / "simqat_jax"
 MODULES = ["simqat_jax"] + [
     module.name for module in pkgutil.walk_packages(simqat_jax.__path__, "simqat_jax.")
 ]
-NAMES = {"jax": jax, "jnp": jnp, "nn": nn}
+PUBLIC = {name: getattr(simqat_jax, name) for name in simqat_jax.__all__}
+NAMES = PUBLIC | {"jax": jax, "jnp": jnp, "nn": nn}
 
 
-class Parser(doctest.DocTestParser):
-    """Ends the expected output where the text is no longer indented as its example is.
-
-    The house style puts `Source:` right behind an example.
-    """
-
-    def parse(self, string, name="<string>"):
-        lines, indent = [], None
-        for line in string.expandtabs().splitlines():
-            if line.lstrip().startswith(">>>"):
-                indent = len(line) - len(line.lstrip())
-            elif indent is not None and (not line.strip() or not line.startswith(" " * indent)):
-                lines.append("")
-                indent = None
-            lines.append(line)
-        return super().parse("\n".join(lines), name)
+# Docstrings --------------------------------------------------------------------------------------
 
 
-def doctests(module):
-    public = {name: getattr(simqat_jax, name) for name in simqat_jax.__all__}
-    finder = doctest.DocTestFinder(parser=Parser(), exclude_empty=True)
-    return finder.find(module, globs=public | NAMES | vars(module))
+def doctests() -> Iterator[doctest.DocTest]:
+    """The examples of every docstring of the package that has any."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in MODULES:
+        module = importlib.import_module(name)
+        yield from (t for t in finder.find(module, globs=NAMES | vars(module)) if t.examples)
 
 
-def failures(tests) -> tuple[int, str]:
-    """Run doctests; return how many examples ran and what the failing ones printed."""
+EXAMPLES = list(doctests())
+
+
+def failures(test: doctest.DocTest) -> str:
+    """Run a docstring's examples; return what the failing ones printed."""
     printed: list[str] = []
-    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
-    attempted = sum(runner.run(test, out=printed.append).attempted for test in tests)
-    return attempted, "".join(printed)
+    doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
+    return "".join(printed)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
-    _, printed = failures(doctests(importlib.import_module(name)))
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
+def test_examples_in_docstrings(example):
+    printed = failures(example)
     assert not printed, printed
 
 
-def test_examples_are_found_and_can_fail():
-    found = {
-        test.name: test for test in doctests(importlib.import_module("simqat_jax.numerics.affine"))
-    }
-    attempted, _ = failures([found["simqat_jax.numerics.affine.quantize"]])
-    assert attempted == 2
-    wrong = Parser().get_doctest("Example:\n  >>> 1 + 1\n  3\nSource: x", {}, "wrong", None, None)
-    assert failures([wrong])[1]
+def test_every_example_is_found_and_can_fail():
+    text = "\n".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    written = len(re.findall(r"^ *>>> ", text, re.MULTILINE))
+    assert sum(len(test.examples) for test in EXAMPLES) == written > 0
+    parser = doctest.DocTestParser()
+    assert failures(parser.get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None))
+
+
+def docstrings() -> Iterator[str]:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def test_docstrings_have_sections_that_the_reference_shows():
+    """A section's name stands alone, and `Examples:` is plural; else the site shows it as text."""
+    inline = r"^(Args|Attributes|Returns|Raises|Examples|Source):[ ]*\S"
+    singular = r"^Example:\n *>>>"
+    misread = re.compile(f"{inline}|{singular}", re.MULTILINE)
+    assert not [text for text in docstrings() if misread.search(text)]
+
+
+# Reference and settings --------------------------------------------------------------------------
 
 
 def documented_constant(name: str) -> bool:
@@ -89,9 +103,31 @@ def test_public_names_have_docstrings(name):
     assert not value.__doc__.startswith(generated)
 
 
+def listed(page: str, heading: str) -> tuple[list[str], list[str]]:
+    """The names in the reference before and under a heading."""
+    pattern = re.compile(r"^::: simqat_jax\.(\S+)$", re.MULTILINE)
+    before, under = page.split(f"\n## {heading}\n")
+    return pattern.findall(before), pattern.findall(under)
+
+
 def test_the_reference_holds_every_public_name_and_no_other():
-    listed = re.findall(r"^::: simqat_jax\.(\S+)$", (DOCS / "reference.md").read_text(), re.M)
-    assert sorted(listed) == sorted(simqat_jax.__all__)
+    page = (DOCS / "reference.md").read_text()
+    public, _ = listed(page, "What these objects hold")
+    assert sorted(public) == sorted(simqat_jax.__all__)
+
+
+def test_the_reference_holds_what_public_objects_return():
+    _, held = listed((DOCS / "reference.md").read_text(), "What these objects hold")
+    documented = {pydoc.locate(f"simqat_jax.{name}") for name in held}
+    model, plan = simqat_jax.IntegerModel, typing.get_type_hints(Row)
+    returned = {
+        typing.get_type_hints(model.__init__)["program"],
+        typing.get_args(typing.get_type_hints(model.tensors.fget)["return"])[0],
+        typing.get_args(typing.get_type_hints(model.ops.fget)["return"])[0],
+        Row,
+        typing.get_args(plan["weight"])[0],
+    }
+    assert documented == returned
 
 
 @pytest.mark.parametrize("config", [simqat_jax.SimQATConfig, simqat_jax.QuantSpec])
@@ -130,13 +166,80 @@ def test_the_migration_table_gives_our_defaults():
     assert table["QuantSpec.ema_decay"].startswith(f"`{activation.ema_decay}`")
 
 
-@pytest.mark.parametrize("page", ["index.md", "migrating.md"])
-def test_code_on_a_page_runs(page, capsys):
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)
-    assert blocks
-    names: dict = {}
+# Pages -------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """The small model that pages leave to the reader."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
+
+
+def float_model(examples: int) -> dict[str, Any]:
+    x = jax.random.normal(jax.random.key(1), (examples, 8, 8, 1))
+    return {"model": Net(), "key": jax.random.key(0), "x": x}
+
+
+def trained_model() -> dict[str, Any]:
+    names = float_model(8)
+    qmodel, x = simqat_jax.SimQAT().apply(names["model"]), names["x"]
+    variables = qmodel.init(names["key"], x)
+    mutable = ["batch_stats", "quant_stats"]
+    _, updates = qmodel.apply(variables, x, train=True, mutable=mutable)
+    return {"qmodel": qmodel, "variables": variables | updates, "x": x[:1]}
+
+
+def nothing() -> dict[str, Any]:
+    return {}
+
+
+PAGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": lambda: float_model(1000),
+    "docs/index.md": nothing,
+    "docs/deployment.md": trained_model,
+    "docs/migrating.md": nothing,
+    "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),
+}
+"""Every page with Python on it, and the names that its reader has."""
+
+
+def run_page(path: pathlib.Path, names: dict[str, Any]) -> int:
+    """Run the Python blocks of a page in one namespace; return how many there are.
+
+    Tracebacks name the page and the line.
+    """
+    text = path.read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     for block in blocks:
-        exec(compile(block, page, "exec"), names)
-    if page == "index.md":
-        assert "SimQAT plan" in capsys.readouterr().out
-        assert int(names["variables"]["quant_stats"]["step"]) == 1
+        above = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(above + block[1], str(path), "exec"), names)
+    return len(blocks)
+
+
+def test_every_page_with_python_is_run():
+    files = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.py")]
+    pages = [path for path in files if re.search(r"^ *```python", path.read_text(), re.MULTILINE)]
+    assert sorted(PAGES) == sorted(path.relative_to(ROOT).as_posix() for path in pages)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_on_a_page_runs(page, capsys, monkeypatch, tmp_path):
+    """And prints what comments behind its calls of `print` promise in numbers."""
+    monkeypatch.chdir(tmp_path)
+    assert run_page(ROOT / page, PAGES[page]())
+    promised = re.findall(r"# ([\d,]+ of [\d,]+ codes differ)$", (ROOT / page).read_text(), re.M)
+    printed = capsys.readouterr().out
+    assert all(promise in printed for promise in promised), printed
+
+
+def test_a_failing_block_names_page_and_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n```python\na = 1\n```\n\n```python\n\na / 0\n```\n")
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_page(page, {})
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert (last.filename, last.lineno, last.line) == (str(page), 9, "a / 0")

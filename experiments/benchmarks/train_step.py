@@ -66,6 +66,7 @@ class Trainer:
         self.state: State = (params, variables, self.optimizer.init(params))
 
     def step(self, state: State, batch: Batch) -> tuple[State, jax.Array]:
+        """Take one optimizer step on a batch; return the new state and the loss."""
         params, collections, opt_state = state
         images, labels = batch
 
@@ -88,6 +89,7 @@ class Trainer:
         return time.perf_counter() - start
 
     def __call__(self) -> jax.Array:
+        """Run the compiled step once; return the loss, not waited for."""
         self.state, loss = self.compiled(self.state, self.batch)
         return loss
 

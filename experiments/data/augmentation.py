@@ -23,7 +23,7 @@ def random_crop_and_flip(images: jax.Array, key: jax.Array, padding: int = 4) ->
     Returns:
       shape and dtype of `images`.
 
-    Example:
+    Examples:
       >>> random_crop_and_flip(jnp.ones((2, 8, 8, 3), jnp.uint8), jax.random.key(0)).shape
       (2, 8, 8, 3)
     """

@@ -94,7 +94,7 @@ def in_batches(function: Callable[[np.ndarray], ArrayLike], x: np.ndarray, size:
       x: images, shape (N, ...), N at least 1.
       size: images in a batch; the last one may be smaller.
 
-    Example:
+    Examples:
       >>> in_batches(lambda batch: batch.sum(axis=1), np.ones((5, 3)), size=2)
       array([3., 3., 3., 3., 3.])
     """

@@ -55,7 +55,7 @@ def convert(
       ValueError: ranges never observed, variables of another model, weights that are not finite, a
         `quant_delay` that has not passed, per-channel activations, a layer without an integer form.
 
-    Example:
+    Examples:
       >>> qmodel = SimQAT().apply(nn.Dense(2))
       >>> x = jnp.linspace(-1, 1, 12).reshape(4, 3)
       >>> variables = qmodel.init(jax.random.key(0), x)

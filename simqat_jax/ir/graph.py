@@ -166,6 +166,7 @@ class BatchNorm(Node):
 
     @property
     def only_training(self) -> bool:
+        """Whether it uses batch statistics."""
         return self.training
 
     @property
@@ -286,6 +287,7 @@ class Dropout(Move):
 
     @property
     def only_training(self) -> bool:
+        """It does: evaluation drops nothing."""
         return True
 
 

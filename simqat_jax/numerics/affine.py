@@ -112,7 +112,7 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
     Raises:
       ValueError: `lo` and `hi` of different shapes, or with more than one axis.
 
-    Example:
+    Examples:
       >>> quant_params(-1.0, 1.0, QuantSpec(symmetric=True, narrow_range=True)).zero_point
       Array(0, dtype=int32)
 
@@ -172,7 +172,7 @@ def quantize(
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    Examples:
       >>> spec = QuantSpec()
       >>> quantize([0.0, 0.2, 1.0], *quant_params(0.0, 1.0, spec), spec)
       Array([  0,  51, 255], dtype=int32)
@@ -210,7 +210,7 @@ def dequantize(
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    Examples:
       >>> dequantize([0, 128, 255], 0.5, 128)
       Array([-64. ,   0. ,  63.5], dtype=float32)
 
@@ -276,7 +276,7 @@ def fake_quant(
     Raises:
       ValueError: shapes that do not fit.
 
-    Example:
+    Examples:
       >>> fake_quant(jnp.array([-1.0, 0.3, 9.0]), 0.0, 3.0, QuantSpec(num_bits=2))
       Array([0., 0., 3.], dtype=float32)
 

@@ -77,7 +77,7 @@ def fold_batch_norm(
     Raises:
       ValueError: missing statistics, or shapes that do not fit.
 
-    Example:
+    Examples:
       >>> kernel, bias = fold_batch_norm(
       ...     jnp.ones((2, 1)), None, {"scale": jnp.array([3.0])},
       ...     {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}, 0.0)

@@ -41,7 +41,7 @@ def init_range(num_channels: int | None = None, *, nonnegative: bool = False) ->
       num_channels: one range for each of so many channels; None: one per tensor.
       nonnegative: the tensor holds nothing below zero: its range starts at zero and stays there.
 
-    Example:
+    Examples:
       >>> observed(init_range())
       Array(False, dtype=bool)
     """
@@ -96,7 +96,7 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
     Raises:
       ValueError: a shape other than the state's.
 
-    Example:
+    Examples:
       >>> update_range(init_range(), -1.0, 2.0, QuantSpec()).hi
       Array(2., dtype=float32)
 
@@ -130,7 +130,7 @@ def observe(
     Raises:
       ValueError: `x` is empty, or `spec.per_channel` and `x` has no such axis.
 
-    Example:
+    Examples:
       >>> observe(init_range(), jnp.array([0.5, 2.0]), QuantSpec()).lo
       Array(0.5, dtype=float32)
     """

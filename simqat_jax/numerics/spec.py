@@ -37,7 +37,7 @@ class QuantSpec:
       ValueError: `num_bits` outside 2 to 16, `ema_decay` outside [0, 1), a negative `quant_delay`,
         an unknown `observer`.
 
-    Example:
+    Examples:
       >>> QuantSpec(num_bits=4, symmetric=True, narrow_range=True).qmin
       -7
 

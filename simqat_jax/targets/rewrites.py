@@ -2,10 +2,9 @@
 
 Integer kernels work on the channels of one pixel at a time, and few bytes fill no vector.
 
-Convolutions: a block
-of neighbouring columns is therefore taken as channels, in the input and in the output: the bytes
-stay where they are, only the view changes. The kernel is repeated for every column of an output
-block, each at its place, with zeros around it. All sums stay as they were.
+Convolutions: a block of neighbouring columns is therefore taken as channels, in the input and in
+the output: the bytes stay where they are, only the view changes. The kernel is repeated for every
+column of an output block, each at its place, with zeros around it. All sums stay as they were.
 
 Max pooling: rows are pooled first, with all columns of a row as channels, then columns.
 """

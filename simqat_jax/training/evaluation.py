@@ -124,12 +124,14 @@ class Evaluation(Run):
         )
 
     def kernel_codes(self, step: Step, kernel: jax.Array) -> Codes:
+        """Quantize a kernel to the range that training left."""
         assert isinstance(step.node, Product)
         quantizer = self.placement.weights[step.node.layer.path]
         ends = self.range(quantizer, kernel) if quantizer.has_state else None
         return kernel_codes(quantizer, ends, kernel)
 
     def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:
+        """Return the codes of an operand with their grid; None where it lies on none."""
         v = step.node.inputs[position]
         grid = self.placement.constants.get(Slot(step, position))
         grid = grid or (self.placement.grids.get(v) if isinstance(v, int) else None)

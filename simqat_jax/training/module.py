@@ -36,7 +36,7 @@ class SimQAT:
     Raises:
       TypeError: `config` is no SimQATConfig.
 
-    Example:
+    Examples:
       >>> qmodel = SimQAT(SimQATConfig()).apply(nn.Dense(10))
       >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
       >>> sorted(variables["quant_stats"])
@@ -102,6 +102,7 @@ class QuantizedModule(nn.Module):
     config: SimQATConfig
 
     def setup(self) -> None:
+        """Share the scope with the float module: its variables are this module's."""
         nn.share_scope(self, self.module)
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:

@@ -116,7 +116,7 @@ def nonfinite_ranges(quant_stats: Stats) -> dict[str, int]:
     Raises:
       TypeError: an entry that is no range.
 
-    Example:
+    Examples:
       >>> nonfinite_ranges({"input": init_range()})
       {}
     """

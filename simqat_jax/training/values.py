@@ -94,6 +94,7 @@ class Run:
                 self.rematerialized(remat, list(group), env, seen)
 
     def rematerialized(self, remat: Remat, steps: list[Step], env: Values, seen: Seen) -> None:
+        """Run the steps of one `nn.remat`, which the backward pass computes again."""
         nodes = [node for step in steps for node in step.nodes]
         made = {v for node in nodes for v in node.outputs}
         inputs = {v for node in nodes for v in node.inputs if isinstance(v, int)} - made
@@ -153,6 +154,7 @@ class Run:
         results.update(zip(node.outputs, self.run_node(node, values), strict=True))
 
     def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """Run an operation; a frozen BatchNorm on its running statistics, which stay."""
         results = node.run(*values)
         return results if self.frozen is None else unless_frozen(node, values, results, self.frozen)
 

@@ -40,6 +40,7 @@ class Writer:
     # Pieces of a graph -----------------------------------------------------------------------
 
     def name(self, stem: str) -> str:
+        """Return a name that nothing in the graph has yet."""
         stem = stem or "main"
         names = itertools.chain([stem], (f"{stem}:{n}" for n in itertools.count(2)))
         name = next(name for name in names if name not in self.names)
@@ -60,14 +61,17 @@ class Writer:
         return output
 
     def initializer(self, value: ArrayLike, stem: str) -> str:
+        """Add a constant; return its name."""
         name = self.name(stem)
         self.initializers.append(self.numpy.from_array(np.array(value, order="C"), name))
         return name
 
     def ints(self, values: Sequence[int], stem: str) -> str:
+        """Add a constant of int64: ONNX takes shapes, axes and bounds as tensors."""
         return self.initializer(np.asarray(values, np.int64), stem)
 
     def grid(self, tensor: Tensor) -> Grid:
+        """Return the grid of a tensor; raise ValueError where it has none of at most 8 bits."""
         grid = tensor.grid
         if grid is None or grid.dtype.itemsize > 1:
             width = "no grid" if grid is None else f"codes of type {grid.dtype}"
@@ -78,13 +82,16 @@ class Writer:
         return grid
 
     def quantize(self, real: str, tensor: Tensor) -> str:
+        """Quantize real values; clip where the grid is narrower than uint8."""
         name = self.node("QuantizeLinear", [real, *self.scale(tensor)], tensor.name)
         return self.clip(name, tensor, (self.grid(tensor).qmin, self.grid(tensor).qmax))
 
     def dequantize(self, codes: str, tensor: Tensor) -> str:
+        """Dequantize codes: the front half of a QDQ pair."""
         return self.node("DequantizeLinear", [codes, *self.scale(tensor)], tensor.name)
 
     def scale(self, tensor: Tensor) -> tuple[str, str]:
+        """Return the names of scale and zero point, one pair for each grid."""
         grid = self.grid(tensor)
         if grid not in self.scales:
             self.scales[grid] = (
@@ -106,6 +113,7 @@ class Writer:
     # Tensors in one layout or another --------------------------------------------------------
 
     def put(self, i: int, name: str, layout: Layout = LAST) -> None:
+        """Note down under which name a tensor has been written in a layout."""
         self.written.setdefault(i, {})[layout] = name
 
     def get(self, i: int, layout: Layout = LAST) -> str:
@@ -129,6 +137,7 @@ class Writer:
         return self.written[i]
 
     def codes_of(self, tensor: Tensor) -> np.ndarray:
+        """Return a constant's codes as they are stored, uint8; without a grid its values."""
         assert tensor.value is not None
         if tensor.grid is None:
             return tensor.value
@@ -143,6 +152,7 @@ class Writer:
         return FIRST if first and len(ranks) == 1 and min(ranks) > 2 else LAST
 
     def dequantized(self, op: Op, position: int, layout: Layout) -> str:
+        """Return an input of an operation in real units, in a layout."""
         i = op.inputs[position]
         return self.dequantize(self.get(i, layout), self.model.tensors[i])
 
@@ -178,6 +188,7 @@ class Writer:
         return proto.SerializeToString()
 
     def value_info(self, name: str, tensor: Tensor) -> OnnxObject:
+        """Describe an input or output of the file: name, type, shape."""
         types = self.onnx.TensorProto
         if tensor.grid is None:
             kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
@@ -187,6 +198,7 @@ class Writer:
         return self.helper.make_tensor_value_info(name, kind, shape)
 
     def input(self, i: int) -> OnnxObject:
+        """Add an input of the file, quantized where it takes real values."""
         tensor = self.model.tensors[i]
         codes = tensor.name
         if tensor.grid is not None and not self.integer_io:
@@ -195,6 +207,7 @@ class Writer:
         return self.value_info(tensor.name, tensor)
 
     def output(self, number: int, i: int) -> OnnxObject:
+        """Add an output of the file, dequantized where it returns real values."""
         tensor = self.model.tensors[i]
         name = self.outputs[number]
         codes = self.get(i)

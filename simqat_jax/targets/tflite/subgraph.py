@@ -73,6 +73,11 @@ class Subgraph:
         axis: int = 0,
         value: np.ndarray | None = None,
     ) -> int:
+        """Add a tensor; return its number.
+
+        In `shape`, -k stands for k times the batch size. `scale` and `zero_point` are those of
+        codes as they are stored, along `axis`; `value` is what a constant holds.
+        """
         s, tensor = self.schema, self.schema.TensorT()
         tensor.name, tensor.type = name, getattr(s.TensorType, _TYPES[np.dtype(dtype).type])
         tensor.shape = np.abs(np.asarray(shape, np.int32))
@@ -99,10 +104,12 @@ class Subgraph:
         return self.tensor(None, value.shape, dtype, value=value, **grid)
 
     def codes(self, name: str, shape: Sequence[int], grid: Grid) -> Codes:
+        """Add a tensor of int8 codes."""
         index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
         return Codes(index, tuple(shape), grid)
 
     def code_constant(self, codes: ArrayLike, grid: Grid) -> Codes:
+        """Add a constant of codes, given as the grid counts them; stored as int8."""
         value = np.asarray(codes, np.int32) - grid.offset
         quantized = {"scale": grid.scale, "zero_point": grid.stored_zero}
         return Codes(self.constant(value, np.int8, **quantized), value.shape, grid)
@@ -120,6 +127,7 @@ class Subgraph:
         ]
 
     def check_ratio(self, op: Op, ratios: ArrayLike, least: float, most: float = 256.0) -> None:
+        """Refuse ratios of scales beyond those that XNNPACK takes: `least <= ratio < most`."""
         for ratio in np.ravel(ratios):
             if not least <= ratio < most:
                 refuse(
@@ -132,6 +140,7 @@ class Subgraph:
     # Operators -------------------------------------------------------------------------------
 
     def emit(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> None:
+        """Add an operator of one output; `options` are fields of its schema class."""
         s, operator = self.schema, self.schema.OperatorT()
         operator.opcodeIndex = self.opcodes.setdefault(name, len(self.opcodes))
         operator.inputs, operator.outputs = list(inputs), [output]
@@ -181,6 +190,7 @@ class Subgraph:
             self.reshape(x, y.shape, y)
 
     def reshape(self, x: Codes, shape: Sequence[int], y: Codes | None = None) -> Codes:
+        """Return the same codes in another shape; `y`: the tensor to write them to."""
         if y is None and x.shape == tuple(shape):
             return x
         y = y or self.codes("reshaped", shape, x.grid)

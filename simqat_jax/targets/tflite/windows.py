@@ -92,6 +92,7 @@ def padded(w: Writer, op: Op, x: Codes, window: Window) -> Codes:
 
 
 def grown(shape: Sequence[int], padding: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return a shape with padding; -k stands for k times the batch size."""
     pairs = zip(shape, map(sum, padding), strict=True)
     return tuple(d - p if d < 0 else d + p for d, p in pairs)
 
@@ -119,6 +120,7 @@ def pad_codes(
 def check_padding(
     op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
 ) -> None:
+    """Refuse negative padding, and values of an axis repeated that has not so many."""
     for size, pads in zip(x.shape, padding, strict=True):
         if min(pads) < 0 or (mode != "constant" and max(pads) >= abs(size)):
             refuse(

@@ -43,6 +43,7 @@ class Writer(Subgraph):
         return self.packed(inputs, outputs)
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
+        """Return the model of one subgraph, with a signature that names inputs and outputs."""
         s = self.schema
         subgraph, signature, model = s.SubGraphT(), s.SignatureDefT(), s.ModelT()
         subgraph.tensors, subgraph.operators = self.tensors, self.operators
@@ -57,12 +58,14 @@ class Writer(Subgraph):
         return model
 
     def named(self, names: Sequence[str], indices: Sequence[int]) -> list[SchemaObject]:
+        """Name tensors in a signature."""
         maps = [self.schema.TensorMapT() for _ in names]
         for entry, name, index in zip(maps, names, indices, strict=True):
             entry.name, entry.tensorIndex = name, index
         return maps
 
     def input(self, tensor: Tensor, i: int, integer_io: bool) -> int:
+        """Add an input of the file, quantized where it takes real values; return its number."""
         codes = self.values[i] = self.codes(tensor.name, tensor.shape, grid_of(tensor))
         if integer_io:
             return codes.index
@@ -71,6 +74,7 @@ class Writer(Subgraph):
         return real
 
     def output(self, position: int, name: str, integer_io: bool) -> int:
+        """Return the number of an output of the file, a copy where codes are one already."""
         i = self.source.outputs[position]
         codes = self.values[i]
         if not integer_io:

@@ -7,6 +7,7 @@ half a checkpoint under a number.
 
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) 
     Raises:
       ExperimentError: the directory cannot be written.
     """
-    record = dataclasses.asdict(progress) | {"digest": _digest(state)}
+    record = dataclasses.asdict(progress)
+    record |= {"digest": _digest(state), "record_digest": _record_digest(record)}
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     arguments = ocp.args.Composite(
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
@@ -96,13 +98,16 @@ def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
             state = checkpointer.restore(path.absolute() / "state", target)
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             record: dict[str, Any] = dict(checkpointer.restore(path.absolute() / "progress"))
-        digest = record.pop("digest")
+        digest, written = record.pop("digest"), record.pop("record_digest", None)
+        intact = written in (None, _record_digest(record))  # None: by an earlier version
         record["history"] = tuple(record["history"])
         progress = Progress(**record)
     except ExperimentError:
         raise
     except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
         raise ExperimentError(_corrupt(path, f"{type(error).__name__}: {error}")) from error
+    if not intact:
+        raise ExperimentError(_corrupt(path, "its progress is not what was written"))
     if digest != _digest(state):
         raise ExperimentError(_corrupt(path, "its arrays are not those that were written"))
     return state, progress
@@ -155,6 +160,11 @@ def _digest(state: Any) -> str:
     for key in sorted(leaves):
         sha.update(key.encode() + np.ascontiguousarray(leaves[key]).tobytes())
     return sha.hexdigest()
+
+
+def _record_digest(record: dict[str, Any]) -> str:
+    """Return a hash of a progress record, as JSON holds it."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _key(path: tuple) -> str:

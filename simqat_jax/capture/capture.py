@@ -36,6 +36,7 @@ class Call:
       method: which of the module's methods, as Flax takes it; None for `__call__`.
       rngs: one key, or Flax's own LazyRng, per random stream.
       mutable: the collections that the call may update.
+      dry: nothing is computed, so that a BatchNorm's mapped axis need not be there.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class Call:
     method: Callable[..., object] | str | None
     rngs: Mapping[str, jax.Array | LazyRng]
     mutable: CollectionFilter
+    dry: bool = False
 
     @property
     def start(self) -> tuple[str, ...]:
@@ -86,13 +88,19 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
       ValueError: a pattern that matches no module, a `forbidden` module inside, a BatchNorm
         without its statistics.
     """
-    recorder = Recorder(exclude, forbidden)
+    recorder = Recorder(exclude, forbidden, dry=call.dry)
     arguments = _flattened(call)
     operands = (call.variables, arguments.arrays, call.rngs)
     closed, restore = _trace(call, arguments, operands, recorder)
     _check_patterns(recorder, call.module)
-    graph = _graph(call, arguments, closed, recorder)
+    returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
+    count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
+    graph = _graph(call, arguments, closed, recorder, count)
     return Capture(simplify(graph), jax.tree.leaves(operands), restore)
+
+
+class _Place:
+    """Stands for an output of a graph."""
 
 
 # Arguments ---------------------------------------------------------------------------------------
@@ -202,7 +210,11 @@ def _check_patterns(recorder: Recorder, module: nn.Module) -> None:
 
 
 def _graph(
-    call: Call, arguments: _Arguments, closed: core.ClosedJaxpr, recorder: Recorder
+    call: Call,
+    arguments: _Arguments,
+    closed: core.ClosedJaxpr,
+    recorder: Recorder,
+    returned: int,
 ) -> Graph:
     """Turn a traced call into a graph, as it was traced."""
     flattener = Flattener(recorder)
@@ -215,6 +227,7 @@ def _graph(
         inputs=inputs,
         input_names=(*[None] * fixed, *arguments.names, *[None] * keys),
         outputs=outputs,
+        returned=returned,
         avals=flattener.avals,
         data=_data_tensors(flattener.nodes, inputs[fixed:]),
         # Of a layer called several times the last reason.

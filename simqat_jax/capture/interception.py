@@ -5,7 +5,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -92,6 +92,7 @@ class Recorder:
     Attributes:
       exclude: patterns of module paths to leave float.
       forbidden: a module class that must not occur inside.
+      dry: nothing is computed: a BatchNorm whose mapped axis is not there takes statistics alone.
       calls: of layers; the number in a layer's mark is its place here.
       modules: the paths of all modules that were called.
       paths: those of the methods called; the number in a path's mark is its place here.
@@ -101,6 +102,7 @@ class Recorder:
 
     exclude: tuple[str, ...]
     forbidden: type[nn.Module]
+    dry: bool = False
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
     modules: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
@@ -221,12 +223,23 @@ def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
         )
     operands = params | stats | mask
     layer = call.layer(operands)
+    if recorder.dry and module.axis_name is not None and not _is_mapped(module.axis_name):
+        layer = dataclasses.replace(layer, module=layer.module.clone(axis_name=None))
     make = functools.partial(BatchNorm, layer=layer, training=not running)
     fn = functools.partial(batch_norm, layer, use_running_average=running)
     y, *updated = recorder.bind(layer, make, "BatchNorm", fn, x, *operands.values())
     for name, value in zip(stats, updated, strict=False):
         module.variable("batch_stats", name).value = value
     return y
+
+
+def _is_mapped(axis_name: Hashable) -> bool:
+    """Whether an axis of this name is mapped here."""
+    try:
+        jax.lax.axis_index(axis_name)
+    except NameError:
+        return False
+    return True
 
 
 def _call_dropout(recorder: Recorder, call: _ModuleCall) -> object:

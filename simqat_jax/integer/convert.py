@@ -155,7 +155,12 @@ class _Call:
 
         args = jax.tree.map(resized, self.args)
         try:
-            return trace(self.qmodule, self.variables, args, self.kwargs, self.method, rngs={})
+            return trace(
+                self.qmodule, self.variables, args, self.kwargs, self.method, rngs={}, mutable=[]
+            )
+        except flax.errors.ModifyScopeVariableError as error:
+            message = NOT_EVALUATION.format(path="the model")
+            raise ValueError(f"{message} ({str(error).splitlines()[0]})") from error
         except flax.errors.InvalidRngError as error:
             raise ValueError(NOT_EVALUATION.format(path="the model")) from error
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,11 +51,22 @@ def save(program: Program, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike) -> Program:
     """Read a program from a file, see IntegerModel.load."""
-    with np.load(io.BytesIO(_body(path))) as arrays:
+    body = _body(path)
+    try:
+        _check_members(body)
+        return _program(body)
+    except Exception as error:  # a file may hold anything, and JSON and NumPy raise accordingly
+        raise ValueError(
+            f"{path} is no integer model of simqat_jax, or damaged: {error!r}."
+        ) from error
+
+
+def _program(body: bytes) -> Program:
+    with np.load(io.BytesIO(body)) as arrays:
         text = json.loads(arrays["program"].tobytes())
         tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
         ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
-    return Program(
+    program = Program(
         tensors=tuple(tensors),
         ops=tuple(ops),
         inputs=tuple(text["inputs"]),
@@ -65,19 +75,24 @@ def load(path: str | os.PathLike) -> Program:
         backend=text["backend"],
         metadata=text["metadata"],
     )
+    program.validate()
+    return program
 
 
 def _body(path: str | os.PathLike) -> bytes:
     """Return what the file holds, once its checksum is that of what was written."""
-    data = Path(path).read_bytes()
     try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        _check_members(data)
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             header = json.loads(archive.read("header.json"))
             body = archive.read("model.npz")
-    except (
-        *(zipfile.BadZipFile, zlib.error, KeyError, ValueError),
-        *(EOFError, OSError, NotImplementedError),
-    ) as error:
+    except Exception as error:
         raise ValueError(
             f"{path} is no integer model of simqat_jax, or damaged: {error}."
         ) from error
@@ -91,6 +106,17 @@ def _body(path: str | os.PathLike) -> bytes:
     if header.get("sha256") != _digest(body):
         raise ValueError(f"{path} is damaged: its checksum does not match.")
     return body
+
+
+def _check_members(data: bytes) -> None:
+    """Check that an archive unpacks to no more than it is: `save` compresses nothing."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+    compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+    if compressed:
+        raise ValueError(f"{', '.join(compressed)}: compressed, as `save` writes none")
+    if sum(m.file_size for m in members) > len(data):
+        raise ValueError("its parts are said to be larger than the file")
 
 
 def _digest(data: bytes) -> str:

@@ -204,6 +204,9 @@ class IntegerModel:
     def load(cls, path: str | os.PathLike) -> "IntegerModel":
         """Read a model that `save` wrote.
 
+        The file may hold code, which computes operations in float: load files from those whom you
+        trust.
+
         Raises:
           FileNotFoundError: no such file.
           ValueError: a file that is no model, of another format, truncated or altered.

@@ -307,6 +307,7 @@ class Graph:
       inputs: one tensor per flattened input of the call (variables, arguments, random keys).
       input_names: for a floating-point argument its name ("input", "input/0"); None otherwise.
       outputs: operands, one per flattened output.
+      returned: how many of the outputs the model returns; the others are state that it keeps.
       avals: shape and dtype of every tensor.
       data: the tensors that depend on the arguments.
       unquantizable: the layers that cannot be quantized.
@@ -316,9 +317,21 @@ class Graph:
     inputs: tuple[int, ...]
     input_names: tuple[str | None, ...]
     outputs: tuple[Operand, ...]
+    returned: int
     avals: dict[int, jax.ShapeDtypeStruct]
     data: frozenset[int]
     unquantizable: tuple[Unquantizable, ...]
+
+    def activations(self) -> set[int]:
+        """Return the outputs that are activations: one value or more for each example.
+
+        State that a model keeps is none, nor is a loss, which has no batch axis.
+        """
+        shapes = [self.avals[v].shape for v in self.inputs if v in self.data]
+        lengths = {shape[0] for shape in shapes if shape}
+        batch = lengths.pop() if len(lengths) == 1 else None
+        returned = {v for v in self.outputs[: self.returned] if isinstance(v, int)}
+        return {v for v in returned if batch is None or batch in self.avals[v].shape}
 
     def readers(self) -> dict[int, list[Node]]:
         """Return the nodes that read each tensor."""

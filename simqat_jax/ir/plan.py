@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node
 from simqat_jax.numerics.folding import BatchNormFold
-from simqat_jax.numerics.observers import OBSERVERS, Observer, Role
+from simqat_jax.numerics.observers import OBSERVERS, AxisName, Observer, Role
 from simqat_jax.numerics.rounding import Rounding
 from simqat_jax.numerics.spec import QuantSpec
 
@@ -89,6 +89,8 @@ class Placement:
       constants: the quantizers of constant operands.
       rounding: whose rounding evaluation mirrors.
       freeze_bn: training step from which BatchNorm uses its running statistics; None: never.
+      axis_name: the mapped axis over which BatchNorm takes its statistics, and quantizers their
+        ranges; None: none.
     """
 
     graph: Graph
@@ -99,6 +101,7 @@ class Placement:
     constants: dict[Slot, Quantizer]
     rounding: Rounding
     freeze_bn: int | None
+    axis_name: AxisName = None
 
     def kernel_of(self, node: Node) -> Quantizer | None:
         """Return the quantizer of a layer's kernel, None for what has none."""

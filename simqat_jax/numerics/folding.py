@@ -194,9 +194,19 @@ class Folded(NamedTuple):
     var: jax.Array | None = None
 
 
+_LEAST_SCALE = 2.0**-40
+"""The least magnitude of a folding scale: its square, times a variance, is no subnormal number."""
+
+
 def safe_gamma(norm: BatchNormState) -> jax.Array:
-    """Return gamma with ones for zeros: such a channel still has statistics and a gradient."""
-    return jnp.where(norm.gamma == 0, 1.0, norm.gamma)
+    """Return the gamma that is folded into the kernel.
+
+    Ones for zeros: such a channel still has statistics and a gradient. Where `gamma / sigma` is so
+    small that statistics of the folded channel would underflow, one that is just not.
+    """
+    least = jnp.copysign(_LEAST_SCALE * norm.sigma, norm.gamma)
+    gamma = jnp.where(jnp.abs(norm.gamma) < _LEAST_SCALE * norm.sigma, least, norm.gamma)
+    return jnp.where(norm.gamma == 0, 1.0, gamma)
 
 
 def folding_scale(norm: BatchNormState) -> jax.Array:
@@ -219,8 +229,11 @@ def scaled_kernel(kernel: jax.Array, factor: jax.Array) -> jax.Array:
     return kernel.astype(jnp.float32) * along_channel(factor, kernel.ndim, -1)
 
 
-def _running_slope(norm: BatchNormState) -> jax.Array:
-    """What is left to multiply `c` by on running statistics: 1, or 0 where gamma is 0."""
+def left_to_scale(norm: BatchNormState) -> jax.Array:
+    """Return what is left to multiply a folded channel by on running statistics.
+
+    1; 0 where gamma is 0, and a little where it is nearly.
+    """
     return true_divide(norm.gamma, lax.stop_gradient(safe_gamma(norm)))
 
 
@@ -233,7 +246,7 @@ def one_conv(layer: Layer) -> Folded:
     norm = layer.norm
     s = folding_scale(norm)
     c = layer.run(layer.quantize(scaled_kernel(layer.kernel, s)))
-    slope = _running_slope(norm)
+    slope = left_to_scale(norm)
     running = layer.running_shift(true_divide(norm.gamma, norm.sigma))
     if layer.moments is None:
         return Folded(_affine(c, slope, running))

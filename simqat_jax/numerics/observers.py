@@ -1,7 +1,7 @@
 """Range observers: pure `init`, `measure`, `update` and `range` on a small state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from simqat_jax.numerics.spec import QuantSpec
 
 Range = tuple[ArrayLike, ArrayLike]
 """Lowest and highest value, real units, shape () or (C,)."""
+AxisName = Hashable
+"""One or several axes of `pmap`, `shard_map` or `vmap`."""
 Role = Literal["activation", "weight", "constant"]
 """What a quantizer quantizes."""
 
@@ -209,6 +211,10 @@ class Observer:
     def merge(self, one: Extremes, other: Extremes) -> Extremes:
         """Return what two tensors with one range have been together."""
         return Extremes(jnp.minimum(one.lo, other.lo), jnp.maximum(one.hi, other.hi))
+
+    def reduce(self, measured: Extremes, axis_name: AxisName) -> Extremes:
+        """Return what all devices of a mapped axis have measured together."""
+        return Extremes(lax.pmin(measured.lo, axis_name), lax.pmax(measured.hi, axis_name))
 
     def update(self, state: RangeState, measured: Extremes) -> RangeState:
         """Return the state after a batch; unchanged but for its count if NaN or Inf is in it."""

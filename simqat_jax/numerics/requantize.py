@@ -67,9 +67,9 @@ def room_for_bias(
     """
     magnitude = true_divide(jnp.abs(bias.astype(jnp.float32)), x_scale)
     dead = jnp.all(codes == 0, axis=0) & (magnitude > 0)
-    least = jnp.where(dead, magnitude * 2.0**-23, magnitude * 2.0**-29)
+    least = jnp.maximum(jnp.where(dead, magnitude * 2.0**-23, magnitude * 2.0**-29), 1e-30)
     coarser = dead | (least > scale)
-    new = jnp.where(coarser, jnp.maximum(least, 1e-30), scale)
+    new = jnp.where(coarser, least, scale)
     coarse = jnp.round(codes * true_divide(scale, new)[None])
     return jnp.where(coarser[None], coarse, codes), new
 

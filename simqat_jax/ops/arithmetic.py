@@ -79,6 +79,7 @@ class MulOperation(_Binary):
         ids, (a, b) = _pair(at)
         if not product_fits(a.num_bits, b.num_bits):
             return False
+        at.check_unit(a.scale, b.params.scale)
         arrays = {"multiplier": _multiplier(a, b, at.out_grid)}
         kind = at.placement.rounding.multiply.kind
         at.emit(Multiply, ids, kind=kind, clamp=at.clamp, arrays=arrays)

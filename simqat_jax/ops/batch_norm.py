@@ -14,6 +14,7 @@ from simqat_jax.numerics.folding import (
     BatchNormFold,
     batch_norm_state,
     folding_scale,
+    left_to_scale,
     running_affine,
     scaled_kernel,
 )
@@ -64,8 +65,11 @@ def folded(
         scale = jnp.where(slope == 0, old, old * jnp.abs(slope))
         return Codes(signed, dataclasses.replace(plain.grid, scale=scale)), shift
     whole = quantize(scaled_kernel(kernel, folding_scale(norm)))
-    alive = along_channel(norm.gamma != 0, kernel.ndim, -1)
-    return whole._replace(codes=jnp.where(alive, whole.codes, 0.0)), shift
+    alive, left = along_channel(norm.gamma != 0, kernel.ndim, -1), left_to_scale(norm)
+    old = whole.grid.params.scale
+    scale = jnp.where(left < 1, jnp.where(left == 0, old, old * left), old)
+    codes = jnp.where(alive, whole.codes, 0.0)
+    return Codes(codes, dataclasses.replace(whole.grid, scale=scale)), shift
 
 
 def _channel_arrays(
@@ -117,6 +121,7 @@ class BatchNormOperation(IntegerOperation):
         assert isinstance(at.node, BatchNorm)
         (values,), epsilon = at.layer_values(), at.node.module.epsilon
         arrays = _channel_arrays(values, epsilon, at.in_grid(), at.out_grid)
+        at.check_unit(at.in_grid().scale, arrays["scale"])
         at.emit(Affine, (at.input(),), clamp=at.clamp, arrays=arrays)
         return True
 

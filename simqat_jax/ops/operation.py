@@ -266,6 +266,19 @@ class LoweredStep:
                 )
         return values
 
+    def check_unit(self, x_scale: float | jax.Array, scale: np.ndarray | jax.Array) -> None:
+        """Raise ValueError where float32 does not hold every digit of a product of scales.
+
+        Runtimes take such a product for zero, or compute with fewer digits.
+        """
+        x, least = np.float32(x_scale), np.min(np.asarray(scale, np.float32))
+        if x * least < np.finfo(np.float32).tiny:
+            raise ValueError(
+                f"{self.path}: its input counts in units of {x:.3g} and what it is multiplied by "
+                f"in units of {least:.3g}, and float32 does not hold their product. Scale the "
+                "values in front of the model, so that they are near 1."
+            )
+
     # Operations of the program ---------------------------------------------------------------
 
     def output(self, v: int, kind: str, grid: Grid | None) -> int:

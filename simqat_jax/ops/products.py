@@ -216,7 +216,10 @@ def _arrays(at: LoweredStep) -> dict[str, np.ndarray]:
     kernel_range = at.ranges[quantizer.name] if quantizer.has_state else None
     mask = module.mask if isinstance(module, nn.Conv) else None
     scales = at.in_grid().params.scale, at.out_grid.params.scale
-    return jax.device_get(at.compiled[key](at.layer_values(), kernel_range, mask, *scales))
+    values = at.layer_values()
+    arrays = jax.device_get(at.compiled[key](values, kernel_range, mask, *scales))
+    at.check_unit(at.in_grid().scale, arrays["scale"])
+    return arrays
 
 
 def _check_sums(at: LoweredStep, arrays: Mapping[str, np.ndarray]) -> None:

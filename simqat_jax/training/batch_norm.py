@@ -11,6 +11,7 @@ from simqat_jax.capture import batch_norm
 from simqat_jax.ir.graph import BatchNorm, Graph, Node, Product
 from simqat_jax.ir.plan import Step
 from simqat_jax.numerics import folding
+from simqat_jax.numerics.observers import AxisName
 
 
 def folded_step(
@@ -88,3 +89,20 @@ def check_batch_statistics(graph: Graph) -> None:
                 "which has no variance. Train with a larger batch, or call the BatchNorm with "
                 "use_running_average=True."
             )
+
+
+def mapped_axis(graph: Graph) -> AxisName:
+    """Return the axis over which BatchNorm takes its batch statistics; None: it takes its own.
+
+    Raises:
+      ValueError: several BatchNorms name different axes.
+    """
+    norms = [n for n in graph.nodes if isinstance(n, BatchNorm) and n.training]
+    named = {n.module.axis_name: n for n in norms if n.module.axis_name is not None}
+    if len(named) > 1:
+        listing = ", ".join(f"{'/'.join(n.path)}: {axis!r}" for axis, n in named.items())
+        raise ValueError(
+            f"BatchNorms name different axes ({listing}), so that it is not clear over which "
+            "ranges are taken. Give all of them the same axis_name."
+        )
+    return next(iter(named), None)

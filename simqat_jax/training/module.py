@@ -131,7 +131,16 @@ class QuantizedModule(nn.Module):
         else:
             mutable = subtract_filters(self.scope.mutable, COLLECTION)
         rngs = dict(self.scope.rngs)
-        captured = trace(self, self.variables, args, kwargs, method, rngs=rngs, mutable=mutable)
+        captured = trace(
+            self,
+            self.variables,
+            args,
+            kwargs,
+            method,
+            rngs=rngs,
+            mutable=mutable,
+            dry=self.is_initializing(),
+        )
         placement = place_quantizers(captured.graph, self.config)
         training = self.is_mutable_collection(COLLECTION)
         stats = self._stats(placement) if training else self._checked_stats(placement)
@@ -187,7 +196,7 @@ class QuantizedModule(nn.Module):
           ValueError: what the call itself would raise.
         """
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
-        captured = trace(self, variables, args, kwargs, method, rngs=rngs)
+        captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
         return Plan(placement, self.config.bn_fold, variables.get(COLLECTION, {}))
 
@@ -201,6 +210,7 @@ def trace(
     *,
     rngs: Rngs,
     mutable: CollectionFilter = True,
+    dry: bool = False,
 ) -> Capture:
     """Capture a call of a quantized module's float module.
 
@@ -212,6 +222,7 @@ def trace(
       method: which of the float module's methods, by name or function; None: `__call__`.
       rngs: the keys of random streams.
       mutable: which collections the call may update, by default all.
+      dry: nothing will be computed, see Call.
 
     Raises:
       ValueError: what the call itself raises; an exclusion that matches nothing.
@@ -227,6 +238,7 @@ def trace(
         method=method,
         rngs=rngs,
         mutable=list(floats) if mutable is True else mutable,
+        dry=dry,
     )
     return capture(call, exclude=qmodule.config.exclude, forbidden=QuantizedModule)
 

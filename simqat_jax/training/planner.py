@@ -11,6 +11,7 @@ from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import Operation, Situation
 from simqat_jax.ops.registry import operation_of
+from simqat_jax.training.batch_norm import mapped_axis
 
 
 def group(graph: Graph) -> list[Step]:
@@ -70,7 +71,7 @@ class _Planner:
         self.steps = group(graph)
         self.namer = _Namer()
         self.needed: set[int] = set()
-        self.wanted = {v for v in graph.outputs if isinstance(v, int)}
+        self.wanted = graph.activations()
         self.at: dict[int, Quantizer] = {}
         self.grids: dict[int, Quantizer] = {}
         self.weights: dict[tuple[str, ...], Quantizer] = {}
@@ -98,6 +99,7 @@ class _Planner:
             constants=constants,
             rounding=ROUNDINGS[self.config.backend],
             freeze_bn=self.config.freeze_bn,
+            axis_name=mapped_axis(self.graph),
         )
 
     # Backwards -------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class Simulation(Run):
         if not quantizer.has_state:
             return observer.present_range(x)
         measured = observer.measure(x, bounds)
+        if self.placement.axis_name is not None:
+            measured = observer.reduce(measured, self.placement.axis_name)
         if name in seen:  # tensors that share a range widen each other's
             measured = observer.merge(measured, seen[name].measured)
         state = observer.update(self.stats[name], measured)

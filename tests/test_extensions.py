@@ -1,6 +1,6 @@
 """What docs/architecture.md says can be added: another rounding, another observer."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from zoo import Model, case
 
 import simqat_jax as sq
 from simqat_jax import config as config_module
+from simqat_jax.ir.program import grid_of
 from simqat_jax.numerics import spec as spec_module
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.observers import OBSERVERS, Observer
@@ -89,7 +90,7 @@ def test_another_rounding(name, rounds_down, tmp_path):
     assert_same(sq.IntegerModel.load(tmp_path / "model")(*small.args), want)
 
     # The codes of the operands, and what becomes of them in NumPy.
-    grids = [t.grid for op in model.ops[-3:] for t in [model.tensors[op.outputs[0]]]]
+    grids = [grid_of(model.tensors[op.outputs[0]]) for op in model.ops[-3:]]
     paths = [f"Dense_{n}" for n in range(2)]
     layers = [sq.convert(*trained_layer(qmodel, variables, path), *small.args) for path in paths]
     codes = [np.asarray(layer.run_codes(layer.quantize(*small.args)), int) for layer in layers]
@@ -124,34 +125,34 @@ class PercentileState(NamedTuple):
 class Percentile(Observer):
     """A range that leaves out the largest tenth of magnitudes: extremes do not tell it."""
 
-    def init(self):
+    def init(self) -> Any:
         shape = () if self.num_channels is None else (self.num_channels,)
         return PercentileState(jnp.full(shape, -1.0), jnp.zeros((), jnp.int32))
 
-    def restore(self, state):
+    def restore(self, state: Any) -> Any:
         fields = state.values() if isinstance(state, dict) else state
         return PercentileState(*fields)
 
-    def measure(self, x, bounds=FREE):
+    def measure(self, x, bounds=FREE) -> Any:
         magnitudes = jnp.abs(jnp.clip(jax.lax.stop_gradient(x), *bounds))
         axes = None if self.num_channels is None else tuple(range(x.ndim - 1))
         return jnp.quantile(magnitudes.astype(jnp.float32), 0.9, axis=axes)
 
-    def merge(self, one, other):
+    def merge(self, one: Any, other: Any) -> Any:
         return jnp.maximum(one, other)
 
-    def update(self, state, measured):
+    def update(self, state: Any, measured: Any) -> Any:
         finite = jnp.isfinite(measured).all()
         mean = jnp.where(state.magnitude < 0, measured, 0.5 * state.magnitude + 0.5 * measured)
         return PercentileState(
             jnp.where(finite, mean, state.magnitude), state.nonfinite + jnp.where(finite, 0, 1)
         )
 
-    def range(self, state):
+    def range(self, state: Any):
         lo = jnp.zeros_like(state.magnitude) if self.nonnegative else -state.magnitude
         return lo, state.magnitude
 
-    def training_range(self, state, before=None):
+    def training_range(self, state: Any, before=None):
         return self.range(state)
 
     def present_range(self, x):
@@ -210,8 +211,8 @@ def test_another_observer_evaluates_as_its_integer_model(percentile, tmp_path):
     evaluate = jax.jit(qmodel.apply)
     model = sq.convert(qmodel, variables, X)
     magnitude = float(variables["quant_stats"]["input"].magnitude)
-    grid = model.tensors[model.inputs[0]].grid
-    assert grid is not None and grid.scale == pytest.approx(2 * magnitude / 255, rel=1e-5)
+    grid = grid_of(model.tensors[model.inputs[0]])
+    assert grid.scale == pytest.approx(2 * magnitude / 255, rel=1e-5)
     want = evaluate(variables, 2 * X)
     assert_same(model(2 * X), want)
     assert len(np.unique(want)) > 20

@@ -9,6 +9,7 @@ from models import assert_same, trained
 from zoo import CASES, Model, batch_norm, case
 
 import simqat_jax as sq
+from simqat_jax.ir.program import grid_of
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (4, 6))
@@ -72,14 +73,14 @@ def test_channels_with_tiny_weights_keep_their_bias(fold, norm, tmp_path):
     x = 80 * jnp.abs(jax.random.normal(KEY, (2, 6, 6, 3)))  # as of raw pixels
     variables = qmodel.init(KEY, x)
     factors = jnp.array([0.0, 1e-14, 1e-4, 1.0]).reshape(1, 1, 1, 4)
-    kernel = 0.01 * variables["params"]["Conv_0"]["kernel"] * factors
+    kernel = 0.01 * jnp.asarray(variables["params"]["Conv_0"]["kernel"]) * factors
     params = {**variables["params"], "Conv_0": {"kernel": kernel, "bias": jnp.full(4, 0.3)}}
     variables = {**variables, "params": params}
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
     _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
     variables = {**variables, **updates}
     evaluated, integer = qmodel.apply(variables, x), sq.convert(qmodel, variables, x)
-    step = integer.tensors[integer.outputs[0]].grid.scale
+    step = grid_of(integer.tensors[integer.outputs[0]]).scale
     want = Model(model).apply(floats, x)
     np.testing.assert_allclose(evaluated[..., :3], want[..., :3], atol=step)
     np.testing.assert_allclose(evaluated, want, atol=4 * step)
@@ -102,7 +103,7 @@ def test_a_batch_norm_of_its_own_keeps_its_shift():
     _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
     variables = {**variables, **updates}
     evaluated, integer = qmodel.apply(variables, x), sq.convert(qmodel, variables, x)
-    step = integer.tensors[integer.outputs[0]].grid.scale
+    step = grid_of(integer.tensors[integer.outputs[0]]).scale
     np.testing.assert_allclose(evaluated[:, :2], 0.3, atol=step)
     assert_same(integer(x), evaluated)
 

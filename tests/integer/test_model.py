@@ -9,6 +9,7 @@ from models import assert_same, converted, trained
 from zoo import CASES, Model, batch_norm, case
 
 import simqat_jax as sq
+from simqat_jax.ir.program import grid_of
 
 pytestmark = pytest.mark.usefixtures("optimized")
 KEY = jax.random.key(0)
@@ -49,7 +50,7 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16():
     logits = evaluate(variables, x)
     assert_same(sq.convert(qmodel, variables, x)(x), logits)
     assert np.any(np.asarray(logits) != logits.astype(jnp.bfloat16).astype(jnp.float32))
-    gradient = jax.grad(lambda v: qmodel.apply({**variables, "params": v}, x).sum())
+    gradient = jax.grad(lambda v: jnp.sum(qmodel.apply({**variables, "params": v}, x)))
     assert jax.tree.all(jax.tree.map(jnp.any, gradient(variables["params"])))
 
 
@@ -77,7 +78,7 @@ def test_widths(activation_bits, weight_bits, symmetric):
     qmodel, variables, evaluate = trained(small, config)
     model = sq.convert(qmodel, variables, *small.args)
     assert_same(model(*small.args), evaluate(variables, *small.args))
-    grid = model.tensors[model.outputs[0]].grid
+    grid = grid_of(model.tensors[model.outputs[0]])
     assert (grid.qmin, grid.qmax) == (config.activation.qmin, config.activation.qmax)
 
 

@@ -115,6 +115,8 @@ def test_one_conv_reads_and_writes_less_than_dividing_the_output():
 
     def bytes_accessed(function: Any) -> float:
         compiled = jax.jit(function).lower(kernel, values).compile()
-        return compiled.cost_analysis()["bytes accessed"]
+        analysis = compiled.cost_analysis()
+        assert analysis is not None
+        return analysis["bytes accessed"]
 
     assert bytes_accessed(ours) <= 1.05 * bytes_accessed(plain)

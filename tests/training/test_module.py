@@ -161,8 +161,8 @@ def test_methods_of_the_float_module(method, x):
         qmodel.apply(variables, x, method=method)  # trained through __call__ alone
     _, updates = qmodel.apply(variables, x, method=method, mutable=["quant_stats"])
     variables = {**variables, **updates}
-    codes = qmodel.apply(variables, x, method=method)
-    want = Coder().apply({"params": variables["params"]}, x, method=method)
+    codes = jnp.asarray(qmodel.apply(variables, x, method=method))
+    want = jnp.asarray(Coder().apply({"params": variables["params"]}, x, method=method))
     assert 0 < jnp.abs(codes - want).max() < 0.03 * want.max()
     assert next(row.path for row in qmodel.plan(variables, x, method=method).rows) == "encoder"
     fresh = qmodel.init(KEY, x, method=method)
@@ -243,7 +243,8 @@ def test_sown_intermediates_and_dropout_masks_are_those_of_the_float_model(x):
     y, updates = qmodel.apply(variables, x, rngs=rngs, mutable=["quant_stats", "intermediates"])
     want = Sown().apply({"params": variables["params"]}, x, rngs=rngs)
     np.testing.assert_array_equal(y == 0, want == 0)
-    assert updates["intermediates"]["hidden"][0].shape == (16, 4)
+    (hidden,) = updates["intermediates"]["hidden"]
+    assert jnp.shape(hidden) == (16, 4)
 
 
 def test_a_function_that_is_only_named_relu_is_not_taken_for_one(x):
@@ -333,7 +334,7 @@ def test_layers_without_a_quantized_form(layer, shape, reason):
 def test_an_empty_batch(x):
     qmodel, variables = initialized(TwoLayers(), x)
     _, variables = step(qmodel, variables, x)
-    assert qmodel.apply(variables, x[:0]).shape == (0, 3)
+    assert jnp.shape(qmodel.apply(variables, x[:0])) == (0, 3)
     with pytest.raises(ValueError, match=r"input: an empty tensor of shape \(0, 5\)"):
         step(qmodel, variables, x[:0])
 
@@ -400,4 +401,4 @@ def test_per_channel_activations_without_a_channel_axis():
     qmodel, variables = initialized(TwoLayers(), jnp.ones((2, 5)), activation=spec)
     assert variables["quant_stats"]["input"].lo.shape == (5,)
     y, variables = step(qmodel, variables, jnp.ones((2, 5)))
-    np.testing.assert_array_equal(qmodel.apply(variables, jnp.ones((2, 5))).shape, y.shape)
+    assert jnp.shape(qmodel.apply(variables, jnp.ones((2, 5)))) == y.shape

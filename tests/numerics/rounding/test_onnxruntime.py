@@ -28,26 +28,22 @@ def exact(value: float) -> Fraction:
 
 def test_each_product_of_a_sum_is_rounded_once():
     rng = np.random.default_rng(0)
-    scales = rng.uniform(0.01, 0.05, 3).astype(np.float32)
-    a, b, c = (
-        sq.Grid(float(scale), zero, 0, 255)
-        for scale, zero in zip(scales, (7, 130, 60), strict=True)
-    )
+    scales, (za, zb, zc) = rng.uniform(0.01, 0.05, 3).astype(np.float32), (7, 130, 60)
+    grids = tuple(sq.Grid(float(s), z, 0, 255) for s, z in zip(scales, (za, zb, zc), strict=True))
     qa, qb = rng.integers(0, 256, (2, 400)).astype(np.int32)
     add = ONNXRUNTIME.add
-    constants = add.constants((a, b, c))
+    constants = add.constants(grids)
 
     ra, rb = (scale / scales[2] for scale in scales[:2])
-    product = exact(rounded(exact(rb) * b.zero_point))
-    z = rounded(c.zero_point - rounded(exact(ra) * a.zero_point + product))
+    product = rounded(exact(rb) * zb)
+    z = rounded(zc - rounded(exact(ra) * za + product))
     assert [float(value) for value in constants] == [float(ra), float(rb), float(z)]
 
     def run(x, y):
-        return add.apply(x, y, constants, (a, b, c))
+        return add.apply(x, y, constants, grids)
 
-    centered = qa - a.zero_point, qb - b.zero_point
-    got = jax.jit(run)(*centered)
-    np.testing.assert_array_equal(got, run(*centered))
-    for x, y, code in zip(qa, qb, np.asarray(got) + c.zero_point, strict=True):
+    got = jax.jit(run)(qa - za, qb - zb)
+    np.testing.assert_array_equal(got, run(qa - za, qb - zb))
+    for x, y, code in zip(qa, qb, np.asarray(got) + zc, strict=True):
         inner = rounded(int(y) * exact(rb) + z)
         assert float(code) == np.rint(float(rounded(int(x) * exact(ra) + inner)))

@@ -13,6 +13,7 @@ from single_operations import random_codes, single
 from zoo import CASES, Case
 
 import simqat_jax as sq
+from simqat_jax.ir.program import grid_of
 from simqat_jax.targets.tflite import target as tflite
 
 CONFIG = sq.SimQATConfig(backend="tflite")
@@ -118,7 +119,7 @@ def test_float_inputs_and_outputs_by_default(tmp_path):
     (detail,) = runtime.get_input_details()
     assert list(detail["shape_signature"]) == [-1, 8, 8, 4]
     assert list(detail["shape"]) == [1, 8, 8, 4]
-    grid = model.tensors[model.inputs[0]].grid
+    grid = grid_of(model.tensors[model.inputs[0]])
     codes = np.arange(grid.qmin, grid.qmax) + 0.5 - grid.zero_point  # in the middle of two codes
     middle = np.resize((codes * np.float32(grid.scale)).astype(np.float32), (3, 8, 8, 4))
     beside = [np.nextafter(middle, np.float32(end)) for end in (-9, 9)]

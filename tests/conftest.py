@@ -3,7 +3,10 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes longer than running small models. Tests of bits ask for `optimized`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import compilation
 import hypothesis
 import jax
 import pytest
@@ -17,10 +20,9 @@ hypothesis.settings.load_profile("simqat")
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Compiling takes longer than running small models: leave most optimizations out."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
+def optimized():
+    """Compile the tests of a module as users do: where what they promise depends on it."""
+    jax.clear_caches()
+    with compilation.optimized():
+        yield
+    jax.clear_caches()

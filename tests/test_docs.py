@@ -187,7 +187,7 @@ def float_model(examples: int) -> dict[str, Any]:
 def trained_model() -> dict[str, Any]:
     names = float_model(8)
     qmodel, x = simqat_jax.SimQAT().apply(names["model"]), names["x"]
-    variables = qmodel.init(names["key"], x)
+    variables: Any = qmodel.init(names["key"], x)
     mutable = ["batch_stats", "quant_stats"]
     _, updates = qmodel.apply(variables, x, train=True, mutable=mutable)
     return {"qmodel": qmodel, "variables": variables | updates, "x": x[:1]}

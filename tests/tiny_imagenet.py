@@ -9,6 +9,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+# What protoc writes has names at run time only.
+# pyright: reportAttributeAccessIssue=false
+
 NAME = "imagenet2012"
 VERSION = "5.1.0"
 FEATURES = "tensorflow_datasets.core.features"

@@ -104,10 +104,12 @@ def attention(x):
     return nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(nn.Dense(8)(x)))
 
 
-def learned_scalar(x):
-    x = nn.Dense(6)(x)
-    module = nn.module._context.module_stack[-1]  # the compact module whose body this is
-    return nn.Dense(2)(x * module.param("alpha", nn.initializers.constant(0.7), ()))
+class LearnedScalar(nn.Module):
+    """A factor that is trained."""
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("alpha", nn.initializers.constant(0.7), ())
 
 
 def batch_norm(x, train):
@@ -173,7 +175,7 @@ CASES: dict[str, Case] = {
     "own where": case(activation(lambda x: jnp.where(x > 0, x, 0.1 * x)), ROW, 4, 2),
     "prelu": case(activation(lambda x: nn.PReLU()(x)), ROW, 4, 2),
     "scaled": case(activation(lambda x: x * 0.5), ROW, 4, 2),
-    "learned scalar": case(learned_scalar, ROW, 4, 2),
+    "learned scalar": case(activation(lambda x: LearnedScalar()(x)), ROW, 4, 2),
     "max_pool": case(between_convs(lambda x: nn.max_pool(x, (2, 2), (2, 2))), IMAGE, 3, 2),
     "padded max_pool": case(
         between_convs(lambda x: nn.max_pool(x, (3, 3), (2, 2), padding="SAME")), IMAGE, 3, 2

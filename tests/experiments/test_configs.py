@@ -85,8 +85,9 @@ def test_one_step_of_every_config(name: str, tiny: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", configs.CONFIGS)
 def test_every_config_says_how_to_run_it_and_describes_its_model(name: str) -> None:
     function = configs.CONFIGS[name]
-    assert f"python -m experiments.train --config {name}" in inspect.getdoc(function)
-    assert "Expected" in inspect.getdoc(function)
+    text = inspect.getdoc(function) or ""
+    assert f"python -m experiments.train --config {name}" in text
+    assert "Expected" in text
     settings = function().settings()
     assert settings["config"] == name
     assert not re.search("object at|0x", str(settings))

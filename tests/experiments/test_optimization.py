@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -43,7 +44,7 @@ def test_momentum_and_decay_of_kernels_alone() -> None:
             expected[kind] -= 0.1 / (step + 1) * velocity[kind]
     assert expected["kernel"] != expected["rest"]
     np.testing.assert_allclose(params["Conv_0"]["kernel"], expected["kernel"], rtol=1e-6)
-    for leaf in (params["Conv_0"]["bias"], *params["BatchNorm_0"].values()):
+    for leaf in (params["Conv_0"]["bias"], *jax.tree.leaves(params["BatchNorm_0"])):
         np.testing.assert_allclose(leaf, expected["rest"], rtol=1e-6)
 
 

@@ -87,7 +87,9 @@ def test_every_collection_is_trained_saved_and_evaluated(tmp_path: Path, name: s
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     # Counted one image at a time, without padding or mask.
     variables = {"params": state.params, **state.collections}
-    images, labels = phase.dataset.test_images, phase.dataset.test_labels
+    dataset = phase.dataset
+    assert isinstance(dataset, Dataset)
+    images, labels = dataset.test_images, dataset.test_labels
     logits = phase.model.apply(variables, images, train=False)
     correct = sum(int(np.argmax(row)) == label for row, label in zip(logits, labels, strict=True))
     assert progress.history[-1]["accuracy"] == correct / len(labels)

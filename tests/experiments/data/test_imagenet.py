@@ -98,6 +98,7 @@ def test_test_batches_are_centre_crops_of_every_image_once(dataset: data.ImageDa
     labels = np.concatenate([labels[mask] for _, labels, mask in batches])
     assert labels.tolist() == [37 * i % 1000 for i in range(TEST)]
     images = np.concatenate([images[mask] for images, _, mask in batches])
+    assert isinstance(dataset, imagenet.ImageNet)
     source = dataset.test
     for index in range(TEST):
         image = Image.open(io.BytesIO(source[index]["image"])).convert("RGB")

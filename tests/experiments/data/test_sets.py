@@ -51,8 +51,14 @@ def _check_digits(dataset: data.Dataset, train: int, test: int) -> None:
         assert images[:, 2:-2, 2:-2].any(axis=(1, 2, 3)).all()
 
 
+def _loaded(name: str) -> data.Dataset:
+    dataset = data.load(name)
+    assert isinstance(dataset, data.Dataset)
+    return dataset
+
+
 def test_mnist5k_is_stratified_disjoint_and_padded(cache: Path) -> None:
-    dataset = data.load("mnist5k")
+    dataset = _loaded("mnist5k")
     _check_digits(dataset, 4000, 1000)
     assert (np.bincount(dataset.train_labels) == 400).all()
     assert (np.bincount(dataset.test_labels) == 100).all()
@@ -65,7 +71,7 @@ def test_mnist_has_its_70000_digits() -> None:
     cached = data.cache_dir() / "mnist-3.0.1.npz"
     if "TFDS_DATA_DIR" not in os.environ and not cached.exists():
         pytest.skip("TFDS_DATA_DIR is not set: no prepared mnist")
-    dataset = data.load("mnist")
+    dataset = _loaded("mnist")
     _check_digits(dataset, 60000, 10000)
     # Digits of each class in the original files.
     train = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
@@ -127,14 +133,14 @@ def test_test_batches_cover_every_image_once() -> None:
 
 
 def test_damaged_cache_is_rebuilt(cache: Path, capsys: pytest.CaptureFixture) -> None:
-    before = data.load("mnist5k")
+    before = _loaded("mnist5k")
     path = cache / "mnist5k-v1.npz"
     intact = path.read_bytes()
     middle = len(intact) // 2
     flipped = intact[:middle] + bytes([intact[middle] ^ 1]) + intact[middle + 1 :]
     for damage in (b"", intact[:1000], flipped):
         path.write_bytes(damage)
-        after = data.load("mnist5k")
+        after = _loaded("mnist5k")
         assert "is damaged" in capsys.readouterr().out
         np.testing.assert_array_equal(after.train_images, before.train_images)
         assert path.read_bytes() == intact

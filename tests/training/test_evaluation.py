@@ -11,6 +11,7 @@ from zoo import Model
 
 import simqat_jax as sq
 
+pytestmark = pytest.mark.usefixtures("optimized")
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 IMAGE = jax.random.normal(jax.random.key(2), (3, 7, 7, 4)) + 0.3
 SPEC = sq.QuantSpec()

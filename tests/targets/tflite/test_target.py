@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from models import converted
 from single_operations import random_codes, single
 from zoo import CASES, Case
 
 import simqat_jax as sq
+from simqat_jax.ir.program import grid_of
 from simqat_jax.targets.tflite import target as tflite
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="tflite")
 REFUSED = {
     "conv 3d": "Conv_0: TFLite convolves over one or two axes",
@@ -34,18 +34,6 @@ SAME = (
     *("weight norm", "pre-activation", "concat with itself", "relu", "flatten"),
     *("strided", "dilated", "padding int", "padding pairs", "subtract", "multiply"),
 )
-
-
-def converted(case, config=CONFIG):
-    qmodel = sq.SimQAT(config).apply(case.model)
-
-    @jax.jit
-    def observe():
-        variables = qmodel.init(RNGS, *case.args, **case.kwargs)
-        _, updates = qmodel.apply(variables, *case.args, **case.kwargs, mutable=["quant_stats"])
-        return {**variables, **updates}
-
-    return sq.convert(qmodel, observe(), *case.args, **case.kwargs)
 
 
 def interpreter(path):
@@ -80,7 +68,7 @@ def differences(model, runtime, codes):
 
 @pytest.mark.parametrize("name", [n for n in CASES if n not in (*TRAINING, *REFUSED, *SAME)])
 def test_every_construct(name, tmp_path):
-    model = converted(CASES[name])
+    model = converted(CASES[name], CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite", integer_io=True)
     runtime = interpreter(tmp_path / "m.tflite")
     for batch in (1, 5):
@@ -103,7 +91,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("integer_io", [False, True])
 def test_xnnpack_takes_the_whole_graph_as_one(integer_io, tmp_path):
     x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    model = converted(Case(Residual(), (x,), 0, 0))
+    model = converted(Case(Residual(), (x,), 0, 0), CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite", integer_io=integer_io)
     runtime = interpreter(tmp_path / "m.tflite")
     runtime.allocate_tensors()
@@ -121,19 +109,19 @@ def test_xnnpack_takes_the_whole_graph_as_one(integer_io, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=REFUSED[name]):
-        sq.export_tflite(converted(CASES[name]), tmp_path / "m.tflite")
+        sq.export_tflite(converted(CASES[name], CONFIG), tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.versions
 def test_float_inputs_and_outputs_by_default(tmp_path):
-    model = converted(CASES["residual"])
+    model = converted(CASES["residual"], CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite")
     runtime = interpreter(tmp_path / "m.tflite")
     (detail,) = runtime.get_input_details()
     assert list(detail["shape_signature"]) == [-1, 8, 8, 4]
     assert list(detail["shape"]) == [1, 8, 8, 4]
-    grid = model.tensors[model.inputs[0]].grid
+    grid = grid_of(model.tensors[model.inputs[0]])
     codes = np.arange(grid.qmin, grid.qmax) + 0.5 - grid.zero_point  # in the middle of two codes
     middle = np.resize((codes * np.float32(grid.scale)).astype(np.float32), (3, 8, 8, 4))
     beside = [np.nextafter(middle, np.float32(end)) for end in (-9, 9)]
@@ -144,7 +132,7 @@ def test_float_inputs_and_outputs_by_default(tmp_path):
 
 @pytest.mark.versions
 def test_signature(tmp_path):
-    model = converted(CASES["two heads"])
+    model = converted(CASES["two heads"], CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite")
     signature = interpreter(tmp_path / "m.tflite").get_signature_runner("serving_default")
     x = np.asarray(CASES["two heads"].args[0])
@@ -171,7 +159,7 @@ def test_narrow_widths(num_bits, symmetric, tmp_path):
 
 def test_every_tensor_as_an_output(tmp_path):
     """Inputs, constants and repeated tensors too."""
-    model = converted(CASES["constant per channel"])
+    model = converted(CASES["constant per channel"], CONFIG)
     outputs = (*range(len(model.tensors)), len(model.tensors) - 1)
     structure = list(range(len(outputs)))
     program = dataclasses.replace(model.program, outputs=outputs, structure=structure)
@@ -206,7 +194,7 @@ def test_more_than_8_bits(role, tmp_path):
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
-    model = converted(CASES["relu"])
+    model = converted(CASES["relu"], CONFIG)
 
     def missing(name):
         raise ImportError(name)

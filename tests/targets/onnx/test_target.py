@@ -9,28 +9,15 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from models import converted
 from zoo import CASES
 
 import simqat_jax as sq
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 CONFIG = sq.SimQATConfig(backend="onnx")
 FLOAT_PARTS = ("softmax", "attention", "preprocessing", "avg_pool without padding")
 TRAINING = ("batch norm train", "dropout train")
-
-
-def converted(case, config=CONFIG):
-    qmodel = sq.SimQAT(config).apply(case.model)
-
-    @jax.jit
-    def observe():
-        variables = qmodel.init(RNGS, *case.args, **case.kwargs)
-        _, updates = qmodel.apply(variables, *case.args, **case.kwargs, mutable=["quant_stats"])
-        return {**variables, **updates}
-
-    return sq.convert(qmodel, observe(), *case.args, **case.kwargs)
 
 
 def session(path, optimized=None):
@@ -71,7 +58,7 @@ def differences(model, runtime, args):
 @pytest.mark.parametrize("name", [n for n in CASES if n not in (*TRAINING, *FLOAT_PARTS)])
 def test_every_construct(name, tmp_path):
     case = CASES[name]
-    model = converted(case)
+    model = converted(case, CONFIG)
     sq.export_onnx(model, tmp_path / "m.onnx", integer_io=True)
     runtime = session(tmp_path / "m.onnx", tmp_path / "optimized.onnx")
     assert differences(model, runtime, case.args) == 0
@@ -87,14 +74,14 @@ def test_every_construct(name, tmp_path):
 @pytest.mark.parametrize("name", FLOAT_PARTS)
 def test_float_parts_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match="float has no form in ONNX integers"):
-        sq.export_onnx(converted(CASES[name]), tmp_path / "m.onnx")
+        sq.export_onnx(converted(CASES[name], CONFIG), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.versions
 def test_float_inputs_and_outputs_by_default(tmp_path):
     case = CASES["residual"]
-    model = converted(case)
+    model = converted(case, CONFIG)
     sq.export_onnx(model, tmp_path / "m.onnx")
     runtime = session(tmp_path / "m.onnx")
     x = jax.random.normal(jax.random.key(5), (5, *case.args[0].shape[1:]))
@@ -137,7 +124,7 @@ def test_widths_that_onnx_files_are_not_written_with(tmp_path):
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
-    model = converted(CASES["relu"])
+    model = converted(CASES["relu"], CONFIG)
 
     def missing(name):
         raise ImportError(name)
@@ -149,6 +136,6 @@ def test_without_the_extra(tmp_path, monkeypatch):
 
 @pytest.mark.versions
 def test_several_outputs_are_numbered(tmp_path):
-    sq.export_onnx(converted(CASES["two heads"]), tmp_path / "m.onnx")
+    sq.export_onnx(converted(CASES["two heads"], CONFIG), tmp_path / "m.onnx")
     names = [o.name for o in session(tmp_path / "m.onnx").get_outputs()]
     assert names == ["output_0", "output_1", "output_2"]

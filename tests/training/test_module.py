@@ -1,4 +1,4 @@
-"""SimQAT as a user meets it: one call, a plan, training, delays, and every wrong input."""
+"""SimQAT as a user meets it: one call, training, delays, and every wrong input."""
 
 import flax.linen as nn
 import jax
@@ -7,21 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from models import KEY, TwoLayers, initialized, step
 
 import simqat_jax as sq
-from experiments.models import LeNet5
-
-KEY = jax.random.key(0)
-
-
-class Net(nn.Module):
-    """Two layers."""
-
-    @nn.compact
-    def __call__(self, x, train=False):
-        del train
-        x = nn.relu(nn.Dense(8)(x))
-        return nn.Dense(3)(x)
 
 
 @pytest.fixture
@@ -29,81 +17,12 @@ def x():
     return jax.random.normal(jax.random.key(1), (16, 5))
 
 
-def qat(model, x, **config):
-    qmodel = sq.SimQAT(sq.SimQATConfig(**config)).apply(model)
-    return qmodel, qmodel.init(KEY, x)
-
-
-def step(qmodel, variables, x):
-    y, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
-    return y, {**variables, **updates}
-
-
-# The plan ----------------------------------------------------------------------------------------
-
-
-def test_plan_of_lenet5():
-    x = jnp.ones((2, 32, 32, 1))
-    qmodel, variables = qat(LeNet5(), x)
-    plan = qmodel.plan(variables, x, train=False)
-    outputs = [row.output.name for row in plan.rows if row.output]
-    weights = [row.weight.name for row in plan.rows if row.weight]
-    layers = ["Conv_0", "Conv_1", "Dense_0", "Dense_1", "Dense_2"]
-    assert outputs == [f"{name}/output" for name in layers]
-    assert weights == [f"{name}/kernel" for name in layers]
-    assert set(plan.quantizers) == {"input", *outputs, *weights}
-    assert not plan.floats
-    notes = [(row.op, row.note) for row in plan.rows if row.note]
-    assert notes == [
-        ("max_pool", "on the grid of Conv_0/output"),
-        ("max_pool", "on the grid of Conv_1/output"),
-        ("reshape", "on the grid of Conv_1/output"),
-    ]
-    kernel = plan.quantizers["Conv_1/kernel"]
-    assert (kernel.channel_axis, kernel.num_channels) == (-1, 16)
-    assert plan.quantizers["input"].num_channels is None
-    text = str(plan)
-    for part in (
-        "Conv(features=6, kernel_size=(5, 5), padding=VALID, use_bias=False) + relu",
-        "8 bits, symmetric, narrow, per channel (axis -1, 16), batch",
-        "8 bits, asymmetric, per tensor, ema 0.99",
-        "training steps so far: 0",
-    ):
-        assert part in text
-
-
-def test_plan_shows_ranges_delays_and_what_stays_float(x):
-    class Mixed(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.LayerNorm()(nn.Dense(4)(x))
-            return nn.softmax(nn.Dense(3)(x))
-
-    spec = sq.QuantSpec(quant_delay=7)
-    qmodel, variables = qat(Mixed(), x, activation=spec, exclude=("Dense_1",))
-    _, variables = step(qmodel, variables, x)
-    plan = qmodel.plan(variables, x)
-    assert plan.quantizers["input"].lo == float(x.min())
-    reasons = dict(plan.floats)
-    assert reasons["LayerNorm_0"].startswith("float: no integer form")
-    assert "excluded" in reasons["Dense_1/dot_general"]
-    assert "activations quantizes from step 7" in str(plan)
-    assert "training steps so far: 1" in str(plan)
-
-
-def test_plan_computes_nothing_and_takes_shapes(x):
-    qmodel, variables = qat(Net(), x)
-    shapes = jax.eval_shape(lambda v: v, variables)
-    plan = qmodel.plan(shapes, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    assert str(plan).count("Dense(") == 2
-
-
 # Training and evaluation -------------------------------------------------------------------------
 
 
 @pytest.mark.versions
 def test_training_with_train_state_lowers_the_loss(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     labels = jnp.argmax(x[:, :3], axis=-1)
     state = TrainState.create(
         apply_fn=qmodel.apply, params=variables["params"], tx=optax.adam(1e-2)
@@ -129,7 +48,7 @@ def test_training_with_train_state_lowers_the_loss(x):
 
 
 def test_jit_equals_eager_in_training(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     for _ in range(3):
         eager, after = step(qmodel, variables, x)
         jitted, jit_after = jax.jit(lambda v, x: step(qmodel, v, x))(variables, x)
@@ -139,7 +58,7 @@ def test_jit_equals_eager_in_training(x):
 
 
 def test_vmap_over_the_whole(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     _, variables = step(qmodel, variables, x)
     xs = jnp.stack([x, 0.5 * x])
     got = jax.vmap(lambda x: qmodel.apply(variables, x))(xs)
@@ -158,7 +77,7 @@ def integer_dense(codes, x_params, kernel, bias, y_params, relu):
 
 
 def test_evaluation_is_the_integer_computation(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     for seed in range(4):
         _, variables = step(qmodel, variables, jax.random.normal(jax.random.key(seed), x.shape))
     stats, params = variables["quant_stats"], jax.tree.map(np.asarray, variables["params"])
@@ -175,7 +94,7 @@ def test_evaluation_is_the_integer_computation(x):
 
 
 def test_evaluation_changes_nothing(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     _, variables = step(qmodel, variables, x)
     before = jax.tree.map(np.array, variables)
     _, updates = qmodel.apply(variables, 100 * x, mutable=["batch_stats"])
@@ -193,8 +112,8 @@ def test_delay(role, x):
     }
     other = "weight" if role == "activation" else "activation"
     fine = sq.QuantSpec(num_bits=16, symmetric=True, observer="batch")
-    qmodel, variables = qat(Net(), x, **{role: specs[role], other: fine})
-    floats = Net().apply({"params": variables["params"]}, x)
+    qmodel, variables = initialized(TwoLayers(), x, **{role: specs[role], other: fine})
+    floats = TwoLayers().apply({"params": variables["params"]}, x)
     for done in range(4):
         y, variables = step(qmodel, variables, x)
         close = np.allclose(y, floats, atol=2e-3)
@@ -207,7 +126,7 @@ def test_delay(role, x):
 @pytest.mark.parametrize("observer", ["ema", "minmax"])
 def test_weight_observers_keep_state(observer, x):
     spec = sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True, observer=observer)
-    qmodel, variables = qat(Net(), x, weight=spec)
+    qmodel, variables = initialized(TwoLayers(), x, weight=spec)
     _, variables = step(qmodel, variables, x)
     state, kernel = (
         variables["quant_stats"]["Dense_0/kernel"],
@@ -217,36 +136,6 @@ def test_weight_observers_keep_state(observer, x):
     plan = qmodel.plan(variables, x)
     assert plan.quantizers["Dense_0/kernel"].hi == float(kernel.max())
     assert np.isfinite(qmodel.apply(variables, x)).all()
-
-
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_a_nonfinite_batch_is_reported_and_poisons_nothing(bad, x):
-    qmodel, variables = qat(Net(), x)
-    _, variables = step(qmodel, variables, x)
-    before = variables["quant_stats"]
-    _, variables = step(qmodel, variables, x.at[3, 2].set(bad))
-    after = variables["quant_stats"]
-    assert sq.nonfinite_ranges(before) == {}
-    assert sq.nonfinite_ranges(after)["input"] == 1
-    assert (after["input"].lo, after["input"].hi) == (before["input"].lo, before["input"].hi)
-    assert "NaN or Inf was seen" in str(qmodel.plan(variables, x))
-    assert np.isfinite(qmodel.apply(variables, x)).all()
-
-
-def test_state_restored_as_dictionaries_works(x):
-    qmodel, variables = qat(Net(), x)
-    _, variables = step(qmodel, variables, x)
-    want = qmodel.apply(variables, x)
-    plain = {k: s._asdict() if k != "step" else s for k, s in variables["quant_stats"].items()}
-    for restored in (plain, {k: list(s.values()) if k != "step" else s for k, s in plain.items()}):
-        restored = {**variables, "quant_stats": restored}
-        np.testing.assert_array_equal(qmodel.apply(restored, x), want)
-        assert str(qmodel.plan(restored, x)) == str(qmodel.plan(variables, x))
-    bad = {**plain, "input": {**plain["input"], "nonfinite": 3}}
-    assert sq.nonfinite_ranges(bad) == {"input": 3}
-    assert sq.nonfinite_ranges({"inner": bad}) == {"inner/input": 3}
-    with pytest.raises(TypeError, match="no RangeState"):
-        sq.nonfinite_ranges(variables)
 
 
 class Coder(nn.Module):
@@ -266,15 +155,15 @@ class Coder(nn.Module):
     "method", ["encode", Coder.encode, Coder().encode, lambda m, x: m.encode(x)]
 )
 def test_methods_of_the_float_module(method, x):
-    qmodel, variables = qat(Coder(), x)
+    qmodel, variables = initialized(Coder(), x)
     assert "encode/mul/output" in variables["quant_stats"]
     _, variables = step(qmodel, variables, x)
     with pytest.raises(ValueError, match=r"no quant_stats for .*/input"):
         qmodel.apply(variables, x, method=method)  # trained through __call__ alone
     _, updates = qmodel.apply(variables, x, method=method, mutable=["quant_stats"])
     variables = {**variables, **updates}
-    codes = qmodel.apply(variables, x, method=method)
-    want = Coder().apply({"params": variables["params"]}, x, method=method)
+    codes = jnp.asarray(qmodel.apply(variables, x, method=method))
+    want = jnp.asarray(Coder().apply({"params": variables["params"]}, x, method=method))
     assert 0 < jnp.abs(codes - want).max() < 0.03 * want.max()
     assert next(row.path for row in qmodel.plan(variables, x, method=method).rows) == "encoder"
     fresh = qmodel.init(KEY, x, method=method)
@@ -290,7 +179,7 @@ def test_methods_of_the_float_module(method, x):
 
 
 def test_a_method_that_does_not_exist(x):
-    qmodel, variables = qat(Coder(), x)
+    qmodel, variables = initialized(Coder(), x)
     with pytest.raises(AttributeError, match="enc"):
         qmodel.apply(variables, x, method="enc")
 
@@ -299,7 +188,7 @@ def test_a_method_that_does_not_exist(x):
 
 
 def test_without_jit_and_with_strict_promotion(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     y, variables = step(qmodel, variables, x)
     want = qmodel.apply(variables, x)
     with jax.disable_jit():
@@ -317,7 +206,7 @@ class Outer(nn.Module):
     """A float model with a quantization-aware part."""
 
     def setup(self):
-        self.inner = sq.SimQAT().apply(Net())
+        self.inner = sq.SimQAT().apply(TwoLayers())
         self.head = nn.Dense(2)
 
     def __call__(self, x):
@@ -329,7 +218,7 @@ class OuterCompact(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2)(sq.SimQAT().apply(Net(parent=None), name="inner")(x))
+        return nn.Dense(2)(sq.SimQAT().apply(TwoLayers(parent=None), name="inner")(x))
 
 
 @pytest.mark.parametrize("outer", [Outer(), OuterCompact()])
@@ -355,7 +244,8 @@ def test_sown_intermediates_and_dropout_masks_are_those_of_the_float_model(x):
     y, updates = qmodel.apply(variables, x, rngs=rngs, mutable=["quant_stats", "intermediates"])
     want = Sown().apply({"params": variables["params"]}, x, rngs=rngs)
     np.testing.assert_array_equal(y == 0, want == 0)
-    assert updates["intermediates"]["hidden"][0].shape == (16, 4)
+    (hidden,) = updates["intermediates"]["hidden"]
+    assert jnp.shape(hidden) == (16, 4)
 
 
 def test_a_function_that_is_only_named_relu_is_not_taken_for_one(x):
@@ -368,14 +258,14 @@ def test_a_function_that_is_only_named_relu_is_not_taken_for_one(x):
         def __call__(self, x):
             return relu(nn.Dense(4)(x))
 
-    qmodel, variables = qat(Liar(), x)
+    qmodel, variables = initialized(Liar(), x)
     y, variables = step(qmodel, variables, x)
     want = Liar().apply({"params": variables["params"]}, x)
     assert jnp.abs(y - want).max() < 0.05
 
 
 def test_float_parts_by_exclusion(x):
-    _, variables = qat(Net(), x, exclude=("Dense_1",))
+    _, variables = initialized(TwoLayers(), x, exclude=("Dense_1",))
     assert set(variables["quant_stats"]) == {"input", "Dense_0/output", "step"}
 
 
@@ -411,12 +301,12 @@ class Mapped(nn.Module):
 )
 def test_layers_out_of_reach(model, path, inside, x):
     with pytest.raises(ValueError, match=rf"{path}.*{inside}[\s\S]*exclude=\('{path}',\)"):
-        qat(model, x)
-    qmodel, variables = qat(model, x, strict=False)
+        initialized(model, x)
+    qmodel, variables = initialized(model, x, strict=False)
     _, variables = step(qmodel, variables, x)
     assert np.isfinite(qmodel.apply(variables, x)).all()
     assert inside in str(qmodel.plan(variables, x))
-    qat(model, x, exclude=(path,))
+    initialized(model, x, exclude=(path,))
 
 
 @pytest.mark.parametrize(
@@ -438,14 +328,14 @@ def test_layers_without_a_quantized_form(layer, shape, reason):
             return nn.Dense(2)(self.inner(x))
 
     with pytest.raises(ValueError, match=rf"inner: .*{reason}[\s\S]*exclude=\('inner',\)"):
-        qat(Wrapped(layer), jnp.ones(shape))
-    qat(Wrapped(layer), jnp.ones(shape), exclude=("inner",))
+        initialized(Wrapped(layer), jnp.ones(shape))
+    initialized(Wrapped(layer), jnp.ones(shape), exclude=("inner",))
 
 
 def test_an_empty_batch(x):
-    qmodel, variables = qat(Net(), x)
+    qmodel, variables = initialized(TwoLayers(), x)
     _, variables = step(qmodel, variables, x)
-    assert qmodel.apply(variables, x[:0]).shape == (0, 3)
+    assert jnp.shape(qmodel.apply(variables, x[:0])) == (0, 3)
     with pytest.raises(ValueError, match=r"input: an empty tensor of shape \(0, 5\)"):
         step(qmodel, variables, x[:0])
 
@@ -456,7 +346,7 @@ def test_a_model_returns_its_own_input_as_it_came(x):
         def __call__(self, x):
             return nn.Dense(5)(x), x
 
-    qmodel, variables = qat(Autoencoder(), x)
+    qmodel, variables = initialized(Autoencoder(), x)
     (_, trained), updates = qmodel.apply(variables, x, mutable=["quant_stats"])
     _, evaluated = qmodel.apply({**variables, **updates}, x)
     np.testing.assert_array_equal(trained, x)
@@ -465,26 +355,26 @@ def test_a_model_returns_its_own_input_as_it_came(x):
 
 def test_integers_into_a_dense():
     with pytest.raises(ValueError, match=r"Dense_0.*int32"):
-        qat(Net(), jnp.ones((2, 5), jnp.int32))
+        initialized(TwoLayers(), jnp.ones((2, 5), jnp.int32))
 
 
 def test_applied_twice(x):
-    once = sq.SimQAT().apply(Net())
+    once = sq.SimQAT().apply(TwoLayers())
     with pytest.raises(ValueError, match="applied twice"):
         sq.SimQAT().apply(once)
     with pytest.raises(ValueError, match="applied twice: inner"):
-        qat(Outer(), x)
+        initialized(Outer(), x)
 
 
-@pytest.mark.parametrize("wrong", [Net, lambda x: x, None])
+@pytest.mark.parametrize("wrong", [TwoLayers, lambda x: x, None])
 def test_no_module(wrong):
     with pytest.raises(TypeError, match="instance of a flax"):
         sq.SimQAT().apply(wrong)
 
 
 def test_bound_module(x):
-    bound = Net().bind(Net().init(KEY, x))
-    with pytest.raises(ValueError, match=r"unbound.*Net"):
+    bound = TwoLayers().bind(TwoLayers().init(KEY, x))
+    with pytest.raises(ValueError, match=r"unbound.*TwoLayers"):
         sq.SimQAT().apply(bound)
 
 
@@ -495,32 +385,21 @@ def test_no_config():
 
 def test_nothing_to_quantize(x):
     with pytest.raises(ValueError, match="nothing to quantize"):
-        qat(nn.LayerNorm(), x)
+        initialized(nn.LayerNorm(), x)
     with pytest.raises(ValueError, match="nothing to quantize"):
-        qat(Net(), x, exclude=("Dense_*",))
+        initialized(TwoLayers(), x, exclude=("Dense_*",))
 
 
 def test_exclusion_that_matches_nothing(x):
     with pytest.raises(ValueError, match=r"'Dense_7'.*Dense_0.*Dense_1"):
-        qat(Net(), x, exclude=("Dense_7",))
+        initialized(TwoLayers(), x, exclude=("Dense_7",))
 
 
 def test_per_channel_activations_without_a_channel_axis():
     spec = sq.QuantSpec(per_channel=True)
     with pytest.raises(ValueError, match=r"input: .*shape \(5,\) has no channel axis"):
-        qat(nn.Dense(3), jnp.ones(5), activation=spec)
-    qmodel, variables = qat(Net(), jnp.ones((2, 5)), activation=spec)
+        initialized(nn.Dense(3), jnp.ones(5), activation=spec)
+    qmodel, variables = initialized(TwoLayers(), jnp.ones((2, 5)), activation=spec)
     assert variables["quant_stats"]["input"].lo.shape == (5,)
     y, variables = step(qmodel, variables, jnp.ones((2, 5)))
-    np.testing.assert_array_equal(qmodel.apply(variables, jnp.ones((2, 5))).shape, y.shape)
-
-
-def test_missing_and_unobserved_ranges(x):
-    qmodel, variables = qat(Net(), x)
-    with pytest.raises(ValueError, match="no quant_stats for step, input, Dense_0/output"):
-        qmodel.apply({"params": variables["params"]}, x)
-    with pytest.raises(ValueError, match="input, Dense_0/output, Dense_1/output were never"):
-        qmodel.apply(variables, x)
-    assert np.isnan(jax.jit(qmodel.apply)(variables, x)).all()
-    _, updates = qmodel.apply({"params": variables["params"]}, x, mutable=["quant_stats"])
-    assert set(updates["quant_stats"]) == set(variables["quant_stats"])
+    assert jnp.shape(qmodel.apply(variables, jnp.ones((2, 5)))) == y.shape

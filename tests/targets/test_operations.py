@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import export
 from single_operations import (
     grids,
     integer_model,
@@ -19,14 +20,12 @@ from simqat_jax.ir.program import Tensor
 from simqat_jax.numerics.exact_sums import MOST
 from simqat_jax.numerics.rounding import ROUNDINGS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
 
 
 def compared(model, folder, codes):
     """Write the model, run the file, and compare all codes."""
     path = folder / f"single.{model.backend}"
-    export = sq.export_onnx if model.backend == "onnx" else sq.export_tflite
     export(model, path, integer_io=True)
     file = sq.open_file(path, threads=1)
     dtype = np.uint8 if model.backend == "onnx" else np.int8

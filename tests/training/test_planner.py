@@ -1,11 +1,14 @@
 """Planning: one quantizer for each tensor, at its producer, under a name of its own."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from models import observed, step
 from zoo import Model
 
 import simqat_jax as sq
@@ -146,13 +149,11 @@ def test_the_shared_range_holds_all_tensors():
     def body(x):
         return jnp.concatenate([dense(x, name="a"), 9 * dense(x, name="b")], -1)
 
-    qmodel = sq.SimQAT().apply(Model(body))
-    variables = qmodel.init(KEY, X)
-    _, updates = qmodel.apply(variables, X, mutable=["quant_stats"])
-    floats = Model(body).apply({"params": variables["params"]}, X)
-    state = updates["quant_stats"]["concat/output"]
+    qmodel, variables, _ = observed(Model(body), X)
+    floats = jnp.asarray(Model(body).apply({"params": variables["params"]}, X))
+    state = variables["quant_stats"]["concat/output"]
     np.testing.assert_allclose([state.lo, state.hi], [floats.min(), floats.max()], rtol=0.02)
-    y = qmodel.apply({**variables, **updates}, X)
+    y = qmodel.apply(variables, X)
     step = float(state.hi - state.lo) / 255
     codes = np.asarray(y) / step
     np.testing.assert_allclose(codes, np.rint(codes), atol=1e-3)
@@ -166,16 +167,14 @@ def test_training_shows_the_shared_range_that_evaluation_uses(observer):
         return x
 
     spec = sq.QuantSpec(observer=observer)
-    qmodel = sq.SimQAT(sq.SimQATConfig(activation=spec)).apply(Model(body))
-    variables = qmodel.init(KEY, X)
-    for _ in range(2):  # the first step meets ranges that have seen nothing
-        y, updates = qmodel.apply(variables, X, mutable=["quant_stats"])
-        variables = {**variables, **updates}
+    # The first step meets ranges that have seen nothing.
+    qmodel, variables, _ = observed(Model(body), X, config=sq.SimQATConfig(activation=spec))
+    y, variables = step(qmodel, variables, X)
     state = variables["quant_stats"]["concat_2/output"]
     assert float(state.hi - state.lo) > 20 * float(X.max() - X.min())
-    floats = Model(body).apply({"params": variables["params"]}, X)
+    floats = jnp.asarray(Model(body).apply({"params": variables["params"]}, X))
     in_training, in_evaluation = (
-        jnp.linalg.norm(got - floats) for got in (y, qmodel.apply(variables, X))
+        jnp.linalg.norm(floats - jnp.asarray(got)) for got in (y, qmodel.apply(variables, X))
     )
     assert 0.6 < in_training / in_evaluation < 1.6
     assert len(jnp.unique(y[:, :6])) < 25  # a coarse grid for the small input, in training too
@@ -278,11 +277,13 @@ def test_a_grid_for_each_channel_stays_with_its_channel(function, carried):
     assert (len(activations(plan)) == 3) is carried
     qmodel = sq.SimQAT(config).apply(Model(body))
     variables = qmodel.init(KEY, IMAGE)
-    variables["params"]["Conv_0"]["kernel"] *= jnp.array([0.01, 1, 10, 0.1]).reshape(1, 1, 1, 4)
-    y, updates = qmodel.apply(variables, IMAGE, mutable=["quant_stats"])
-    floats = Model(body).apply({"params": variables["params"]}, IMAGE)
-    for got in (y, qmodel.apply({**variables, **updates}, IMAGE)):
-        assert jnp.abs(got - floats).max() < 0.03 * jnp.abs(floats).max()
+    conv = variables["params"]["Conv_0"]
+    factors = jnp.array([0.01, 1, 10, 0.1]).reshape(1, 1, 1, 4)
+    variables["params"]["Conv_0"] = {**conv, "kernel": jnp.asarray(conv["kernel"]) * factors}
+    y, variables = step(qmodel, variables, IMAGE)
+    floats = jnp.asarray(Model(body).apply({"params": variables["params"]}, IMAGE))
+    for got in (y, qmodel.apply(variables, IMAGE)):
+        assert jnp.abs(floats - jnp.asarray(got)).max() < 0.03 * jnp.abs(floats).max()
 
 
 # Order -------------------------------------------------------------------------------------------
@@ -312,3 +313,122 @@ def test_a_fused_batch_norm_may_need_what_was_computed_after_its_layer():
             want_updates["batch_stats"]["BatchNorm_0"][name],
             atol=0.02,
         )
+
+
+# Where BatchNorm is folded ------------------------------------------------------------------------
+
+
+def rows(body, x, **kwargs):
+    """The plan of a model made of a function."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return body(x)
+
+    qmodel = sq.SimQAT(sq.SimQATConfig(**kwargs)).apply(Model())
+    variables = qmodel.init(jax.random.key(0), x)
+    plan = qmodel.plan(variables, x)
+    return qmodel, variables, {row.path: row for row in plan.rows}
+
+
+def norm(**kwargs):
+    return nn.BatchNorm(use_running_average=True, **kwargs)
+
+
+IMAGES = jax.random.normal(jax.random.key(8), (4, 6, 6, 3))
+
+
+def evaluated(qmodel, variables, x):
+    """Quantized evaluation against the float network, relative to its largest output."""
+    _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
+    got = qmodel.apply({**variables, **updates}, x)
+    floats = {k: v for k, v in variables.items() if k != "quant_stats"}
+    want = qmodel.module.apply(floats, x)
+    return float(jnp.abs(got - want).max() / jnp.abs(want).max())
+
+
+def test_a_convolution_that_something_else_reads_is_not_folded():
+    def body(x):
+        x = nn.Conv(4, (3, 3))(x)
+        return norm()(x) + x
+
+    qmodel, variables, plan = rows(body, IMAGES)
+    assert plan["BatchNorm_0"].note == "on its own: a 1x1 depthwise convolution"
+    assert plan["Conv_0"].note == "" and where(plan["Conv_0"]) == "Conv_0/output"
+    assert evaluated(qmodel, variables, IMAGES) < 0.03
+
+
+def test_pre_activation_keeps_its_batch_norm_as_a_layer():
+    def body(x):
+        x = nn.Conv(4, (3, 3), name="first")(x)
+        y = nn.relu(norm(name="norm")(x))
+        return x + nn.Conv(4, (3, 3), name="second")(y)
+
+    qmodel, variables, plan = rows(body, IMAGES)
+    assert plan["norm"].op.endswith("+ relu") and where(plan["norm"]) == "norm/output"
+    assert evaluated(qmodel, variables, IMAGES) < 0.03
+
+
+def test_dense_and_partial_and_shared_names_are_folded():
+    make = functools.partial(nn.BatchNorm, use_running_average=True, use_scale=False)
+
+    def body(x):
+        x = nn.relu(make(name="a")(nn.Conv(4, (1, 1), name="b")(x)))
+        return make()(nn.Dense(3)(x.mean(axis=(1, 2))))
+
+    qmodel, variables, plan = rows(body, IMAGES)
+    assert plan["b"].note == plan["Dense_0"].note == "BatchNorm folded: one_conv"
+    assert evaluated(qmodel, variables, IMAGES) < 0.03
+
+
+def test_a_batch_norm_that_no_integer_operation_feeds_stays_float():
+    qmodel, variables, plan = rows(lambda x: nn.Conv(2, (3, 3))(norm()(x)), IMAGES)
+    assert plan["BatchNorm_0"].note.startswith("float")
+    assert set(variables["quant_stats"]) == {"BatchNorm_0/output", "Conv_0/output", "step"}
+    assert evaluated(qmodel, variables, IMAGES) < 0.03
+
+
+def test_residual_adds_have_one_quantizer_on_each_tensor():
+    def body(x):
+        x = nn.relu(norm()(nn.Conv(4, (3, 3))(x)))
+        return nn.relu(norm()(nn.Conv(4, (3, 3))(x)) + x)
+
+    _, variables, plan = rows(body, IMAGES)
+    assert set(variables["quant_stats"]) == {
+        "input",
+        "Conv_0/output",
+        "Conv_1/output",
+        "add/output",
+        "step",
+    }
+    assert plan["add"].op == "add + relu"
+
+
+def test_feature_axis_that_is_not_the_last_is_refused():
+    def body(x):
+        return norm(axis=1)(nn.Conv(6, (3, 3))(x))
+
+    with pytest.raises(ValueError, match=r"BatchNorm_0: the feature axis [\s\S]*exclude"):
+        rows(body, IMAGES)
+    rows(body, IMAGES, strict=False)
+    rows(body, IMAGES, exclude=("BatchNorm_0",))
+
+
+@pytest.mark.parametrize("axis", [(-1,), (3,), (2, 3)])
+def test_feature_axes_as_a_tuple(axis):
+    def body(x):
+        return norm(axis=axis)(nn.Conv(6, (3, 3))(x))
+
+    plan = rows(body, IMAGES, strict=False)[2]
+    assert ("BatchNorm_0" in plan) == (len(axis) == 2)  # not folded, and float
+    assert "BatchNorm_0" not in plan or "not the last" in plan["BatchNorm_0"].note
+
+
+def test_a_dense_with_several_axes_of_features_is_not_folded():
+    def body(x):
+        return norm()(nn.DenseGeneral((2, 3))(x))
+
+    qmodel, variables, plan = rows(body, IMAGES)
+    assert plan["DenseGeneral_0"].output and plan["BatchNorm_0"].output
+    assert evaluated(qmodel, variables, IMAGES) < 0.05

@@ -1,15 +1,13 @@
 """A model that depends on its batch size keeps it; every other one takes any."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from models import assert_same, export, trained
 from zoo import case
 
 import simqat_jax as sq
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROW, IMAGE = (4, 6), (8, 8, 4)
 
 
@@ -58,18 +56,10 @@ FREE = {
 
 
 def converted(body, shape, backend):
-    x = jax.random.normal(jax.random.key(2), shape)
-    model = case(body, shape, 0, 0).model
-    qmodel = sq.SimQAT(sq.SimQATConfig(backend=backend)).apply(model)
-    variables = qmodel.init(jax.random.key(0), x)
-    _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
-    variables = {**variables, **updates}
-    return jax.jit(lambda x: qmodel.apply(variables, x)), sq.convert(qmodel, variables, x), x
-
-
-def assert_same(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+    small = case(body, shape, 0, 0)
+    qmodel, variables, evaluate = trained(small, sq.SimQATConfig(backend=backend))
+    model = sq.convert(qmodel, variables, *small.args)
+    return lambda x: evaluate(variables, x), model, small.args[0]
 
 
 @pytest.mark.parametrize("backend", ["onnx", "tflite"])
@@ -84,7 +74,7 @@ def test_a_model_that_depends_on_its_batch_size_keeps_it(name, backend, tmp_path
     assert_same(sq.IntegerModel.load(tmp_path / "model")(x), evaluate(x))
     if name != "float function of it":
         path = tmp_path / f"m.{backend}"
-        (sq.export_onnx if backend == "onnx" else sq.export_tflite)(model, path)
+        export(model, path)
         assert sq.verify(model, path, x).differing == 0
 
 
@@ -97,5 +87,5 @@ def test_every_other_model_takes_any(name, backend, tmp_path):
     assert_same(model(more), evaluate(more))
     if name != "float function":
         path = tmp_path / f"m.{backend}"
-        (sq.export_onnx if backend == "onnx" else sq.export_tflite)(model, path)
+        export(model, path)
         assert sq.verify(model, path, more).differing == 0

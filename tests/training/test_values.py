@@ -1,7 +1,5 @@
 """BatchNorm folding: each mode against the float network, and against the paper in NumPy."""
 
-import functools
-from typing import Any
 from unittest import mock
 
 import flax.linen as nn
@@ -12,7 +10,7 @@ import pytest
 from flax.core import unfreeze
 
 import simqat_jax as sq
-from simqat_jax.numerics import affine, folding
+from simqat_jax.numerics import affine
 
 MODES = ("none", "one_conv", "two_conv")
 EPSILON = 1e-5
@@ -118,12 +116,18 @@ def test_without_rounding_evaluation_equals_the_float_network(setup, mode):
 def test_frozen_training_uses_and_keeps_running_statistics(setup, mode):
     model, floats, x = setup
     qmodel, variables = quantized(model, mode, floats, x, freeze_bn=1)
-    step = jax.jit(lambda v: train_step(qmodel, v, x))
+    traced = []
+
+    @jax.jit
+    def step(variables):
+        traced.append(variables)
+        return train_step(qmodel, variables, x)
+
     with mock.patch.object(affine, "_fake_quant", identity):
         _, first, _ = step(variables)
         variables = {**variables, **first}
         y, second, grads = step(variables)
-    assert step._cache_size() == 1  # the switch is inside the compiled step
+    assert len(traced) == 1  # the switch is inside the compiled step
     before, after = floats["batch_stats"], first["batch_stats"]
     assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), before, after)))
     jax.tree.map(np.testing.assert_array_equal, second["batch_stats"], after)
@@ -144,55 +148,6 @@ def test_frozen_unfolded_batch_norm(setup):
         y, updates, _ = train_step(qmodel, variables, x)
     assert_close(y, model.apply(floats, x, train=False), 1e-5)
     jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], floats["batch_stats"])
-
-
-# Krishnamoorthi, arXiv:1806.08342, section 3.2.2, in NumPy ---------------------------------------
-
-
-def numpy_fake_quant(w):
-    """Per channel, 8 bits, symmetric, narrow."""
-    scale = np.abs(w).max(axis=0) / np.float32(127)
-    scale = np.where(scale == 0, np.float32(1), scale)
-    return np.clip(np.rint(w / scale), -127, 127) * scale
-
-
-def numpy_two_conv(x, w, gamma, beta, mean, var, frozen):
-    """A dense layer: figure 7 (before freezing) and figure 8 (after)."""
-    sigma = np.sqrt(var + np.float32(EPSILON))
-    y = x @ w
-    batch_mean, batch_sigma = y.mean(0), np.sqrt(y.var(0) + np.float32(EPSILON))
-    corrected = numpy_fake_quant(w * gamma / sigma)
-    if frozen:
-        return x @ corrected + beta - gamma * mean / sigma
-    return (x @ corrected) * (sigma / batch_sigma) + beta - gamma * batch_mean / batch_sigma
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_two_conv_equals_the_paper(frozen):
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(32, 7)), rng.normal(size=(7, 5))
-    gamma, beta, mean = rng.normal(size=(3, 5))
-    var = rng.uniform(0.5, 2, size=5)
-    arrays = [np.asarray(a, np.float32) for a in (x, w, gamma, beta, mean, var)]
-    x, w, gamma, beta, mean, var = arrays
-    norm = folding.batch_norm_state(
-        {"scale": gamma, "bias": beta, "mean": mean, "var": var}, EPSILON
-    )
-    spec = sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True)
-    got = folding.two_conv(
-        folding.Layer(
-            run=lambda kernel: jnp.asarray(x) @ kernel,
-            kernel=jnp.asarray(w),
-            bias=None,
-            norm=norm,
-            epsilon=EPSILON,
-            quantize=lambda kernel: sq.fake_quant(kernel, kernel.min(0), kernel.max(0), spec),
-            moments=folding.Moments(),
-            frozen=jnp.asarray(frozen),
-        )
-    )
-    want = numpy_two_conv(x, w, gamma, beta, mean, var, frozen)
-    np.testing.assert_allclose(got.output, want, rtol=2e-5, atol=2e-5)
 
 
 # Folded evaluation -------------------------------------------------------------------------------
@@ -229,144 +184,7 @@ def test_evaluation_equals_that_of_the_network_folded_beforehand(mode):
     np.testing.assert_array_equal(got, want)
 
 
-def test_fold_batch_norm_is_the_composition():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(5, 3)).astype(np.float32)
-    kernel, bias = rng.normal(size=(3, 4)), rng.normal(size=4)
-    params = {"scale": rng.normal(size=4), "bias": rng.normal(size=4)}
-    stats = {"mean": rng.normal(size=4), "var": rng.uniform(0.1, 2, size=4)}
-    folded = sq.fold_batch_norm(kernel, bias, params, stats, 0.1)
-    folded_kernel, folded_bias = map(np.asarray, folded)
-    y = x @ kernel + bias
-    want = (y - stats["mean"]) / np.sqrt(stats["var"] + 0.1) * params["scale"] + params["bias"]
-    np.testing.assert_allclose(x @ folded_kernel + folded_bias, want, rtol=1e-5, atol=1e-5)
-
-
-def test_fold_batch_norm_names_what_does_not_fit():
-    stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
-    with pytest.raises(ValueError, match=r"no 'var', only \['mean'\]"):
-        sq.fold_batch_norm(jnp.ones((3, 4)), None, {}, {"mean": stats["mean"]}, 0.1)
-    with pytest.raises(ValueError, match=r"'scale' has shape \(3,\).*4 output channels"):
-        sq.fold_batch_norm(jnp.ones((3, 4)), None, {"scale": jnp.ones(3)}, stats, 0.1)
-
-
 # Where folding applies ---------------------------------------------------------------------------
-
-
-def rows(body, x, **kwargs):
-    """The plan of a model made of a function."""
-
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return body(x)
-
-    qmodel = sq.SimQAT(sq.SimQATConfig(**kwargs)).apply(Model())
-    variables = qmodel.init(jax.random.key(0), x)
-    plan = qmodel.plan(variables, x)
-    return qmodel, variables, {row.path: row for row in plan.rows}
-
-
-def norm(**kwargs):
-    return nn.BatchNorm(use_running_average=True, **kwargs)
-
-
-IMAGES = jax.random.normal(jax.random.key(8), (4, 6, 6, 3))
-
-
-def evaluated(qmodel, variables, x):
-    """Quantized evaluation against the float network, relative to its largest output."""
-    _, updates = qmodel.apply(variables, x, mutable=["quant_stats"])
-    got = qmodel.apply({**variables, **updates}, x)
-    floats = {k: v for k, v in variables.items() if k != "quant_stats"}
-    want = qmodel.module.apply(floats, x)
-    return float(jnp.abs(got - want).max() / jnp.abs(want).max())
-
-
-def test_a_convolution_that_something_else_reads_is_not_folded():
-    def body(x):
-        x = nn.Conv(4, (3, 3))(x)
-        return norm()(x) + x
-
-    qmodel, variables, plan = rows(body, IMAGES)
-    assert plan["BatchNorm_0"].note == "on its own: a 1x1 depthwise convolution"
-    assert plan["Conv_0"].note == "" and plan["Conv_0"].output.name == "Conv_0/output"
-    assert evaluated(qmodel, variables, IMAGES) < 0.03
-
-
-def test_pre_activation_keeps_its_batch_norm_as_a_layer():
-    def body(x):
-        x = nn.Conv(4, (3, 3), name="first")(x)
-        y = nn.relu(norm(name="norm")(x))
-        return x + nn.Conv(4, (3, 3), name="second")(y)
-
-    qmodel, variables, plan = rows(body, IMAGES)
-    assert plan["norm"].op.endswith("+ relu") and plan["norm"].output.name == "norm/output"
-    assert evaluated(qmodel, variables, IMAGES) < 0.03
-
-
-def test_dense_and_partial_and_shared_names_are_folded():
-    make = functools.partial(nn.BatchNorm, use_running_average=True, use_scale=False)
-
-    def body(x):
-        x = nn.relu(make(name="a")(nn.Conv(4, (1, 1), name="b")(x)))
-        return make()(nn.Dense(3)(x.mean(axis=(1, 2))))
-
-    qmodel, variables, plan = rows(body, IMAGES)
-    assert plan["b"].note == plan["Dense_0"].note == "BatchNorm folded: one_conv"
-    assert evaluated(qmodel, variables, IMAGES) < 0.03
-
-
-def test_a_batch_norm_that_no_integer_operation_feeds_stays_float():
-    qmodel, variables, plan = rows(lambda x: nn.Conv(2, (3, 3))(norm()(x)), IMAGES)
-    assert plan["BatchNorm_0"].note.startswith("float")
-    assert set(variables["quant_stats"]) == {"BatchNorm_0/output", "Conv_0/output", "step"}
-    assert evaluated(qmodel, variables, IMAGES) < 0.03
-
-
-def test_residual_adds_have_one_quantizer_on_each_tensor():
-    def body(x):
-        x = nn.relu(norm()(nn.Conv(4, (3, 3))(x)))
-        return nn.relu(norm()(nn.Conv(4, (3, 3))(x)) + x)
-
-    _, variables, plan = rows(body, IMAGES)
-    assert set(variables["quant_stats"]) == {
-        "input",
-        "Conv_0/output",
-        "Conv_1/output",
-        "add/output",
-        "step",
-    }
-    assert plan["add"].op == "add + relu"
-
-
-def test_feature_axis_that_is_not_the_last_is_refused():
-    def body(x):
-        return norm(axis=1)(nn.Conv(6, (3, 3))(x))
-
-    with pytest.raises(ValueError, match=r"BatchNorm_0: the feature axis [\s\S]*exclude"):
-        rows(body, IMAGES)
-    rows(body, IMAGES, strict=False)
-    rows(body, IMAGES, exclude=("BatchNorm_0",))
-
-
-@pytest.mark.parametrize("axis", [(-1,), (3,), (2, 3)])
-def test_feature_axes_as_a_tuple(axis):
-    def body(x):
-        return norm(axis=axis)(nn.Conv(6, (3, 3))(x))
-
-    plan = rows(body, IMAGES, strict=False)[2]
-    assert ("BatchNorm_0" in plan) == (len(axis) == 2)  # not folded, and float
-    assert "BatchNorm_0" not in plan or "not the last" in plan["BatchNorm_0"].note
-
-
-def test_a_dense_with_several_axes_of_features_is_not_folded():
-    def body(x):
-        return norm()(nn.DenseGeneral((2, 3))(x))
-
-    qmodel, variables, plan = rows(body, IMAGES)
-    assert plan["DenseGeneral_0"].output and plan["BatchNorm_0"].output
-    assert evaluated(qmodel, variables, IMAGES) < 0.05
 
 
 def test_statistics_that_cannot_be_are_refused():
@@ -476,47 +294,17 @@ def test_bfloat16_parameters(mode):
     model = Half()
     qmodel = sq.SimQAT(sq.SimQATConfig(bn_fold=mode)).apply(model)
     variables = qmodel.init(jax.random.key(0), x, train=True)
+
+    @jax.jit
+    def step(variables):
+        mutable = ["batch_stats", "quant_stats"]
+        y, updates = qmodel.apply(variables, x, train=True, mutable=mutable)
+        return {**variables, **updates}, y
+
+    y = None
     for _ in range(12):
-        y, updates = qmodel.apply(variables, x, train=True, mutable=["batch_stats", "quant_stats"])
-        variables = {**variables, **updates}
+        variables, y = step(variables)
     floats = {k: variables[k] for k in ("params", "batch_stats")}
     want, _ = model.apply(floats, x, train=True, mutable=["batch_stats"])
     assert_close(y, want, 0.05)
     assert_close(qmodel.apply(variables, x, train=False), want, 0.05)
-
-
-def test_one_conv_reads_and_writes_less_than_dividing_the_output():
-    """`c / s` as a tensor would be one more pass over the layer's output."""
-    kernel = jnp.ones((3, 3, 3, 16))
-    x = jnp.ones((8, 32, 32, 3))
-    values = {"mean": jnp.zeros(16), "var": jnp.ones(16)}
-
-    def conv(kernel):
-        dims = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dims)
-
-    def ours(kernel, values):
-        norm = folding.batch_norm_state(values, EPSILON)
-        layer = folding.Layer(
-            run=conv,
-            kernel=kernel,
-            bias=None,
-            norm=norm,
-            epsilon=EPSILON,
-            quantize=lambda w: w,
-            moments=folding.Moments(),
-        )
-        return folding.one_conv(layer).output
-
-    def plain(kernel, values):
-        del values
-        y = conv(kernel)
-        mean = y.mean((0, 1, 2), keepdims=True)
-        var = (y * y).mean((0, 1, 2), keepdims=True) - mean * mean
-        return (y - mean) * jax.lax.rsqrt(var + EPSILON)
-
-    def bytes_accessed(function: Any) -> float:
-        compiled = jax.jit(function).lower(kernel, values).compile()
-        return compiled.cost_analysis()["bytes accessed"]
-
-    assert bytes_accessed(ours) <= 1.05 * bytes_accessed(plain)

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import simqat_jax as sq
 
+pytestmark = pytest.mark.usefixtures("optimized")
 F32 = np.float32
 OBSERVERS = ("ema", "minmax", "batch")
 batches = st.lists(

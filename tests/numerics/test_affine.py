@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 import simqat_jax as sq
 from simqat_jax.numerics import affine as numerics
 
+pytestmark = pytest.mark.usefixtures("optimized")
 F32 = np.float32
 
 specs = st.builds(

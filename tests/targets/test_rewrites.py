@@ -90,7 +90,7 @@ class Pool(nn.Module):
 def test_pooling_rows_first(window, strides, padding):
     model, codes = converted(Pool(window, strides, padding), (9, 11, 2))
     changed = rewritten(pooling_rows_first, model, 16)
-    pools = [op.window for op in changed.ops if op.kind == "max_pool"]
+    pools = [op.attributes["window"] for op in changed.ops if op.kind == "max_pool"]
     assert pools == [(1, window[0], 1, 1), (1, 1, window[1], 1)]
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 

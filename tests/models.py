@@ -1,0 +1,80 @@
+"""Quantized models that have observed one batch, and their integer models."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from zoo import Case
+
+import simqat_jax as sq
+
+RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+KEY = RNGS["params"]
+EXPORTS = {"onnx": sq.export_onnx, "tflite": sq.export_tflite}
+
+
+class TwoLayers(nn.Module):
+    """The smallest model with a tensor between layers."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        del train
+        x = nn.relu(nn.Dense(8)(x))
+        return nn.Dense(3)(x)
+
+
+def initialized(model: nn.Module, *args: Any, **config) -> tuple[sq.QuantizedModule, Any]:
+    """Return the quantized model and its first variables, which have observed nothing."""
+    qmodel = sq.SimQAT(sq.SimQATConfig(**config)).apply(model)
+    return qmodel, qmodel.init(KEY, *args)
+
+
+def step(qmodel: sq.QuantizedModule, variables: Any, *args: Any, **kwargs) -> tuple[Any, Any]:
+    """Observe one batch, without jit; return the output and the variables after it."""
+    y, updates = qmodel.apply(variables, *args, **kwargs, mutable=["quant_stats"])
+    return y, {**variables, **updates}
+
+
+def observed(
+    model: nn.Module, *args: Any, config: sq.SimQATConfig | None = None, rngs: Any = RNGS, **kwargs
+) -> tuple[sq.QuantizedModule, dict[str, Any], Any]:
+    """Initialise and observe one batch; return the quantized model, its variables, the output."""
+    qmodel = sq.SimQAT(config).apply(model)
+
+    @jax.jit
+    def run():
+        variables = qmodel.init(rngs, *args, **kwargs)
+        y, updates = qmodel.apply(variables, *args, **kwargs, rngs=rngs, mutable=["quant_stats"])
+        return {**variables, **updates}, y
+
+    return qmodel, *run()
+
+
+def trained(
+    case: Case, config: sq.SimQATConfig | None = None, rngs: Any = RNGS
+) -> tuple[sq.QuantizedModule, dict[str, Any], Any]:
+    """Observe one batch of a case; return the model, its variables and its evaluation, jitted."""
+    qmodel, variables, _ = observed(case.model, *case.args, config=config, rngs=rngs, **case.kwargs)
+    evaluate = jax.jit(lambda variables, *args: qmodel.apply(variables, *args, **case.kwargs))
+    return qmodel, variables, evaluate
+
+
+def converted(
+    case: Case, config: sq.SimQATConfig | None = None, rngs: Any = RNGS
+) -> sq.IntegerModel:
+    """Observe one batch of a case; return the integer model."""
+    qmodel, variables, _ = observed(case.model, *case.args, config=config, rngs=rngs, **case.kwargs)
+    return sq.convert(qmodel, variables, *case.args, **case.kwargs)
+
+
+def export(model: sq.IntegerModel, path: Path, **options: Any) -> None:
+    """Write the file of the runtime whose rounding the model mirrors."""
+    EXPORTS[model.backend](model, path, **options)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    """Every element of every array is equal; the float types may differ."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))

@@ -1,0 +1,49 @@
+"""Sums as ONNX Runtime computes them, against exact rational arithmetic."""
+
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+
+import simqat_jax as sq
+from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
+
+pytestmark = pytest.mark.usefixtures("optimized")
+
+
+def rounded(value: Fraction) -> Fraction:
+    """Round to float32 once: through a float64 rounded to odd."""
+    near = float(value)
+    if Fraction(near) == value:
+        return Fraction(float(np.float32(near)))
+    away = np.nextafter(near, np.inf if value > Fraction(near) else -np.inf)
+    odd = near if int(np.float64(near).view(np.int64)) & 1 else float(away)
+    return Fraction(float(np.float32(odd)))
+
+
+def exact(value: float) -> Fraction:
+    return Fraction(float(np.float32(value)))
+
+
+def test_each_product_of_a_sum_is_rounded_once():
+    rng = np.random.default_rng(0)
+    scales, (za, zb, zc) = rng.uniform(0.01, 0.05, 3).astype(np.float32), (7, 130, 60)
+    grids = tuple(sq.Grid(float(s), z, 0, 255) for s, z in zip(scales, (za, zb, zc), strict=True))
+    qa, qb = rng.integers(0, 256, (2, 400)).astype(np.int32)
+    add = ONNXRUNTIME.add
+    constants = add.constants(grids)
+
+    ra, rb = (scale / scales[2] for scale in scales[:2])
+    product = rounded(exact(rb) * zb)
+    z = rounded(zc - rounded(exact(ra) * za + product))
+    assert [float(value) for value in constants] == [float(ra), float(rb), float(z)]
+
+    def run(x, y):
+        return add.apply(x, y, constants, grids)
+
+    got = jax.jit(run)(qa - za, qb - zb)
+    np.testing.assert_array_equal(got, run(qa - za, qb - zb))
+    for x, y, code in zip(qa, qb, np.asarray(got) + zc, strict=True):
+        inner = rounded(int(y) * exact(rb) + z)
+        assert float(code) == np.rint(float(rounded(int(x) * exact(ra) + inner)))

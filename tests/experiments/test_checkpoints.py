@@ -1,5 +1,6 @@
 """Checkpoints: round trip, and every way in which one can be unfit."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def test_one_flipped_bit_in_the_arrays_is_found(tmp_path: Path) -> None:
         else:  # A byte that no array depends on.
             assert _bits(state) == _bits(_state())
     assert outcomes == {"found"}
+
+
+def test_one_changed_number_in_the_progress_is_found(tmp_path: Path) -> None:
+    progress = dataclasses.replace(PROGRESS, history=({"accuracy": 95.1},))
+    checkpoints.save(tmp_path, 1, _state(), progress, keep=2)
+    (record,) = (p for p in _files(tmp_path / "1") if b"95.1" in p.read_bytes())
+    intact = record.read_bytes()
+    record.write_bytes(intact.replace(b"95.1", b"85.1"))
+    with pytest.raises(ExperimentError, match="is corrupt: its progress is not what was written"):
+        checkpoints.restore(tmp_path, 1, _state())
+    record.write_bytes(intact)
+    assert checkpoints.restore(tmp_path, 1, _state())[1] == progress
 
 
 def test_unwritable_directory(tmp_path: Path) -> None:

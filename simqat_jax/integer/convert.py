@@ -155,14 +155,16 @@ class _Call:
 
         args = jax.tree.map(resized, self.args)
         try:
-            return trace(
-                self.qmodule, self.variables, args, self.kwargs, self.method, rngs={}, mutable=[]
-            )
-        except flax.errors.ModifyScopeVariableError as error:
-            message = NOT_EVALUATION.format(path="the model")
-            raise ValueError(f"{message} ({str(error).splitlines()[0]})") from error
+            return self._traced(args)
         except flax.errors.InvalidRngError as error:
             raise ValueError(NOT_EVALUATION.format(path="the model")) from error
+
+    def _traced(self, args: tuple) -> Capture:
+        call = (self.qmodule, self.variables, args, self.kwargs, self.method)
+        try:
+            return trace(*call, rngs={}, mutable=[])  # evaluation updates nothing
+        except flax.errors.ModifyScopeVariableError:  # or the model does, whatever the mode
+            return trace(*call, rngs={})
 
     def captured_with_free_batch(self, sample: Graph) -> Capture | None:
         """Capture with `BATCH` for the batch size; None where the model holds on to its own."""

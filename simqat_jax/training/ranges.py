@@ -47,7 +47,7 @@ def check(placement: Placement, stats: Stats) -> dict[str, Any]:
     """
     _check_numbers(placement, stats)
     known = restored(placement, stats)
-    missing = [name for name in (STEP, *placement.stateful) if name not in known]
+    missing = [name for name in (*placement.stateful, STEP) if name not in known]
     if missing:
         raise ValueError(
             f"the variables hold no quant_stats for {', '.join(missing)}. Pass the quant_stats "

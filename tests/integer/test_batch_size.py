@@ -34,7 +34,7 @@ def zeros_behind(x):
 DEPENDENT = {
     "scaled by it": (lambda x: nn.Dense(3)(nn.Dense(6)(x) * (1.0 / x.shape[0])), ROW),
     "mean over it": (lambda x: nn.Dense(3)(nn.Dense(5)(x).mean(0, keepdims=True)), ROW),
-    "mean over all": (lambda x: nn.Dense(6)(x).mean(), ROW),
+    "mean over all": (lambda x: nn.Dense(6)(x).mean(keepdims=True), ROW),
     "centered": (centered, ROW),
     "unbatched image": (lambda x: nn.Dense(3)(nn.Conv(4, (3, 3))(x).mean((0, 1))), IMAGE),
     "class token": (class_token, ROW),

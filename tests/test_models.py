@@ -1,7 +1,8 @@
 """What must hold for every supported construct: the table of models is in zoo.py."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,35 @@ WIDE = sq.SimQATConfig(
 )
 
 
+class Results(NamedTuple):
+    """What a call returns, the variables after it, and the gradients of a scalar of the output."""
+
+    output: Any
+    variables: Any
+    gradients: Any
+
+
+def with_gradients(step: Callable[[Any], tuple[Any, Any]], variables: Any) -> tuple[Any, Any, Any]:
+    """The output of a step, the variables after it, and the gradients of a scalar of the output."""
+
+    def loss(params):
+        output, after = step({**variables, "params": params})
+        return scalar(output), (output, after)
+
+    gradients, (output, after) = jax.grad(loss, has_aux=True)(variables["params"])
+    return output, after, gradients
+
+
 class Subject:
-    """A case, with what several laws need of it computed once."""
+    """A case, and what several laws need of it, each computed once, in one compiled function."""
 
     def __init__(self, case: Case):
         self.case = case
         self.model = case.model
         self.qmodel = sq.SimQAT().apply(case.model)
-        self.wide = sq.SimQAT(WIDE).apply(case.model)
 
-    def init(self, model: Any) -> dict[str, Any]:
-        return jax.jit(lambda: model.init(RNGS, *self.case.args, **self.case.kwargs))()
+    def init(self, model: Any) -> Any:
+        return model.init(RNGS, *self.case.args, **self.case.kwargs)
 
     def call(self, model: Any, variables: Any) -> Any:
         """The output in evaluation; of cases in training, in training."""
@@ -49,52 +68,53 @@ class Subject:
         return y, {**variables, **updates}
 
     @functools.cached_property
-    def floats(self) -> dict[str, Any]:
-        return self.init(self.model)
+    def floats(self) -> Results:
+        """Of the float model."""
+        variables = self.init(self.model)
+        run = jax.jit(lambda v: with_gradients(lambda v: (self.call(self.model, v), v), v))
+        return Results(*run(variables))
 
     @functools.cached_property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> Any:
         return self.init(self.qmodel)
 
     @functools.cached_property
-    def trained(self) -> dict[str, Any]:
+    def trained(self) -> Any:
+        """The variables after one step."""
         return jax.jit(lambda v: self.observed(self.qmodel, v)[1])(self.variables)
 
     @functools.cached_property
-    def fresh(self) -> dict[str, Any]:
-        """Variables with 16 bits that have observed nothing."""
-        return {**self.init(self.wide), **self.floats}
+    def evaluated(self) -> Results:
+        """In evaluation, compiled as users do."""
+        run = jax.jit(lambda v: with_gradients(lambda v: (self.call(self.qmodel, v), v), v))
+        trained = self.trained
+        with optimized():
+            return Results(*run(trained))
 
     @functools.cached_property
-    def step(self) -> tuple[Any, dict[str, Any], Any]:
-        """Of a training step with 16 bits: the output, the variables after it, the gradients."""
+    def wide(self) -> tuple[Results, Any]:
+        """With 16 bits: of a training step, and the output in evaluation after it."""
+        qmodel = sq.SimQAT(WIDE).apply(self.model)
 
-        def loss(params):
-            y, after = self.observed(self.wide, {**self.fresh, "params": params})
-            return scalar(y), (y, after)
+        @jax.jit
+        def run(floats):
+            variables = {**self.init(qmodel), **floats}
+            results = Results(*with_gradients(lambda v: self.observed(qmodel, v), variables))
+            evaluated = None
+            if not self.case.kwargs.get("train"):
+                evaluated = self.call(qmodel, {**results.variables, **floats})
+            return results, evaluated
 
-        grads, (y, after) = jax.jit(jax.grad(loss, has_aux=True))(self.floats["params"])
-        return y, after, grads
-
-    @functools.cached_property
-    def float_step(self) -> tuple[Any, Any]:
-        """Output and gradients of the float model."""
-
-        def loss(params):
-            y = self.call(self.model, {**self.floats, "params": params})
-            return scalar(y), y
-
-        grads, y = jax.jit(jax.grad(loss, has_aux=True))(self.floats["params"])
-        return y, grads
-
-    @functools.cached_property
-    def half(self) -> bool:
-        return any(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(self.float_step[0]))
+        return run(self.floats.variables)
 
 
 @pytest.fixture(params=CASES, scope="module")
 def subject(request):
     return Subject(CASES[request.param])
+
+
+def is_half(tree):
+    return any(a.dtype == jnp.bfloat16 for a in jax.tree.leaves(tree))
 
 
 def scalar(tree):
@@ -109,51 +129,47 @@ def assert_tree_close(got, want, tolerance):
 
 
 def test_variables_are_the_float_models_name_for_name_and_bit_for_bit(subject):
-    plain = {name: tree for name, tree in subject.variables.items() if name != "quant_stats"}
-    jax.tree.map(np.testing.assert_array_equal, plain, dict(subject.floats))
+    variables = subject.variables
+    plain = {name: tree for name, tree in variables.items() if name != "quant_stats"}
+    jax.tree.map(np.testing.assert_array_equal, plain, dict(subject.floats.variables))
 
 
 def test_one_quantizer_for_each_tensor(subject):
-    case = subject.case
-    plan = subject.qmodel.plan(subject.variables, *case.args, **case.kwargs)
+    case, variables = subject.case, subject.variables
+    plan = subject.qmodel.plan(variables, *case.args, **case.kwargs)
     roles = [q.role for q in plan.quantizers.values()]
     assert roles.count("activation") == case.activations, str(plan)
     assert roles.count("weight") == case.weights, str(plan)
     names = {q.name for q in plan.quantizers.values() if q.role == "activation"}
-    assert names | {"step"} == set(subject.variables["quant_stats"])
+    assert names | {"step"} == set(variables["quant_stats"])
 
 
-def test_evaluation_has_the_same_bits_compiled_as_a_whole_and_operation_by_operation(subject):
+def test_evaluation_has_the_same_bits_with_and_without_jit(subject):
     case, qmodel, trained = subject.case, subject.qmodel, subject.trained
     eager = subject.call(qmodel, trained)
-    with optimized():
-        jitted = jax.jit(lambda v: subject.call(qmodel, v))(trained)
     floats = qmodel.plan(trained, *case.args, **case.kwargs).floats
-    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+    pairs = zip(jax.tree.leaves(eager), jax.tree.leaves(subject.evaluated.output), strict=True)
+    for a, b in pairs:
         rounding = 1e-6 if floats else 0.0
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rounding)
 
 
 def test_evaluation_has_finite_gradients(subject):
-    def loss(params):
-        return scalar(subject.call(subject.qmodel, {**subject.trained, "params": params}))
-
-    grads = jax.jit(jax.grad(loss))(subject.trained["params"])
-    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(subject.evaluated.gradients))
 
 
 def test_16_bits_train_and_evaluate_as_the_float_model(subject):
-    (y, after, _), (want, _) = subject.step, subject.float_step
-    tolerance = 0.05 if subject.half else 2e-3
-    assert_tree_close(y, want, tolerance)
-    if not subject.case.kwargs.get("train"):
-        variables = {**after, **subject.floats}
-        got = jax.jit(lambda v: subject.call(subject.wide, v))(variables)
-        assert_tree_close(got, want, tolerance)
+    results, evaluated = subject.wide
+    want = subject.floats.output
+    tolerance = 0.05 if is_half(want) else 2e-3
+    assert_tree_close(results.output, want, tolerance)
+    if evaluated is not None:
+        assert_tree_close(evaluated, want, tolerance)
 
 
 def test_16_bits_have_the_gradients_of_the_float_model(subject):
-    (_, _, grads), (_, want) = subject.step, subject.float_step
+    got, want = subject.wide[0].gradients, subject.floats.gradients
+    tolerance = 0.2 if is_half(subject.floats.output) else 0.02
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(want))
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
-        assert np.abs(a - b).max() <= (0.2 if subject.half else 0.02) * largest
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() <= tolerance * largest

@@ -20,6 +20,7 @@ from simqat_jax.ir.program import Tensor
 from simqat_jax.numerics.exact_sums import MOST
 from simqat_jax.numerics.rounding import ROUNDINGS
 
+pytestmark = pytest.mark.usefixtures("optimized")
 both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
 
 

@@ -17,10 +17,15 @@ def converted(module, shape):
     """Convert one convolution, with a bias that is not zero; return input codes too."""
     x = jax.random.normal(jax.random.key(0), (3, *shape))
     qmodel = sq.SimQAT().apply(module)
-    variables = qmodel.init(jax.random.key(1), x)
-    variables["params"] = jax.tree.map(lambda p: p + 0.1, variables["params"])
-    _, state = qmodel.apply(variables, x, mutable=["quant_stats"])
-    model = sq.convert(qmodel, {**variables, **state}, x[:1])
+
+    @jax.jit
+    def observe():
+        variables = qmodel.init(jax.random.key(1), x)
+        variables = {**variables, "params": jax.tree.map(lambda p: p + 0.1, variables["params"])}
+        _, state = qmodel.apply(variables, x, mutable=["quant_stats"])
+        return {**variables, **state}
+
+    model = sq.convert(qmodel, observe(), x[:1])
     return model, model.quantize(x)
 
 

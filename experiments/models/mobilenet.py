@@ -37,6 +37,18 @@ class InvertedResidual(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
+GROUPS = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+"""Expansion, features, number of blocks and stride of the first, for each group of MobileNetV2."""
+
+
 class MobileNetV2(nn.Module):
     """MobileNetV2 of width 1.
 
@@ -44,11 +56,13 @@ class MobileNetV2(nn.Module):
       num_classes: logits.
       cifar_stem: strides of 1 in the stem and the second group, for 32x32 images.
       dtype: of the computation; parameters and statistics are float32.
+      groups: expansion, features, number of blocks and stride of the first of each group.
     """
 
     num_classes: int = 10
     cifar_stem: bool = True
     dtype: DTypeLike = jnp.float32
+    groups: tuple[tuple[int, int, int, int], ...] = GROUPS
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -57,20 +71,10 @@ class MobileNetV2(nn.Module):
             nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype
         )
         first = 1 if self.cifar_stem else 2
-        groups = (
-            # expansion, features, blocks, stride of the first
-            (1, 16, 1, 1),
-            (6, 24, 2, first),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        )
         x = nn.relu6(norm()(conv(32, (3, 3), first)(x)))
-        for expansion, features, blocks, strides in groups:
+        for number, (expansion, features, blocks, strides) in enumerate(self.groups):
             for index in range(blocks):
-                step = strides if index == 0 else 1
+                step = (first if number == 1 else strides) if index == 0 else 1
                 x = InvertedResidual(features, step, expansion, conv=conv, norm=norm)(x)
         x = nn.relu6(norm()(conv(1280, (1, 1))(x)))
         x = x.mean(axis=(1, 2))

@@ -184,8 +184,11 @@ class Program:
         made.update(self.inputs)
         for op in self.ops:
             missing = [i for i in op.inputs if i not in made]
-            if missing or not made.isdisjoint(op.outputs):
+            if missing:
                 raise ValueError(f"{op.path} ({op.kind}) reads what nothing makes: {missing}.")
+            again = [i for i in op.outputs if i in made]
+            if again:
+                raise ValueError(f"{op.path} ({op.kind}) makes what is there already: {again}.")
             made.update(op.outputs)
         strangers = [i for i in (*made, *self.outputs) if not 0 <= i < len(self.tensors)]
         unmade = [i for i in self.outputs if i not in made]

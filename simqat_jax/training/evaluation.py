@@ -49,13 +49,8 @@ class Evaluation(Run):
         return self.range(quantizer, flat)
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> Grid:
-        """Return the grid of a tensor; NaN where the range was never observed."""
-        lo, hi = self.range(quantizer, x)
-        grid = grid_of_range(lo, hi, quantizer.spec)
-        if not quantizer.has_state:
-            return grid
-        known = jnp.all(jnp.asarray(lo) <= hi)
-        return Grid(jnp.where(known, grid.scale, jnp.nan), *(grid.zero_point, grid.qmin, grid.qmax))
+        """Return the grid of a tensor; `x`: its values, for a quantizer that keeps no state."""
+        return grid_of_range(*self.range(quantizer, x), quantizer.spec)
 
     def is_sound(self, env: Values) -> jax.Array:
         """Whether every range was observed, and layers and ranges hold neither NaN nor Inf.

@@ -138,4 +138,5 @@ def _nonfinite(name: str, state: object) -> ArrayLike:
         return state["nonfinite"]
     if isinstance(state, Sequence) and not isinstance(state, str) and len(state) > 1:
         return getattr(state, "nonfinite", state[-1])
-    raise TypeError(f"{name}: {state!r} is no range. Pass the collection quant_stats.")
+    kind = type(state).__name__
+    raise TypeError(f"{name}: a {kind} is no range. Pass the collection variables['quant_stats'].")

@@ -23,6 +23,8 @@ SMALLER = {
     "resnet18_cifar10": {"stage_sizes": (1,), "width": 4},
     "resnet50_cifar10": {"stage_sizes": (1,), "width": 4},
     "resnet50_imagenet": {"stage_sizes": (1,), "width": 4},
+    "mobilenetv2_cifar10": {"groups": ((1, 16, 1, 1), (6, 24, 2, 2))},
+    "mobilenetv2_strided_cifar10": {"groups": ((1, 16, 1, 1), (6, 24, 2, 2))},
 }
 PHASES = {
     "lenet5_mnist": ("float", "qat_finetune"),

@@ -40,7 +40,7 @@ def test_state_restored_as_dictionaries_works(x):
     bad = {**plain, "input": {**plain["input"], "nonfinite": 3}}
     assert sq.nonfinite_ranges(bad) == {"input": 3}
     assert sq.nonfinite_ranges({"inner": bad}) == {"inner/input": 3}
-    with pytest.raises(TypeError, match="no RangeState"):
+    with pytest.raises(TypeError, match=r"is no range\. Pass the collection"):
         sq.nonfinite_ranges(variables)
 
 

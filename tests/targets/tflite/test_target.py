@@ -137,8 +137,8 @@ def test_signature(tmp_path):
     signature = interpreter(tmp_path / "m.tflite").get_signature_runner("serving_default")
     x = np.asarray(CASES["two heads"].args[0])
     got, want = signature(input=x), jax.tree.leaves(model(x))
-    for k, a in enumerate(want):
-        np.testing.assert_array_equal(got[f"output_{k}"], a)
+    for name, a in zip(("a", "b/0", "b/1"), want, strict=True):
+        np.testing.assert_array_equal(got[name], a)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -21,10 +21,8 @@ from simqat_jax.ir.graph import (
     Operand,
     shape_of,
 )
+from simqat_jax.ir.replay import INLINED_CALLS
 from simqat_jax.numerics.requantize import FREE, Bounds
-
-INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
-"""Calls that are replaced by what they call."""
 
 _MOVES = (
     "reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice rev copy split "

@@ -11,7 +11,6 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import (
-    INLINED_CALLS,
     clamp_bounds,
     classify,
     display_name,
@@ -38,6 +37,7 @@ from simqat_jax.ir.graph import (
     Unquantizable,
     shape_of,
 )
+from simqat_jax.ir.replay import INLINED_CALLS
 
 _REMAT = ("remat2", "remat", "checkpoint")
 # Stands for the result of an operation without one, so that every node has an output.

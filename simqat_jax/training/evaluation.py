@@ -37,6 +37,17 @@ class Evaluation(Run):
             else:
                 env[v] = self.exact(step, quantizer, x, operands, env)
 
+    def results(self, env: Values) -> list[jax.Array]:
+        """Return the values of the graph's outputs; NaN where the model is not sound."""
+        graph, sound = self.placement.graph, self.is_sound(env)
+        made = graph.data - set(graph.inputs)
+        return [
+            jnp.where(sound, y, jnp.nan)
+            if v in made and jnp.issubdtype(y.dtype, jnp.floating)
+            else y
+            for v, y in zip(graph.outputs, super().results(env), strict=True)
+        ]
+
     # Ranges -----------------------------------------------------------------------------------
 
     def range(self, quantizer: Quantizer, x: jax.Array) -> Range:

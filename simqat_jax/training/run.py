@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from simqat_jax.ir.plan import Placement
 from simqat_jax.training.evaluation import Evaluation
 from simqat_jax.training.ranges import Stats
 from simqat_jax.training.simulation import Simulation
-from simqat_jax.training.values import Seen, Value, read
+from simqat_jax.training.values import Seen, Value
 
 
 def run(
@@ -27,22 +26,16 @@ def run(
     Returns:
       The values of `placement.graph.outputs`, and the new `stats`.
     """
-    graph, evaluation = placement.graph, Evaluation(placement, stats)
-    this = Simulation(placement, stats) if training else evaluation
-    raw = dict(zip(graph.inputs, inputs, strict=True))
+    this = (Simulation if training else Evaluation)(placement, stats)
+    raw = dict(zip(placement.graph.inputs, inputs, strict=True))
     env, seen = {v: Value(x) for v, x in raw.items()}, Seen()
-    for v in graph.inputs:
+    for v in placement.graph.inputs:
         if v in placement.at:
             env[v] = this.put_on_grid(placement.at[v], env[v].real, seen)
     this.steps(placement.steps, env, seen)
     env.update({v: Value(x) for v, x in raw.items()})  # a model's own input leaves as it came
-    outputs = [read(v, env).real for v in graph.outputs]
-    if training:
-        states = {name: observation.state for name, observation in seen.items()}
-        return outputs, {**stats, **states, "step": stats["step"] + 1}
-    made = graph.data - set(graph.inputs)
-    sound = evaluation.is_sound(env)
-    return [
-        jnp.where(sound, y, jnp.nan) if v in made and jnp.issubdtype(y.dtype, jnp.floating) else y
-        for v, y in zip(graph.outputs, outputs, strict=True)
-    ], stats
+    outputs = this.results(env)
+    if not training:
+        return outputs, stats
+    states = {name: observation.state for name, observation in seen.items()}
+    return outputs, {**stats, **states, "step": stats["step"] + 1}

@@ -82,6 +82,10 @@ class Run:
         """Run a step: put the tensors that leave it into `env`."""
         raise NotImplementedError
 
+    def results(self, env: Values) -> list[jax.Array]:
+        """Return the values of the graph's outputs."""
+        return [read(v, env).real for v in self.placement.graph.outputs]
+
     # Steps ------------------------------------------------------------------------------------
 
     def steps(self, steps: Iterable[Step], env: Values, seen: Seen) -> None:

@@ -181,6 +181,10 @@ class BatchNorm(Node):
         axes = (self.module.axis,) if isinstance(self.module.axis, int) else self.module.axis
         return tuple(axis % self._rank for axis in axes)
 
+    def is_variance(self, var: jax.Array) -> jax.Array:
+        """Tell of each channel whether its variance has a standard deviation."""
+        return var + self.module.epsilon > 0
+
     @property
     def on_last_axis(self) -> bool:
         """Whether its features are the channels of a layer."""

@@ -258,7 +258,7 @@ class LoweredStep:
         for name, value in values.items():
             below = " or values below zero" if name == "var" else ""
             if below and isinstance(node, BatchNorm):
-                value = np.where(np.asarray(value) + node.module.epsilon > 0, value, np.nan)
+                value = jnp.where(node.is_variance(value), value, jnp.nan)
             if not np.all(np.isfinite(np.asarray(value, np.float32))):
                 raise ValueError(
                     f"{'/'.join(node.path)}: its {name} holds NaN or Inf{below}. Train again from "

@@ -191,5 +191,5 @@ def _is_sound(node: Node, position: int, x: jax.Array) -> jax.Array:
     if node.layer is None or position == 0:
         return ~jnp.any(jnp.isnan(x))
     if isinstance(node, BatchNorm) and node.layer.names[position - 1] == "var":
-        x = jnp.where(x + node.module.epsilon > 0, x, jnp.nan)
+        x = jnp.where(node.is_variance(x), x, jnp.nan)
     return jnp.all(jnp.isfinite(x))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,10 +13,14 @@ from flax.core.scope import CollectionFilter, LazyRng
 from flax.typing import VariableDict
 from jax.extend import core
 
+from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener
-from simqat_jax.capture.interception import Kwargs, Recorder
-from simqat_jax.capture.passes import simplify
-from simqat_jax.ir.graph import Graph, Node, shape_of
+from simqat_jax.capture.interception import Kwargs, Recorder, Scope
+from simqat_jax.capture.passes import dependent, prune, share, simplify
+from simqat_jax.capture.poles import keep_norms_float
+from simqat_jax.capture.products import find_products
+from simqat_jax.capture.unreachable import unreachable_products
+from simqat_jax.ir.graph import Graph, shape_of
 
 Result = tuple[object, VariableDict]
 """What a call returns: `(output, updated collections)`."""
@@ -95,8 +99,11 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
     _check_patterns(recorder, call.module)
     returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
-    graph = _graph(call, arguments, closed, recorder, count)
-    return Capture(simplify(graph), jax.tree.leaves(operands), restore)
+    graph = share(prune(_graph(call, arguments, closed, recorder, count)))
+    missed = unreachable_products(graph, recorder)
+    graph = simplify(find_products(dataclasses.replace(graph, unquantizable=missed)))
+    graph = keep_exact(keep_norms_float(graph))
+    return Capture(graph, jax.tree.leaves(operands), restore)
 
 
 class _Place:
@@ -219,8 +226,10 @@ def _graph(
     """Turn a traced call into a graph, as it was traced."""
     flattener = Flattener(recorder)
     inputs = tuple(flattener.new(shape_of(v)) for v in closed.jaxpr.invars)
-    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, call.start)
-    fixed = len(jax.tree.leaves(call.variables))
+    scope = Scope(call.start, None)
+    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, scope)
+    paths = [path for path, _ in jax.tree.leaves_with_path(call.variables)]
+    fixed = len(paths)
     keys = len(inputs) - fixed - len(arguments.names)
     return Graph(
         nodes=tuple(flattener.nodes),
@@ -229,15 +238,19 @@ def _graph(
         outputs=outputs,
         returned=returned,
         avals=flattener.avals,
-        data=_data_tensors(flattener.nodes, inputs[fixed:]),
-        # Of a layer called several times the last reason.
-        unquantizable=tuple({u.path: u for u in flattener.unquantizable}.values()),
+        data=dependent(flattener.nodes, inputs[fixed:]),
+        arguments=inputs[fixed : fixed + len(arguments.names)],
+        parameters=_parameters(zip(inputs, paths, strict=False)),
+        unquantizable=(),
     )
 
 
-def _data_tensors(nodes: Sequence[Node], sources: Sequence[int]) -> frozenset[int]:
-    data = set(sources)
-    for node in nodes:
-        if any(isinstance(v, int) and v in data for v in node.inputs):
-            data.update(node.outputs)
-    return frozenset(data)
+def _parameters(
+    inputs: Iterable[tuple[int, jax.tree_util.KeyPath]],
+) -> dict[int, tuple[str, ...]]:
+    """Return the path of each parameter among the variables, boxes around values left out."""
+    named = {
+        v: tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        for v, path in inputs
+    }
+    return {v: path[1:] for v, path in named.items() if path[:1] == ("params",)}

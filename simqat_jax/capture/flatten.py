@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import (
+    CONTRACTIONS,
     clamp_bounds,
     classify,
     display_name,
@@ -20,21 +21,20 @@ from simqat_jax.capture.classify import (
 )
 from simqat_jax.capture.interception import (
     LAYER_MARK,
-    PATH_MARK,
-    LayerCall,
     MakeNode,
     Recorder,
+    Scope,
     excluded,
 )
 from simqat_jax.ir.graph import (
     Clamp,
     Constant,
+    Contraction,
     Float,
     Move,
     Node,
     Operand,
     Remat,
-    Unquantizable,
     shape_of,
 )
 from simqat_jax.ir.replay import INLINED_CALLS
@@ -53,14 +53,18 @@ class _Equation:
     Attributes:
       eqn: the equation.
       inputs: its operands in the graph.
-      path: of the module that it belongs to.
+      scope: the call of a module's method that it belongs to.
       remat: the call of `nn.remat` that it is inside of.
     """
 
     eqn: core.JaxprEqn
     inputs: tuple[Operand, ...]
-    path: tuple[str, ...]
+    scope: Scope
     remat: Remat | None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return self.scope.path
 
     @property
     def primitive(self) -> str:
@@ -74,14 +78,12 @@ class Flattener:
       recorder: what the interceptor noted down while the jaxpr was traced.
       nodes: so far, in the order of evaluation.
       avals: shape and dtype of every tensor so far.
-      unquantizable: the layers that cannot be quantized.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.nodes: list[Node] = []
         self.avals: dict[int, jax.ShapeDtypeStruct] = {}
-        self.unquantizable = list(recorder.unquantizable)
         self._remats = 0
 
     def new(self, aval: jax.ShapeDtypeStruct) -> int:
@@ -95,7 +97,7 @@ class Flattener:
         jaxpr: core.Jaxpr,
         consts: Sequence[ArrayLike],
         inputs: Sequence[Operand],
-        path: tuple[str, ...],
+        scope: Scope,
         remat: Remat | None = None,
     ) -> tuple[Operand, ...]:
         """Append the nodes of `jaxpr` called on `inputs`; return its outputs."""
@@ -106,7 +108,7 @@ class Flattener:
             return Constant(v.val) if isinstance(v, core.Literal) else env[v]
 
         for eqn in jaxpr.eqns:
-            where = self._path_of(str(eqn.source_info.name_stack), path)
+            where = self.recorder.scope_of(eqn, scope)
             outputs = self._apply_rules(_Equation(eqn, tuple(map(read, eqn.invars)), where, remat))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return tuple(map(read, jaxpr.outvars))
@@ -133,17 +135,6 @@ class Flattener:
         self._remats += 1
         return Remat(self._remats, eqn.params["policy"], eqn.params["prevent_cse"])
 
-    def unreachable(self, call: LayerCall, where: str) -> None:
-        """Note that a layer cannot be quantized because of what calls it."""
-        if call.is_product:
-            reason = f"it is called inside `{where}`"
-            self.unquantizable.append(Unquantizable(call.layer.path, reason))
-
-    def _path_of(self, name_stack: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the path of the innermost module that the name stack names."""
-        marks = [part for part in name_stack.split("/") if part.startswith(PATH_MARK)]
-        return self.recorder.paths[int(marks[-1].removeprefix(PATH_MARK))] if marks else default
-
     def _apply_rules(self, at: _Equation) -> Sequence[Operand]:
         results = (rule(self, at) for rule in RULES)
         return next(outputs for outputs in results if outputs is not None)
@@ -161,10 +152,9 @@ def _layer(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     if number is None:
         return None
     call = flat.recorder.calls[number]
-    at = dataclasses.replace(at, path=call.layer.path)
-    if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:
-        flat.unreachable(call, "vmap or grad")
-        return flat.emit(at, Float, call.op, _bind(at.eqn))
+    at = dataclasses.replace(at, scope=Scope(call.layer.path, None))
+    if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:  # vmap or grad
+        return flat.emit(at, Float, call.op, bound(at.eqn))
     return flat.emit(at, call.make, call.op, _inlined(at.eqn))
 
 
@@ -173,7 +163,7 @@ def _remat(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     if at.primitive not in _REMAT:
         return None
     remat = flat.next_remat(at.eqn)
-    return flat.inline(at.eqn.params["jaxpr"], (), at.inputs, at.path, at.remat or remat)
+    return flat.inline(at.eqn.params["jaxpr"], (), at.inputs, at.scope, at.remat or remat)
 
 
 def _folded_constant(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
@@ -189,13 +179,15 @@ def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
         return None
     params = at.eqn.params
     closed = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-    return flat.inline(closed.jaxpr, closed.consts, at.inputs, at.path, at.remat)
+    return flat.inline(closed.jaxpr, closed.consts, at.inputs, at.scope, at.remat)
 
 
-def _unreachable_layers(flat: Flattener, at: _Equation) -> None:
-    """The layers inside a call that is not replaced cannot be quantized."""
-    for number in _layers_inside(at.eqn):
-        flat.unreachable(flat.recorder.calls[number], at.primitive)
+def _contraction(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
+    """A convolution or matrix product, of whatever it is."""
+    if at.primitive not in CONTRACTIONS or excluded(at.path, flat.recorder.exclude):
+        return None
+    make = functools.partial(Contraction, module=at.scope.module)
+    return flat.emit(at, make, display_name(at.eqn, None), bound(at.eqn))
 
 
 def _operation(flat: Flattener, at: _Equation) -> Sequence[Operand]:
@@ -207,7 +199,7 @@ def _operation(flat: Flattener, at: _Equation) -> Sequence[Operand]:
         make = Float
     elif bounds:
         make = functools.partial(Clamp, bounds=bounds)
-    return flat.emit(at, make, display_name(at.eqn, bounds), _bind(at.eqn))
+    return flat.emit(at, make, display_name(at.eqn, bounds), bound(at.eqn))
 
 
 RULES: tuple[Rule, ...] = (
@@ -215,7 +207,7 @@ RULES: tuple[Rule, ...] = (
     _remat,
     _folded_constant,
     _inlined_call,
-    _unreachable_layers,
+    _contraction,
     _operation,
 )
 """In the order in which they are tried: each one relies on those before it."""
@@ -226,7 +218,7 @@ RULES: tuple[Rule, ...] = (
 
 def _is_kept_whole(at: _Equation) -> bool:
     if is_float_function(at.eqn):
-        return next(_layers_inside(at.eqn), None) is None
+        return not _layers_inside(at.eqn)
     return is_named_function(at.eqn, at.inputs)
 
 
@@ -236,17 +228,20 @@ def _layer_number(eqn: core.JaxprEqn) -> int | None:
     return int(name.removeprefix(LAYER_MARK)) if name.startswith(LAYER_MARK) else None
 
 
-def _layers_inside(eqn: core.JaxprEqn) -> Iterator[int]:
-    """Yield the numbers of the layers that a call holds at any depth."""
-    for sub in core.jaxprs_in_params(eqn.params):
-        for inner in sub.eqns:
-            number = _layer_number(inner)
-            if number is not None:
-                yield number
-            yield from _layers_inside(inner)
+def _layers_inside(eqn: core.JaxprEqn) -> bool:
+    """Whether a call holds layers or products at any depth."""
+    return any(
+        _layer_number(inner) is not None
+        or inner.primitive.name in CONTRACTIONS
+        or _layers_inside(inner)
+        for sub in core.jaxprs_in_params(eqn.params)
+        for inner in sub.eqns
+    )
 
 
-def _bind(eqn: core.JaxprEqn) -> _Run:
+def bound(eqn: core.JaxprEqn) -> _Run:
+    """Return what computes an equation's results, as a sequence."""
+
     def run(*values: jax.Array) -> Sequence[jax.Array | np.ndarray]:
         result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
         return (tuple(result) or (_NO_RESULT,)) if eqn.primitive.multiple_results else (result,)

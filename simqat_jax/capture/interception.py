@@ -22,8 +22,6 @@ from simqat_jax.ir.graph import (
     Float,
     Layer,
     Node,
-    Product,
-    Unquantizable,
 )
 
 LAYER_MARK = "simqat_layer_"
@@ -61,10 +59,17 @@ class LayerCall(NamedTuple):
     op: str
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
-    def is_product(self) -> bool:
-        """Whether it would be quantized where it can be reached."""
-        return type(self.layer.module) in _PRODUCTS
+
+class Scope(NamedTuple):
+    """A call of a module's method, as the interceptor saw it.
+
+    Attributes:
+      path: what the operations inside are called.
+      module: the Flax layer of convolutions and matrix products that it is, unbound; else None.
+    """
+
+    path: tuple[str, ...]
+    module: nn.Module | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +100,7 @@ class Recorder:
       dry: nothing is computed: a BatchNorm whose mapped axis is not there takes statistics alone.
       calls: of layers; the number in a layer's mark is its place here.
       modules: the paths of all modules that were called.
-      paths: those of the methods called; the number in a path's mark is its place here.
-      unquantizable: the layers that are called as Flax would, and why.
+      scopes: the methods called; the number in a path's mark is its place here.
       traces: closes when traces made before the capture may be used again.
     """
 
@@ -105,11 +109,16 @@ class Recorder:
     dry: bool = False
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
     modules: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-    paths: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
-    unquantizable: list[Unquantizable] = dataclasses.field(default_factory=list)
+    scopes: list[Scope] = dataclasses.field(default_factory=list)
     traces: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     _states: list[object] = dataclasses.field(default_factory=list)
     _inside_layer: bool = False
+
+    def scope_of(self, eqn: core.JaxprEqn, default: Scope) -> Scope:
+        """Return the innermost method call that an equation's name stack names."""
+        parts = str(eqn.source_info.name_stack).split("/")
+        marks = [part for part in parts if part.startswith(PATH_MARK)]
+        return self.scopes[int(marks[-1].removeprefix(PATH_MARK))] if marks else default
 
     def module_names(self) -> list[str]:
         """Return the names of the modules called, in order, each once."""
@@ -149,19 +158,22 @@ class Recorder:
                 f"SimQAT was applied twice: {'/'.join(module.path) or type(module).__name__} is "
                 "already quantization-aware. Apply it once, to the outermost model."
             )
-        with self._forget_if_lifted(), self._path_mark(module.path, context.method_name):
-            base = _base_of(module, context)
+        base = _base_of(module, context)
+        with self._forget_if_lifted(), self._path_mark(module, context.method_name):
             if base is None or excluded(module.path, self.exclude):
                 return next_fun(*args, **kwargs)
             return _HANDLERS[base](self, _ModuleCall(base, module, next_fun, args, kwargs))
 
     def _path_mark(
-        self, path: tuple[str, ...], method: str
+        self, module: nn.Module, method: str
     ) -> contextlib.AbstractContextManager[object]:
+        path = module.path
         self.modules.append(path)
+        base = _product_layer(module)
         # Operations of a method keep its name, whoever calls it.
-        self.paths.append(path if method in ("__call__", "setup") else (*path, method))
-        return jax.named_scope(f"{PATH_MARK}{len(self.paths) - 1}")
+        path = path if method in ("__call__", "setup") else (*path, method)
+        self.scopes.append(Scope(path, None if base is None else _unbound(base, module)))
+        return jax.named_scope(f"{PATH_MARK}{len(self.scopes) - 1}")
 
     def bind(
         self, layer: Layer, make: MakeNode, op: str, fn: _Function, *operands: jax.Array
@@ -179,29 +191,8 @@ class Recorder:
         self.calls.append(LayerCall(layer, make, op, tuple(map(jnp.shape, operands))))
         return jax.jit(boundary)(*operands)
 
-    def refuse(self, call: _ModuleCall, reason: str) -> object:
-        """Note that a layer cannot be quantized, and call it as Flax would."""
-        self.unquantizable.append(Unquantizable(call.module.path, reason))
-        return call.proceed()
-
 
 # Layers ------------------------------------------------------------------------------------------
-
-
-def _call_product(recorder: Recorder, call: _ModuleCall) -> object:
-    reason = _not_plain(call.module)
-    if reason:
-        return recorder.refuse(call, reason)
-    (x,) = (*call.args, *call.kwargs.values())
-    params = _own_variables(call.module, "params", ("kernel", "bias"))
-    layer = call.layer(params)
-    kind, features = _PRODUCTS[call.base], _features(layer.module)
-    make = functools.partial(Product, layer=layer, kind=kind, features=features)
-
-    def fn(x: jax.Array, *values: jax.Array) -> Sequence[jax.Array]:
-        return _applied(layer, {"params": layer.named(values)}, x)
-
-    return recorder.bind(layer, make, call.base.__name__, fn, x, *params.values())[0]
 
 
 def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
@@ -224,7 +215,7 @@ def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
     operands = params | stats | mask
     layer = call.layer(operands)
     if recorder.dry and module.axis_name is not None and not _is_mapped(module.axis_name):
-        layer = dataclasses.replace(layer, module=layer.module.clone(axis_name=None))
+        layer = dataclasses.replace(layer, module=_unbound(nn.BatchNorm, module, axis_name=None))
     make = functools.partial(BatchNorm, layer=layer, training=not running)
     fn = functools.partial(batch_norm, layer, use_running_average=running)
     y, *updated = recorder.bind(layer, make, "BatchNorm", fn, x, *operands.values())
@@ -277,19 +268,15 @@ def _call_float(recorder: Recorder, call: _ModuleCall) -> object:
     return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]
 
 
-def _call_unsupported(recorder: Recorder, call: _ModuleCall) -> object:
-    return recorder.refuse(call, f"nn.{call.base.__name__} has no quantized form")
-
-
-_PRODUCTS: dict[type[nn.Module], str] = {
-    nn.Conv: "conv",
-    nn.Dense: "dense",
-    nn.DenseGeneral: "dense",
-}
+# Their operations stand in the graph as they ran; the layer gives them a name.
+_PRODUCT_LAYERS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv, nn.ConvTranspose, nn.ConvLocal),
+    *(nn.Dense, nn.DenseGeneral, nn.Einsum),
+)
+# What Flax puts on every subclass, or a module may add to without changing what a layer does.
+_MADE_BY_FLAX = {"setup", "scope", "_state", "_parent_ref", "_compact_name_scope_methods"}
 # In this order: the first whose `__call__` it is tells what a module is.
 _HANDLERS: dict[type[nn.Module], Callable[[Recorder, _ModuleCall], object]] = {
-    **dict.fromkeys(_PRODUCTS, _call_product),
-    **dict.fromkeys((nn.ConvTranspose, nn.ConvLocal, nn.Einsum), _call_unsupported),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm), _call_float),
     nn.BatchNorm: _call_batch_norm,
     nn.Dropout: _call_dropout,
@@ -315,6 +302,7 @@ def batch_norm(
         "params": {k: v for k, v in named.items() if k in ("scale", "bias")},
         "batch_stats": {k: v for k, v in named.items() if k in ("mean", "var")},
     }
+    assert layer.module is not None
     y, updates = layer.module.apply(
         variables,
         x,
@@ -332,17 +320,32 @@ def batch_norm(
 
 
 def _base_of(module: nn.Module, context: InterceptorContext) -> type[nn.Module] | None:
-    """Return the Flax layer whose own `__call__` this is, also for a subclass that calls super."""
+    """Return the Flax layer whose own `__call__` this is, also for a subclass that calls super.
+
+    A subclass that overrides anything else is no such layer: what it computes stands in the graph.
+    """
     if context.method_name != "__call__":
         return None
     method = getattr(context.orig_method, "func", context.orig_method)
     for base in _HANDLERS:
         if isinstance(module, base) and method.__qualname__ == base.__call__.__qualname__:
-            return base
+            return None if _overrides(type(module), base) else base
     return None
 
 
-def _unbound(base: type[nn.Module], module: nn.Module) -> nn.Module:
+def _overrides(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a class changes a method or constant of the layer that it derives from."""
+    classes = cls.__mro__[: cls.__mro__.index(base)]
+    own = {name for c in classes for name in vars(c) if not name.startswith("__")}
+    fields = {f.name for f in dataclasses.fields(base)}
+    return any(hasattr(base, name) for name in own - fields - _MADE_BY_FLAX)
+
+
+def _product_layer(module: nn.Module) -> type[nn.Module] | None:
+    return next((base for base in _PRODUCT_LAYERS if isinstance(module, base)), None)
+
+
+def _unbound(base: type[nn.Module], module: nn.Module, **changes: object) -> nn.Module:
     """Return the layer with the module's attributes and no parent, name or scope.
 
     Of a BatchNorm or Dropout, `use_running_average` and `deterministic` are left to the call.
@@ -353,12 +356,13 @@ def _unbound(base: type[nn.Module], module: nn.Module) -> nn.Module:
         for f in dataclasses.fields(base)
         if f.init and f.name not in ("parent", "name", *per_call)
     }
-    return base(**fields, parent=None)
+    return base(**{**fields, **changes}, parent=None)
 
 
 def _applied(
     layer: Layer, variables: VariableDict, *args: jax.Array, **kwargs: Any
 ) -> Sequence[jax.Array]:
+    assert layer.module is not None
     y = layer.module.apply(variables, *args, **kwargs)
     assert isinstance(y, jax.Array)
     return (y,)
@@ -372,19 +376,3 @@ def _own_variables(
         for name in names
         if module.has_variable(collection, name)
     }
-
-
-def _features(module: nn.Module) -> tuple[int, ...]:
-    assert isinstance(module, nn.Conv | nn.Dense | nn.DenseGeneral)
-    features = module.features
-    return tuple(map(int, features)) if isinstance(features, Iterable) else (int(features),)
-
-
-def _not_plain(module: nn.Module) -> str | None:
-    """Return why this Conv or Dense is not one plain convolution or matrix product."""
-    if isinstance(module, nn.DenseGeneral) and module.batch_dims:
-        return "DenseGeneral with batch_dims is not one matrix product"
-    for hook in ("dot_general", "dot_general_cls", "conv_general_dilated"):
-        if getattr(module, hook, None) is not None:
-            return f"it computes with a {hook} of its own"
-    return None

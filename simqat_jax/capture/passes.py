@@ -1,9 +1,10 @@
 """Passes over a captured graph: drop what nobody reads, merge what belongs together."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.ir.graph import (
@@ -22,7 +23,16 @@ from simqat_jax.numerics.requantize import FREE, Bounds
 _SAME_VALUES = ("broadcast_in_dim", "convert_element_type", "reshape")
 
 
-def _chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., tuple[Any, ...]]:
+def dependent(nodes: Sequence[Node], sources: Iterable[int]) -> frozenset[int]:
+    """Return the tensors that depend on any of `sources`, these included."""
+    found = set(sources)
+    for node in nodes:
+        if any(isinstance(v, int) and v in found for v in node.inputs):
+            found.update(node.outputs)
+    return frozenset(found)
+
+
+def chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., tuple[Any, ...]]:
     """Return the function that runs `parts` on values for `inputs`."""
 
     def run(*values):
@@ -46,6 +56,42 @@ def prune(graph: Graph) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(reversed(kept)))
 
 
+def share(graph: Graph) -> Graph:
+    """Compute once what does not depend on the data and is computed twice in the same way.
+
+    A kernel that is made anew in every call of its layer is one kernel.
+    """
+    same: dict[int, int] = {}
+    known: dict[object, tuple[int, ...]] = {}
+    nodes = []
+    for node in graph.nodes:
+        node = reading(node, same)
+        key = None if node.data_inputs(graph.data) or node.effects else _key(node)
+        if key is None or known.setdefault(key, node.outputs) == node.outputs:
+            nodes.append(node)
+        else:
+            same.update(zip(node.outputs, known[key], strict=True))
+    outputs = tuple(same.get(v, v) if isinstance(v, int) else v for v in graph.outputs)
+    return dataclasses.replace(graph, nodes=tuple(nodes), outputs=outputs)
+
+
+def _key(node: Node) -> object:
+    """Return what tells an operation without data from every other; None: nothing does."""
+    constants = [v.value for v in node.inputs if isinstance(v, Constant)]
+    if node.layer is not None or any(np.size(c) != 1 for c in constants):
+        return None
+    operands = tuple(
+        v if isinstance(v, int) else (np.asarray(v.value).item(), jnp.result_type(v.value))
+        for v in node.inputs
+    )
+    key = (node.primitive, operands, tuple(sorted(node.eqn.params.items())), node.remat)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
 def merge_means(graph: Graph) -> Graph:
     """Merge a sum and the division of its result by a constant into one node: a mean."""
     readers = graph.readers()
@@ -61,7 +107,7 @@ def merge_means(graph: Graph) -> Graph:
             continue
         inputs = (*node.inputs, divisor)
         merged[node] = None
-        merged[users[0]] = node.divided(users[0], inputs, _chain((node, users[0]), inputs))
+        merged[users[0]] = node.divided(users[0], inputs, chain((node, users[0]), inputs))
     nodes = (merged.get(node, node) for node in graph.nodes)
     return dataclasses.replace(graph, nodes=tuple(n for n in nodes if n is not None))
 
@@ -169,7 +215,7 @@ def merge_elementwise(graph: Graph) -> Graph:
             )
         )
         inputs = (roots[out], *(v for v in inputs if v != roots[out]))
-        whole = {"inputs": inputs, "run": _chain(parts, inputs), "parts": tuple(parts)}
+        whole = {"inputs": inputs, "run": chain(parts, inputs), "parts": tuple(parts)}
         clamps = [part for part in parts if isinstance(part, Clamp)]
         if len(clamps) == len(parts):
             nodes.append(as_kind(Clamp, node, bounds=_merged_bounds(clamps), **whole))
@@ -182,3 +228,13 @@ def merge_elementwise(graph: Graph) -> Graph:
 def simplify(graph: Graph) -> Graph:
     """Drop what nobody reads, then merge means and elementwise functions."""
     return merge_elementwise(merge_means(prune(graph)))
+
+
+def reading(node: Node, instead: Mapping[int, int]) -> Node:
+    """Return a node that reads other tensors, as do its parts."""
+
+    def mapped(inputs: tuple[Operand, ...]) -> tuple[Operand, ...]:
+        return tuple(instead.get(v, v) if isinstance(v, int) else v for v in inputs)
+
+    parts = tuple(dataclasses.replace(p, inputs=mapped(p.inputs)) for p in node.parts)
+    return dataclasses.replace(node, inputs=mapped(node.inputs), parts=parts)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
-from simqat_jax.ir.graph import Float, Graph
+from simqat_jax.ir.graph import Contraction, Float, Graph
 from simqat_jax.ir.program import Program
 from simqat_jax.ir.program_builder import BATCH
 from simqat_jax.ops.moves import needs_function
@@ -32,7 +32,7 @@ def same_graphs(sample: Graph, free: Graph, size: int) -> bool:
         return False
     shapes = ((sample.avals[v].shape, free.avals[v].shape) for v in free.avals)
     resized = all(a == tuple(_at(d, size) for d in b) for a, b in shapes)
-    floats = (n for n in free.nodes if isinstance(n, Float) or needs_function(n))
+    floats = (n for n in free.nodes if isinstance(n, Float | Contraction) or needs_function(n))
     return resized and all(map(replay.scales_with_batch, floats))
 
 

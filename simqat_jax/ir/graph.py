@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
@@ -29,15 +32,15 @@ Operand = int | Constant
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One Flax layer as a pure function of its inputs and parameters.
+    """An operation with parameters.
 
     Attributes:
-      module: the layer, unbound, as the model constructed it.
-      path: where it sits in the model.
+      module: the Flax layer, unbound, as the model constructed it; None: it is written by hand.
+      path: what its quantizers are named after: where it sits in the model.
       names: what each input after the first is: "kernel", "bias", "mean" ...
     """
 
-    module: nn.Module
+    module: nn.Module | None
     path: tuple[str, ...]
     names: tuple[str, ...] = ()
 
@@ -123,7 +126,7 @@ class Node:
 N = TypeVar("N", bound=Node)
 
 
-def as_kind(kind: type[N], node: Node, **changes: Any) -> N:
+def as_kind(kind: type[N], node: Node, /, **changes: Any) -> N:
     """Return an operation as one of another class, with changes."""
     shared = {f.name: getattr(node, f.name) for f in dataclasses.fields(Node) if f.name != "kind"}
     return kind(**{**shared, **changes})
@@ -131,25 +134,82 @@ def as_kind(kind: type[N], node: Node, **changes: Any) -> N:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Float(Node):
-    """What has no integer form."""
+    """What has no integer form.
+
+    Attributes:
+      why: the reason, for display.
+    """
+
+    why: str = "no integer form"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Contraction(Node):
+    """A convolution or matrix product of two tensors, as captured.
+
+    Attributes:
+      module: the Flax layer that makes it; None: it is written by hand.
+    """
+
+    module: nn.Module | None = None
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution."""
+        return self.primitive == "conv_general_dilated"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Product(Node):
-    """A layer that multiplies data by a kernel, its second input: Conv, Dense, DenseGeneral.
+    """What multiplies data by a kernel, its second input, and adds a bias, its third if any.
+
+    The kernel is whatever does not depend on the model's arguments. Its output channels are its
+    last axes: those of a convolution are (spatial ..., in, out).
 
     Attributes:
-      features: lengths of the output channels' axes, the last ones of the kernel.
+      kernel_name: of the kernel's quantizer.
+      counted: it has no parameter or layer to be named after, and is told by its place.
+      channel_axes: the axes of the product that the output channels are, in order.
+      features: their lengths.
+      before: what happens to the data first: it is reshaped, or padded with zeros.
+      contraction: the convolution or matrix product itself.
+      order: in which order the axes of its result are taken, before a last reshape.
+      shape: of the output.
     """
 
     layer: Layer = dataclasses.field()
-    features: tuple[int, ...]
     kind: str = dataclasses.field()
+    kernel_name: str
+    counted: bool
+    channel_axes: tuple[int, ...]
+    features: tuple[int, ...]
+    before: tuple[Node, ...]
+    contraction: Contraction
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
 
     @property
     def num_channels(self) -> int:
         """The number of output channels."""
         return math.prod(self.features)
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the output channels are the last axis of the output, and nothing else is."""
+        return self.channel_axes == (len(self.shape) - 1,)
+
+    def linear(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Multiply whole numbers, float32, as the product does; exact up to 2^24."""
+        for node in self.before:
+            fixed = [jnp.asarray(v.value, x.dtype) for v in node.inputs if isinstance(v, Constant)]
+            x = node.eqn.primitive.bind(x, *fixed, **node.eqn.params)
+        eqn = self.contraction.eqn
+        exact = {
+            "precision": (lax.Precision.HIGHEST, lax.Precision.HIGHEST),
+            "preferred_element_type": np.dtype(np.float32),
+        }
+        result = eqn.primitive.bind(x, kernel, **{**eqn.params, **exact})
+        return result.transpose(self.order).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -296,7 +356,7 @@ class Dropout(Move):
 
 
 class Unquantizable(NamedTuple):
-    """A layer that cannot be quantized, and why."""
+    """A product that cannot be quantized, and why."""
 
     path: tuple[str, ...]
     reason: str
@@ -313,8 +373,11 @@ class Graph:
       outputs: operands, one per flattened output.
       returned: how many of the outputs the model returns; the others are state that it keeps.
       avals: shape and dtype of every tensor.
-      data: the tensors that depend on the arguments.
-      unquantizable: the layers that cannot be quantized.
+      data: the tensors that depend on the arguments or on random keys.
+      arguments: the inputs that are arguments of the call.
+      parameters: for each input that is a parameter its path in "params".
+      unquantizable: the products that cannot be quantized.
+      exact: the tensors that are read as they are, and lie on no grid.
     """
 
     nodes: tuple[Node, ...]
@@ -324,7 +387,10 @@ class Graph:
     returned: int
     avals: dict[int, jax.ShapeDtypeStruct]
     data: frozenset[int]
+    arguments: tuple[int, ...]
+    parameters: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
+    exact: frozenset[int] = frozenset()
 
     def activations(self) -> set[int]:
         """Return the outputs that are activations: one value or more for each example.

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from typing import NamedTuple
 
-from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node
+from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node, Product
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.observers import OBSERVERS, AxisName, Observer, Role
 from simqat_jax.numerics.rounding import Rounding
@@ -85,7 +85,7 @@ class Placement:
       steps: its nodes, grouped, in the order of evaluation.
       at: the tensors that are quantized, each with its quantizer.
       grids: every tensor that lies on an integer grid, with the quantizer that set the grid.
-      weights: the kernel quantizer of each layer path.
+      weights: the kernel quantizer of each product.
       constants: the quantizers of constant operands.
       rounding: whose rounding evaluation mirrors.
       freeze_bn: training step from which BatchNorm uses its running statistics; None: never.
@@ -97,15 +97,11 @@ class Placement:
     steps: tuple[Step, ...]
     at: dict[int, Quantizer]
     grids: dict[int, Quantizer]
-    weights: dict[tuple[str, ...], Quantizer]
+    weights: dict[Node, Quantizer]
     constants: dict[Slot, Quantizer]
     rounding: Rounding
     freeze_bn: int | None
     axis_name: AxisName = None
-
-    def kernel_of(self, node: Node) -> Quantizer | None:
-        """Return the quantizer of a layer's kernel, None for what has none."""
-        return None if node.layer is None else self.weights.get(node.layer.path)
 
     @property
     def numbered(self) -> frozenset[str]:
@@ -113,7 +109,7 @@ class Placement:
         return frozenset(
             self.grids[step.output].name
             for step in self.steps
-            if step.node.layer is None and (step.quantized or step.output in self.at)
+            if _is_counted(step.node) and (step.quantized or step.output in self.at)
         )
 
     @property
@@ -138,3 +134,8 @@ class Placement:
         """Return the training steps after which every quantizer of a role quantizes."""
         delays = (q.spec.quant_delay for q in self.quantizers.values() if q.role == role)
         return max(delays, default=0)
+
+
+def _is_counted(node: Node) -> bool:
+    """Whether its place among its kind in its module is all that tells it."""
+    return node.counted if isinstance(node, Product) else node.layer is None

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
-from simqat_jax.ir.graph import Float, Node
+from simqat_jax.ir.graph import Contraction, Float, Node
 from simqat_jax.ir.program import Context, Function, Op, Tensor
 from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
 from simqat_jax.ops.operation import LoweredStep, Operation
@@ -126,5 +126,5 @@ def emit_move(at: LoweredStep) -> None:
             tensors[i] = dataclasses.replace(tensors[i], grid=at.out_grid)
 
 
-OPERATIONS = {Float: FloatOperation()}
+OPERATIONS = {Float: FloatOperation(), Contraction: FloatOperation()}
 PROGRAM_OPERATIONS = (FloatOp, MoveOp, Quantize)

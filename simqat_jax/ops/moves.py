@@ -224,6 +224,10 @@ class ConcatOperation(IntegerOperation):
         at.emit(Concatenate, ids, axis=axis)
         return True
 
+    def move(self, at: LoweredStep) -> None:
+        check_codes_fit(at)
+        self.lower(at)
+
 
 # Operations of the program -----------------------------------------------------------------------
 

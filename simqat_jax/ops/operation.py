@@ -197,7 +197,8 @@ class LoweredStep:
     @property
     def path(self) -> str:
         """What the program's operations call it."""
-        return self.node.where
+        layer = self.node.layer
+        return "/".join(layer.path) if layer and layer.path else self.node.where
 
     # Grids -----------------------------------------------------------------------------------
 

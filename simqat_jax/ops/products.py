@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import core
 
-from simqat_jax.ir.graph import Node, Product
+from simqat_jax.ir.graph import Node, Product, shape_of
 from simqat_jax.ir.plan import Quantizer, Step
 from simqat_jax.ir.program import Context, Op, Shape
 from simqat_jax.numerics.affine import true_divide
@@ -36,14 +34,6 @@ from simqat_jax.ops.operation import (
     on_last_axis,
     requantize,
 )
-
-Module = nn.Conv | nn.Dense | nn.DenseGeneral
-
-
-def module_of(node: Node) -> Module:
-    """Return the Flax layer of a product."""
-    assert node.layer is not None and isinstance(node.layer.module, Module)
-    return node.layer.module
 
 
 class Deployed(NamedTuple):
@@ -97,7 +87,6 @@ def deployed_arrays(
     quantizer: Quantizer,
     layers: Sequence[Mapping[str, jax.Array]],
     kernel_range: Range | None,
-    mask: jax.Array | None,
     x_scale: jax.Array,
     y_scale: jax.Array,
 ) -> dict[str, jax.Array]:
@@ -111,19 +100,17 @@ def deployed_arrays(
       quantizer: of its kernel.
       layers: for each layer of the step its parameters and statistics, by name, real units.
       kernel_range: the kernel's range; None: that of the present values.
-      mask: of the kernel, or None.
       x_scale: real units per code of the input.
       y_scale: those of the output.
     """
     layer = deployed(step, layers, partial(kernel_codes, quantizer, kernel_range), x_scale)
     assert layer is not None and isinstance(step.node, Product)
-    codes = layer.kernel.codes if mask is None else layer.kernel.codes * mask
     count = step.node.num_channels
     scale = jnp.broadcast_to(layer.kernel.grid.params.scale, (count,))
     unit = x_scale * scale
     bias = jnp.zeros(count) if layer.bias is None else jnp.asarray(layer.bias).reshape(-1)
     return {
-        "kernel": codes.astype(np.int8 if quantizer.spec.num_bits <= 8 else np.int16),
+        "kernel": layer.kernel.codes.astype(np.int8 if quantizer.spec.num_bits <= 8 else np.int16),
         "scale": scale,
         "bias": integer_bias(bias, unit),
         "multiplier": true_divide(unit, y_scale),
@@ -145,7 +132,7 @@ def kernel_codes(quantizer: Quantizer, kernel_range: Range | None, kernel: jax.A
 
 
 class ProductOperation(Operation):
-    """What a Conv, Dense or DenseGeneral is on integers."""
+    """What a product of data and a kernel is on integers."""
 
     fuses_clamp = True
 
@@ -165,13 +152,12 @@ class ProductOperation(Operation):
         node, kernel = at.step.node, layer.kernel
         assert isinstance(node, Product)
         fan_in = kernel.codes.size // node.num_channels
-        sums = linear(partial(_linear, module_of(node)), x, kernel, fan_in)
+        sums = linear(node.linear, x, kernel, fan_in)
         if sums is None:
             return None
         acc, approximate = sums
         unit = x.grid.params.scale * kernel.grid.params.scale
-        channels = acc.ndim - len(node.features)
-        shape = (1,) * channels + acc.shape[channels:]
+        shape = [n if axis in node.channel_axes else 1 for axis, n in enumerate(acc.shape)]
 
         def per_channel(v: jax.Array) -> jax.Array:
             return v if v.ndim == 0 else v.reshape(shape)
@@ -187,37 +173,25 @@ class ProductOperation(Operation):
         return jnp.where(held, codes, jnp.nan)
 
     def lower(self, at: LoweredStep) -> bool:
-        lower = _lower_conv if isinstance(module_of(at.node), nn.Conv) else _lower_dense
-        lower(at, _arrays(at))
+        assert isinstance(at.node, Product)
+        lower = _lower_conv if at.node.contraction.convolves else _lower_dense
+        lower(at, at.node, _arrays(at, at.node))
         return True
-
-
-def _linear(module: Module, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    plain = module.clone(use_bias=False, dtype=jnp.float32, precision=lax.Precision.HIGHEST)
-    result: Any = plain.apply({"params": {"kernel": kernel}}, x)
-    return result
 
 
 # Into the program --------------------------------------------------------------------------------
 
 
-def _arrays(at: LoweredStep) -> dict[str, np.ndarray]:
+def _arrays(at: LoweredStep, node: Product) -> dict[str, np.ndarray]:
     """Return kernel codes, and for each channel scale, bias and multiplier."""
-    quantizer, module, norm = (
-        at.placement.kernel_of(at.node),
-        module_of(at.node),
-        at.step.norm,
-    )
-    assert quantizer is not None and isinstance(at.node, Product)
+    quantizer, norm = at.placement.weights[node], at.step.norm
     epsilon = norm and norm.module.epsilon
-    key = (at.node.features, quantizer.spec, quantizer.num_channels, at.step.fold, epsilon)
+    key = (node.features, quantizer.spec, quantizer.num_channels, at.step.fold, epsilon)
     if key not in at.compiled:
         at.compiled[key] = jax.jit(partial(deployed_arrays, at.step, quantizer))
     kernel_range = at.ranges[quantizer.name] if quantizer.has_state else None
-    mask = module.mask if isinstance(module, nn.Conv) else None
     scales = at.in_grid().params.scale, at.out_grid.params.scale
-    values = at.layer_values()
-    arrays = jax.device_get(at.compiled[key](values, kernel_range, mask, *scales))
+    arrays = jax.device_get(at.compiled[key](at.layer_values(), kernel_range, *scales))
     at.check_unit(at.in_grid().scale, arrays["scale"])
     return arrays
 
@@ -235,81 +209,133 @@ def _check_sums(at: LoweredStep, arrays: Mapping[str, np.ndarray]) -> None:
         )
 
 
-def _convolution(eqn: core.JaxprEqn) -> core.JaxprEqn:
-    """Return the convolution inside a Flax layer."""
-    found = [eqn]
-    while found[0].primitive.name != "conv_general_dilated":
-        first = found.pop(0)
-        found += [e for sub in core.jaxprs_in_params(first.params) for e in sub.eqns]
-    return found[0]
+Pads = tuple[tuple[int, int], ...]
 
 
-def _lower_conv(at: LoweredStep, arrays: dict[str, np.ndarray]) -> None:
+def _lower_conv(at: LoweredStep, node: Product, arrays: dict[str, np.ndarray]) -> None:
     _check_sums(at, arrays)
-    kernel, params = arrays["kernel"], _convolution(at.node.eqn).params
-    padding, mode = _padding(module_of(at.node), params, kernel.shape)
+    params = node.contraction.eqn.params
     fields = {
         "strides": tuple(params["window_strides"]),
-        "padding": padding,
-        "pad_mode": mode,
+        "padding": _padding(node),
+        "pad_mode": "constant",
         "input_dilation": tuple(params["lhs_dilation"]),
         "kernel_dilation": tuple(params["rhs_dilation"]),
         "groups": int(params["feature_group_count"]),
         "clamp": at.clamp,
         "arrays": arrays,
     }
-    source, rank = at.input(), kernel.ndim
-    shape, out = at.shape_of(source), at.builder.shape(at.step.output)
-    if len(shape) == rank:
-        at.emit(Conv, (source,), **fields)
+    source, result = at.input(), _result(at, node)
+    for flattened in (n for n in node.before if n.primitive == "reshape"):
+        source = reshaped(at, source, at.builder.dims(shape_of(flattened.eqn.outvars[0]).shape))
+    _emit(at, Conv, source, result, _Order(result, node.order), fields)
+
+
+class _Order(NamedTuple):
+    """Lengths of a result, and the order in which its axes leave."""
+
+    shape: Shape
+    order: tuple[int, ...]
+
+
+def _result(at: LoweredStep, node: Product) -> Shape:
+    return at.builder.dims(shape_of(node.contraction.eqn.outvars[0]).shape)
+
+
+def _emit(
+    at: LoweredStep, op: type[Op], source: int, flat: Shape, last: _Order, fields: dict[str, Any]
+) -> None:
+    """Add an operation, and what gives its result the shape and order of the product's.
+
+    Args:
+      at: the product.
+      op: the operation.
+      source: the tensor that it reads.
+      flat: the shape that it computes.
+      last: the shape of the whole result, and the order of its axes.
+      fields: of the operation.
+    """
+    out, grid = at.builder.shape(at.step.output), at.out_grid
+    in_order = last.order == tuple(range(len(last.order)))
+    if in_order and flat == out:
+        at.emit(op, (source,), **fields)
         return
-    # Flax flattens all batch axes into one.
-    leading = shape[: len(shape) - rank + 1]
-    lead = abs(math.prod(leading)) * (-1 if any(d < 0 for d in leading) else 1)
-    flat = reshaped(at, source, (lead, *shape[len(shape) - rank + 1 :]))
-    conv = at.between(Conv, flat, (lead, *out[len(out) - rank + 1 :]), at.out_grid, **fields)
-    at.emit(Reshape, (conv,))
+    v = at.between(op, source, flat, grid, **fields)
+    if not in_order:
+        v, turned = reshaped(at, v, last.shape), tuple(last.shape[a] for a in last.order)
+        if turned == out:
+            at.emit(Transpose, (v,), permutation=last.order)
+            return
+        v = at.between(Transpose, v, turned, grid, permutation=last.order)
+    at.emit(Reshape, (v,))
 
 
-Pads = tuple[tuple[int, int], ...]
+def _joined(lengths: Shape) -> int:
+    """Return the length of axes that are made one; negative where the batch is among them."""
+    return abs(math.prod(lengths)) * (-1 if any(d < 0 for d in lengths) else 1)
 
 
-def _padding(
-    module: Module, params: Mapping[str, Sequence[Sequence[int]]], shape: Shape
-) -> tuple[Pads, Literal["constant", "wrap", "reflect"]]:
-    """Return what a convolution pads, and with what: Flax itself pads in modes of its own."""
-    own = module.padding if isinstance(module, nn.Conv) else None
-    if not isinstance(own, str) or own not in ("CIRCULAR", "REFLECT", "CAUSAL"):
-        return tuple((int(lo), int(hi)) for lo, hi in params["padding"]), "constant"
-    dilation: Sequence = params["rhs_dilation"]
-    lengths = [(k - 1) * d + 1 for k, d in zip(shape[:-2], dilation, strict=True)]
-    if own == "CAUSAL":
-        return ((lengths[0] - 1, 0),), "constant"
-    pads = tuple(((k - 1) // 2, k // 2) for k in lengths)
-    return pads, "wrap" if own == "CIRCULAR" else "reflect"
+def _padding(node: Product) -> Pads:
+    """Return what is padded with zeros, by the convolution and in front of it."""
+    sides = np.asarray(node.contraction.eqn.params["padding"])
+    for pad in (n for n in node.before if n.primitive == "pad"):
+        config = pad.eqn.params["padding_config"]
+        sides = sides + [(lo, hi) for lo, hi, _ in config[-len(sides) - 1 : -1]]
+    return tuple((int(lo), int(hi)) for lo, hi in sides)
 
 
-def _lower_dense(at: LoweredStep, arrays: dict[str, np.ndarray]) -> None:
+def _lower_dense(at: LoweredStep, node: Product, arrays: dict[str, np.ndarray]) -> None:
+    (sums, _), (batch, _) = node.contraction.eqn.params["dimension_numbers"]
     source, grid = at.input(), at.in_grid()
-    shape, module = at.shape_of(source), module_of(at.node)
-    own = module.axis if isinstance(module, nn.DenseGeneral) else -1
-    axes = [a % len(shape) for a in ((own,) if isinstance(own, int) else own)]
-    kept = [a for a in range(len(shape)) if a not in axes]
-    order = (*kept, *axes)
+    shape = at.shape_of(source)
+    rows = tuple(a for a in range(len(shape)) if a not in (*sums, *batch))
+    order = (*rows, *batch, *sums)
     if order != tuple(range(len(shape))):
         moved = tuple(shape[a] for a in order)
         source = at.between(Transpose, source, moved, grid, permutation=order)
-    depth = math.prod(shape[a] for a in axes)
-    lead = tuple(shape[a] for a in kept)
+    depth, groups = (math.prod(shape[a] for a in axes) for axes in (sums, batch))
+    lead = tuple(shape[a] for a in rows)
+    if batch:
+        _lower_groups(at, node, source, (lead, depth, groups), arrays)
+        return
     source = reshaped(at, source, (*lead, depth))
     kernel = arrays["kernel"] = arrays["kernel"].reshape(depth, -1)
     _check_sums(at, arrays)
-    rows = (*lead, kernel.shape[1])
-    if at.builder.shape(at.step.output) == rows:
-        at.emit(Dense, (source,), clamp=at.clamp, arrays=arrays)
-        return
-    flat = at.between(Dense, source, rows, at.out_grid, clamp=at.clamp, arrays=arrays)
-    at.emit(Reshape, (flat,))
+    last = _Order(_result(at, node), node.order)
+    fields = {"clamp": at.clamp, "arrays": arrays}
+    _emit(at, Dense, source, (*lead, kernel.shape[1]), last, fields)
+
+
+def _lower_groups(
+    at: LoweredStep,
+    node: Product,
+    source: int,
+    lengths: tuple[Shape, int, int],
+    arrays: dict[str, Any],
+) -> None:
+    """Lower matrix products side by side, each with its kernel: a 1x1 convolution in groups."""
+    lead, depth, groups = lengths
+    kernel = arrays["kernel"] = arrays["kernel"].reshape(1, 1, depth, -1)
+    _check_sums(at, arrays)
+    fields = {
+        "strides": (1, 1),
+        "padding": ((0, 0), (0, 0)),
+        "pad_mode": "constant",
+        "input_dilation": (1, 1),
+        "kernel_dilation": (1, 1),
+        "groups": groups,
+        "clamp": at.clamp,
+        "arrays": arrays,
+    }
+    rows = _joined(lead)
+    source = reshaped(at, source, (rows, 1, 1, groups * depth))
+    # The convolution puts its rows first, the product its groups.
+    result, count = _result(at, node), len(node.contraction.eqn.params["dimension_numbers"][1][0])
+    first = range(count, count + len(lead))
+    axes = (*first, *range(count), *range(count + len(lead), len(result)))
+    order = tuple(axes.index(a) for a in node.order)
+    last = _Order(tuple(result[a] for a in axes), order)
+    _emit(at, Conv, source, (rows, 1, 1, kernel.shape[-1]), last, fields)
 
 
 # Operations of the program -----------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Evaluation(Run):
         self, step: Step, quantizer: Quantizer, x: jax.Array, operands: list[Value], env: Values
     ) -> Value:
         """Quantize a step's result, computed in integers where the step has an integer form."""
-        grid, kernel = self.grid(quantizer, x), self.placement.kernel_of(step.node)
+        grid, kernel = self.grid(quantizer, x), self.placement.weights.get(step.node)
         codes = self.integer_form(step, grid, operands, env) if step.quantized else None
         rounded = centered_codes(x, grid)
         codes = rounded if codes is None else jnp.where(jnp.isnan(codes), rounded, codes)
@@ -132,7 +132,7 @@ class Evaluation(Run):
     def kernel_codes(self, step: Step, kernel: jax.Array) -> Codes:
         """Quantize a kernel to the range that training left."""
         assert isinstance(step.node, Product)
-        quantizer = self.placement.weights[step.node.layer.path]
+        quantizer = self.placement.weights[step.node]
         ends = self.range(quantizer, kernel) if quantizer.has_state else None
         return kernel_codes(quantizer, ends, kernel)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from simqat_jax.ir.graph import Clamp, Float, Node, Product
+from simqat_jax.ir.graph import Clamp, Contraction, Float, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Step
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.spec import QuantSpec
@@ -27,7 +27,6 @@ _ATTRIBUTES = {
     "momentum": None,
     "axis": -1,
 }
-_GRID_LOST = "no integer form"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +119,8 @@ class Plan:
         node, placement = step.node, self._placement
         layer = node.layer
         output = placement.at.get(step.output)
-        weight = placement.kernel_of(node) if isinstance(node, Product) else None
-        path = "/".join(node.path) if layer is not None else "/".join((*node.path, node.op))
+        weight = placement.weights.get(node)
+        path = "/".join(layer.path if layer is not None else (*node.path, node.op))
         return Row(
             path=path or node.op,
             kind=node.kind,
@@ -151,7 +150,9 @@ class Plan:
     def _reason(self, step: Step, otherwise: str = "no integer operation needs it") -> str:
         if step.reason:
             return step.reason
-        return _GRID_LOST if isinstance(step.node, Float) else otherwise
+        if isinstance(step.node, Float):
+            return step.node.why
+        return "no integer form" if isinstance(step.node, Contraction) else otherwise
 
     def __str__(self) -> str:
         lines = [self._header()]
@@ -200,7 +201,7 @@ def _is_concrete(value: object) -> bool:
 
 
 def _describe(node: Node) -> str:
-    if node.layer is None:
+    if node.layer is None or node.layer.module is None:
         if isinstance(node, Clamp) and node.op == "clip":
             return f"clip({node.bounds[0]:g}, {node.bounds[1]:g})"
         return node.op

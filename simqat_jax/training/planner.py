@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from simqat_jax.capture.interception import excluded
 from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, N, Node, Product
+from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, N, Node, Operand, Product
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import Operation, Situation
@@ -31,7 +31,7 @@ def group(graph: Graph) -> list[Step]:
         if node in taken:
             continue
         norm = None
-        if isinstance(node, Product) and len(node.features) == 1:
+        if isinstance(node, Product) and node.channels_last:
             norm = only_reader(node, BatchNorm)
         if norm is not None and (norm.inputs[0] != node.outputs[0] or not norm.on_last_axis):
             norm = None
@@ -74,7 +74,8 @@ class _Planner:
         self.wanted = graph.activations()
         self.at: dict[int, Quantizer] = {}
         self.grids: dict[int, Quantizer] = {}
-        self.weights: dict[tuple[str, ...], Quantizer] = {}
+        self.weights: dict[Node, Quantizer] = {}
+        self.kernels: dict[tuple[Operand, int], Quantizer] = {}
         self.constants: dict[Slot, Quantizer] = {}
         self.shared: dict[Quantizer, Quantizer] = {}
         self.unquantizable = {"/".join(path): reason for path, reason in graph.unquantizable}
@@ -117,7 +118,7 @@ class _Planner:
             wanted = needed or not outs.isdisjoint(self.wanted)
             operation = operation_of(step.node)
             demand = operation.demand(self.data(step), needed=needed, wanted=wanted)
-            self.needed.update(demand.needed)
+            self.needed.update(set(demand.needed) - self.graph.exact)
             self.wanted.update(demand.wanted)
 
     # Forwards --------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ class _Planner:
         if not reason and excluded(step.node.path, self.config.exclude):
             reason = "excluded"
         fold = "none"
-        if step.norm is not None and step.node.layer is not None:
-            fold = self.config.bn_fold if step.node.layer.path in self.weights else "none"
+        if step.norm is not None and step.node in self.weights:
+            fold = self.config.bn_fold
         return dataclasses.replace(step, fold=fold, reason=reason)
 
     def carries_grid(self, step: Step, operation: Operation) -> bool:
@@ -156,13 +157,17 @@ class _Planner:
         node, data = step.node, self.data(step)
         if not data or data[0] != node.inputs[0] or data[0] not in self.grids:
             return False
+        if operation.shares_grid:  # parts of one tensor, put together again
+            grids = {self.grids.get(v) for v in node.inputs if isinstance(v, int)}
+            return len(data) == len(node.inputs) and len(grids) == 1
         per_channel = self.config.activation.per_channel
         return operation.carries_grid(node, self.graph, per_channel=per_channel)
 
     def is_quantized(self, step: Step, operation: Operation) -> bool:
         node, data = step.node, self.data(step)
         if isinstance(node, Product):
-            return self.place_kernel(node)
+            self.place_kernel(node)
+            return True
         if not data or not self.floating(step.output) or not all(map(self.floating, data)):
             return False
         refusal = operation.refusal(node)
@@ -200,19 +205,14 @@ class _Planner:
             return self.namer.unique("/".join((*node.layer.path, "output")))
         return self.namer.unique("/".join((*node.path, node.op)), "/output")
 
-    def place_kernel(self, node: Product) -> bool:
-        """Place the kernel's quantizer; return False for a layer that stays float."""
-        x = node.inputs[0]
-        if not isinstance(x, int) or x not in self.grids:
-            what = f"of type {self.graph.avals[x].dtype}" if isinstance(x, int) else "a constant"
-            reason = f"its input is {what}, no floating-point array that depends on the model's"
-            self.unquantizable["/".join(node.layer.path)] = reason
-            return False
-        spec = self.config.weight
-        channels = node.num_channels if spec.per_channel else None
-        name = "/".join((*node.layer.path, "kernel"))
-        self.weights[node.layer.path] = Quantizer(name, spec, channels, "weight")
-        return True
+    def place_kernel(self, node: Product) -> None:
+        """Place the kernel's quantizer; a kernel that is used again has it already."""
+        key = node.inputs[1], node.num_channels
+        if key not in self.kernels:
+            spec, name = self.config.weight, self.namer.unique(node.kernel_name)
+            channels = node.num_channels if spec.per_channel else None
+            self.kernels[key] = Quantizer(name, spec, channels, "weight")
+        self.weights[node] = self.kernels[key]
 
     def place_constants(self, step: Step) -> None:
         """Give each constant operand of an add or a product a quantizer."""
@@ -245,27 +245,29 @@ class _Planner:
 def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
     """Plan the quantization of a model.
 
-    Quantized are the inputs of the model that an integer operation reads; the outputs of Conv and
-    Dense (behind BatchNorm and ReLU), of add, multiply, mean and average pooling, of activation
-    functions; and what a float operation hands to an integer one. Whatever only moves values
-    (max_pool, reshape, slicing, padding with zero ...) and a ReLU behind a quantized tensor keep
-    the grid. The tensors of one concatenation share one.
+    Quantized are the inputs of the model that an integer operation reads; the outputs of products
+    with a kernel (behind BatchNorm and ReLU), of add, multiply, mean and average pooling, of
+    activation functions; and what a float operation hands to an integer one. Whatever only moves
+    values (max_pool, reshape, slicing, padding with zero ...) and a ReLU behind a quantized tensor
+    keep the grid. The tensors of one concatenation share one.
 
     Raises:
-      ValueError: a Conv or Dense that cannot be quantized (`config.strict`), nothing to quantize,
+      ValueError: a product that cannot be quantized (`config.strict`), nothing to quantize,
         per-channel activations without a channel axis.
     """
     planner = _Planner(graph, config)
     placement, reasons = planner.plan(), planner.unquantizable
     if reasons and config.strict:
         listing = "\n".join(f"  {path or 'the model'}: {why}" for path, why in reasons.items())
+        paths = tuple(path for path in reasons if path)
+        these = f"Leave them float with SimQATConfig(exclude={paths!r}), or l" if paths else "L"
         raise ValueError(
-            f"cannot quantize\n{listing}\nLeave them float with "
-            f"SimQATConfig(exclude={tuple(reasons)!r}), or whatever cannot be quantized with "
+            f"cannot quantize\n{listing}\n{these}eave float whatever cannot be quantized with "
             "SimQATConfig(strict=False)."
         )
     if not placement.weights:
         raise ValueError(
-            "nothing to quantize: the model calls no nn.Conv or nn.Dense that is not excluded."
+            "nothing to quantize: no convolution or matrix product of the model's input with a "
+            "kernel is left that is not excluded."
         )
     return placement

@@ -140,7 +140,7 @@ class Run:
         if step.fold != "none":
             results = self.simulate_folded(step, values, env, seen)
         else:
-            if isinstance(node, Product) and self.placement.kernel_of(node) is not None:
+            if isinstance(node, Product) and node in self.placement.weights:
                 values[1] = self.quantized_kernel(node, values[1], seen)
             results = dict(zip(node.outputs, self.run_node(node, values), strict=True))
             if step.norm is not None:
@@ -174,7 +174,7 @@ class Run:
 
     def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
         """Fake-quantize a kernel, possibly with a BatchNorm folded in."""
-        quantizer = self.placement.weights[node.layer.path]
+        quantizer = self.placement.weights[node]
         flat = kernel.reshape(-1, node.num_channels)
         lo, hi = self.kernel_range(quantizer, flat, seen)
         rounded = fake_quant(flat, lo, hi, quantizer.spec).reshape(kernel.shape)

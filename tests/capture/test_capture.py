@@ -339,21 +339,6 @@ def test_operations_that_leave_the_grid_pass_none_on(function):
 # Out of reach ------------------------------------------------------------------------------------
 
 
-class Differentiated(nn.Module):
-    def setup(self):
-        self.layer = nn.Dense(2)
-
-    def __call__(self, x):
-        self.layer(x)
-        return jax.grad(lambda x: self.layer(x).sum())(x)
-
-
-class Vmapped(Differentiated):
-    def __call__(self, x):
-        self.layer(x[0])
-        return jax.vmap(self.layer)(x)
-
-
 class Branched(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -372,8 +357,6 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("model", "inside"),
     [
-        (Differentiated(), "vmap or grad"),
-        (Vmapped(), "vmap or grad"),
         (Branched(), "cond"),
         (Recurrent(), "scan"),
     ],

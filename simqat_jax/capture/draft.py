@@ -1,0 +1,82 @@
+"""A graph while its nodes are replaced: new tensors, new nodes, what reads what."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+from jax.typing import DTypeLike
+
+from simqat_jax.capture.contractions import Axes, traced, transposition
+from simqat_jax.capture.flatten import bound
+from simqat_jax.capture.passes import dependent
+from simqat_jax.ir.graph import Graph, Move, Node, Operand, as_kind, shape_of
+
+
+class Draft:
+    """A graph, and what comes in the place of its nodes.
+
+    Attributes:
+      graph: as it was.
+      avals: shape and dtype of every tensor, the new ones included.
+      producers: the node that makes each tensor of the graph.
+      instead: what comes in the place of a node; of others, themselves.
+    """
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.avals = dict(graph.avals)
+        self.producers: Mapping[int, Node] = {v: n for n in graph.nodes for v in n.outputs}
+        self.instead: dict[Node, list[Node]] = {}
+        self._readers = graph.readers()
+        self._turned: dict[object, int] = {}
+
+    def finished(self) -> Graph:
+        """Return the graph with its nodes replaced."""
+        nodes = [n for node in self.graph.nodes for n in self.instead.get(node, [node])]
+        data = dependent(nodes, self.graph.data.intersection(self.graph.inputs))
+        return dataclasses.replace(self.graph, nodes=tuple(nodes), avals=self.avals, data=data)
+
+    def aval(self, v: Operand) -> jax.ShapeDtypeStruct:
+        """Return shape and dtype of an operand."""
+        if isinstance(v, int):
+            return self.avals[v]
+        return jax.ShapeDtypeStruct(np.shape(v.value), jnp.result_type(v.value))
+
+    def new(self, aval: jax.ShapeDtypeStruct) -> int:
+        """Return the number of a new tensor."""
+        v = len(self.avals)
+        self.avals[v] = aval
+        return v
+
+    def only_reader(self, v: int, node: Node) -> Node | None:
+        """Return the one node that reads a tensor, if it is inside the same `nn.remat`."""
+        users = self._readers[v]
+        alone = len(users) == 1 and v not in self.graph.outputs and users[0].remat == node.remat
+        return users[0] if alone else None
+
+    def made(
+        self, node: Node, source: Operand, eqn: core.JaxprEqn, outputs: tuple[int, ...] = ()
+    ) -> Node:
+        """Return a node of one equation that was not captured, where `node` is."""
+        outputs = outputs or (self.new(shape_of(eqn.outvars[0])),)
+        name = "convert" if eqn.primitive.name == "convert_element_type" else eqn.primitive.name
+        whole = {"inputs": (source,), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
+        return as_kind(Move, node, op=name, layer=None, parts=(), **whole)
+
+    def turned(self, node: Node, v: Operand, order: Axes) -> int:
+        """Return a tensor with its axes in another order; a constant becomes a tensor."""
+        key = (v, order, node.remat)
+        if key not in self._turned:
+            turn = self.made(node, v, transposition(self.aval(v), order))
+            self.instead.setdefault(node, []).append(turn)
+            self._turned[key] = turn.outputs[0]
+        return self._turned[key]
+
+    def converted(self, node: Node, v: int, dtype: DTypeLike) -> Node:
+        """Return a node that converts a tensor."""
+        eqn = traced(lambda x: lax.convert_element_type(x, dtype), self.avals[v])
+        return self.made(node, v, eqn)

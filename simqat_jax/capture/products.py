@@ -1,0 +1,354 @@
+"""Find the products of data and a kernel: what a layer is, whoever wrote it.
+
+A kernel is whatever does not depend on the model's arguments, however it was made. To the product
+belong the bias behind it, and what a Flax layer does to its input and its output on the way.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from simqat_jax.capture.contractions import Axes, Form, form_of, identity, transposition
+from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.flatten import bound
+from simqat_jax.capture.passes import chain, dependent
+from simqat_jax.ir.graph import (
+    Add,
+    Constant,
+    Contraction,
+    Graph,
+    Layer,
+    Move,
+    Node,
+    Operand,
+    Product,
+    as_kind,
+    shape_of,
+)
+
+_SPREADS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type")
+
+
+def find_products(graph: Graph) -> Graph:
+    """Make every product of data and a kernel one node, with the bias behind it.
+
+    A kernel whose output channels are not its last axes is transposed first.
+    """
+    finder = _Finder(graph)
+    for node in graph.nodes:
+        if isinstance(node, Contraction) and finder.is_product(node):
+            finder.add(node)
+    return finder.draft.finished()
+
+
+class _Name(NamedTuple):
+    """What a product is named after, its kernel's name, and whether its place tells it."""
+
+    path: tuple[str, ...]
+    kernel: str
+    counted: bool = False
+
+
+@dataclasses.dataclass
+class _Tail:
+    """What is behind a contraction.
+
+    Attributes:
+      result: the tensor that the contraction makes.
+      output: the tensor that leaves the product so far.
+      last: the node of the captured graph that makes it.
+      order: in which order the axes of the contraction's result are taken.
+      nodes: of the product, behind the contraction.
+      bias: what is added to each channel; None: nothing.
+    """
+
+    result: int
+    output: int
+    last: Node
+    order: Axes
+    nodes: list[Node] = dataclasses.field(default_factory=list)
+    bias: int | None = None
+
+
+class _Finder:
+    """Collects products, and what is left of a graph around them."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.draft = Draft(graph)
+        self.fed = dependent(graph.nodes, graph.arguments)
+        self.parameters = _parameters(graph)
+
+    def is_fed(self, v: Operand) -> bool:
+        return isinstance(v, int) and v in self.fed
+
+    def is_product(self, node: Contraction) -> bool:
+        """Whether it multiplies data by what is none."""
+        if [self.is_fed(v) for v in node.inputs].count(True) != 1:
+            return False
+        # The gradient of a convolution may be one whose kernel comes first.
+        plain = self.is_fed(node.inputs[0]) and node.eqn.params.get("batch_group_count") == 1
+        dtypes = (shape_of(v).dtype for v in (*node.eqn.invars, *node.eqn.outvars))
+        return (plain or not node.convolves) and all(map(_is_float, dtypes))
+
+    # One product ------------------------------------------------------------------------------
+
+    def add(self, node: Contraction) -> None:
+        """Put a product in the place of a contraction and of what belongs to it."""
+        swapped = self.is_fed(node.inputs[1])
+        x, kernel = reversed(node.inputs) if swapped else node.inputs
+        assert isinstance(x, int)
+        form = form_of(node.eqn, swapped)
+        self.draft.instead[node] = []
+        before: list[Node] = []
+        if form.data == identity(form.data):
+            x, before = self.before(node, x)
+        else:
+            x = self.draft.turned(node, x, form.data)
+        kernel, casts = self.kernel(node, kernel, form.kernel)
+        tail = self.result_of(node, form)
+        contraction = dataclasses.replace(
+            node,
+            inputs=(_last(before, x), _last(casts, kernel)),
+            outputs=(tail.result,),
+            eqn=form.eqn,
+            run=bound(form.eqn),
+        )
+        channels = tuple(map(tail.order.index, form.channel_axes))
+        self.follow(node, form._replace(channel_axes=channels), tail, before)
+        parts = (*before, *casts, contraction, *tail.nodes)
+        inputs = (x, kernel) if tail.bias is None else (x, kernel, tail.bias)
+        product = self.product(node, form, parts, inputs, tail)
+        self.draft.instead.setdefault(tail.last, []).append(product)
+
+    def before(self, node: Contraction, x: int) -> tuple[int, list[Node]]:
+        """Return the input of the product, and what a Flax layer does to it first."""
+        nodes: list[Node] = []
+        while node.module is not None:
+            producer = self.draft.producers.get(x)
+            if producer is None or producer.path != node.path:
+                break
+            belongs = self.draft.only_reader(x, node) is (nodes[0] if nodes else node)
+            if not belongs or not _prepares(producer, node, self.fed):
+                break
+            nodes.insert(0, producer)
+            (x,) = producer.data_inputs(self.fed)
+        return x, nodes
+
+    def kernel(self, node: Contraction, v: Operand, order: Axes) -> tuple[int, list[Node]]:
+        """Return the kernel with its channels last, and what converts it for the product.
+
+        A layer may compute in another type than its kernel has; codes are those of the kernel.
+        """
+        producer = self.draft.producers.get(v) if isinstance(v, int) else None
+        casts: list[Node] = []
+        if producer is not None and producer.primitive == "convert_element_type":
+            source = producer.inputs[0]
+            if _is_float(self.draft.aval(source).dtype):
+                v, casts = source, [producer]
+        producer = self.draft.producers.get(v) if isinstance(v, int) else None
+        if producer is not None and producer.primitive == "transpose":
+            order = tuple(producer.eqn.params["permutation"][a] for a in order)
+            v = producer.inputs[0]
+        if isinstance(v, int) and order == identity(order):
+            return v, casts
+        kernel = self.draft.turned(node, v, order)
+        if isinstance(v, int) and v in self.parameters:
+            self.parameters[kernel] = self.parameters[v]
+        if casts:
+            casts = [self.draft.converted(node, kernel, shape_of(casts[0].eqn.outvars[0]).dtype)]
+        return kernel, casts
+
+    def result_of(self, node: Contraction, form: Form) -> _Tail:
+        """Return the result of a contraction, its axes in the order that was captured.
+
+        `jnp.einsum` puts the axes of its result in order by a transposition, which belongs to it.
+        """
+        (out,) = node.outputs
+        order, last = form.output, node
+        if order != identity(order) or form.channel_axes[:1] == (0,):
+            user = self.draft.only_reader(out, node)
+            if isinstance(user, Move) and user.primitive == "transpose":
+                turned = tuple(order[a] for a in user.eqn.params["permutation"])
+                channels = [turned.index(a) for a in form.channel_axes]
+                if channels == sorted(channels):
+                    order, last = turned, user
+        if order == identity(order):
+            return _Tail(last.outputs[0], last.outputs[0], last, order)
+        result = self.draft.new(shape_of(form.eqn.outvars[0]))
+        turn = self.draft.made(
+            node, result, transposition(self.draft.avals[result], order), last.outputs
+        )
+        return _Tail(result, last.outputs[0], last, order, [turn])
+
+    def follow(self, node: Contraction, form: Form, tail: _Tail, before: list[Node]) -> None:
+        """Take the bias behind a product to it, and what undoes a reshape in front."""
+        user = self.draft.only_reader(tail.output, node)
+        if isinstance(user, Add) and not user.subtracts:
+            a, b = user.inputs
+            added = b if a == tail.output else a
+            spread = self.bias(node, added, self.draft.avals[tail.output].shape, form)
+            if spread is not None:
+                tail.bias, nodes, value = spread
+                inputs = (tail.output, value) if a == tail.output else (value, tail.output)
+                tail.nodes += [*nodes, dataclasses.replace(user, inputs=inputs)]
+                tail.output, tail.last = user.outputs[0], user
+                user = self.draft.only_reader(tail.output, node)
+        reshaped = any(n.primitive == "reshape" for n in before)
+        if reshaped and isinstance(user, Move) and user.primitive == "reshape":
+            shape = self.draft.avals[user.outputs[0]].shape
+            if user.path == node.path and shape[-1:] == form.features:
+                tail.nodes.append(user)
+                tail.output, tail.last = user.outputs[0], user
+
+    def bias(
+        self, node: Contraction, v: Operand, shape: tuple[int, ...], form: Form
+    ) -> tuple[int, list[Node], int] | None:
+        """Return one number for each channel, and what spreads it to an operand of a sum.
+
+        None where the operand is anything else than a constant for each channel.
+        """
+        nodes: list[Node] = []
+        found: tuple[Operand, int] | None = None
+        while not self.is_fed(v):
+            if self.draft.aval(v).size == math.prod(form.features) and _is_float(
+                self.draft.aval(v).dtype
+            ):
+                found = v, len(nodes)
+            producer = self.draft.producers.get(v) if isinstance(v, int) else None
+            if producer is None or producer.primitive not in _SPREADS or len(producer.inputs) != 1:
+                break
+            nodes.append(producer)
+            v = producer.inputs[0]
+        if found is None:
+            return None
+        root, count = found
+        nodes = nodes[:count][::-1]
+        if not _is_spread_over_channels(self.draft.aval(root).shape, nodes, shape, form):
+            return None
+        if isinstance(root, Constant):
+            root = self.draft.turned(node, root, identity(np.shape(root.value)))
+            nodes = [dataclasses.replace(n, inputs=(root,)) for n in nodes[:1]] + nodes[1:]
+        return root, nodes, _last(nodes, root)
+
+    def product(
+        self,
+        node: Contraction,
+        form: Form,
+        parts: tuple[Node, ...],
+        inputs: tuple[int, ...],
+        tail: _Tail,
+    ) -> Product:
+        sources = self.parameters.get(inputs[1], frozenset())
+        name = _name(node, {self.graph.parameters[v] for v in sources})
+        kind = "conv" if node.convolves else "dense"
+        module = node.module if name.path == node.path else None
+        op = type(module).__name__ if module else {"dense": "matmul"}.get(kind, kind)
+        channels = tuple(map(tail.order.index, form.channel_axes))
+        (at,) = (k for k, part in enumerate(parts) if isinstance(part, Contraction))
+        contraction, shape = parts[at], self.draft.avals[tail.output].shape
+        assert isinstance(contraction, Contraction)
+        same_rank = len(shape) == len(tail.order)
+        return as_kind(
+            Product,
+            node,
+            op=op,
+            inputs=inputs,
+            outputs=(tail.output,),
+            run=chain(parts, inputs),
+            eqn=form.eqn,
+            parts=parts,
+            kind=kind,
+            layer=Layer(module, name.path, ("kernel", "bias")[: len(inputs) - 1]),
+            kernel_name=name.kernel,
+            counted=name.counted,
+            channel_axes=channels if same_rank else (len(shape) - 1,),
+            order=tail.order,
+            features=form.features,
+            before=tuple(n for n in parts[:at] if n.primitive in ("reshape", "pad")),
+            contraction=contraction,
+            shape=shape,
+        )
+
+
+def _prepares(producer: Node, node: Contraction, fed: frozenset[int]) -> bool:
+    """Whether an operation on the data is one that a layer may do to its input."""
+    if not isinstance(producer, Move) or len(producer.data_inputs(fed)) != 1:
+        return False
+    before, after = shape_of(producer.eqn.invars[0]), shape_of(producer.eqn.outvars[0])
+    match producer.primitive:
+        case "convert_element_type":
+            return _is_float(before.dtype)
+        case "reshape":  # of the axes in front of those that a convolution has
+            return node.convolves and before.shape[1 - after.ndim :] == after.shape[1:]
+        case "pad":
+            sides = producer.eqn.params["padding_config"]
+            spatial = node.convolves and sides[0] == sides[-1] == (0, 0, 0)
+            return spatial and all(min(lo, hi) >= 0 == inner for lo, hi, inner in sides)
+    return False
+
+
+def _name(node: Contraction, parameters: set[tuple[str, ...]]) -> _Name:
+    """Name a product after its layer or parameter, else after its place.
+
+    Args:
+      node: the contraction.
+      parameters: the paths of those that its kernel is made of.
+    """
+    several, path = len(parameters) > 1, max(parameters, default=())
+    path = () if several else path
+    if node.module is not None and (several or path[-1:] == ("kernel",)):
+        return _Name(node.path, "/".join((*node.path, "kernel")))
+    if path:
+        return _Name(path[:-1] if path[-1] == "kernel" else path, "/".join(path))
+    path = (*node.path, "conv" if node.convolves else "matmul")
+    return _Name(path, "/".join((*path, "kernel")), counted=True)
+
+
+def _last(nodes: list[Node], v: int) -> int:
+    return nodes[-1].outputs[0] if nodes else v
+
+
+def _is_float(dtype: DTypeLike) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _parameters(graph: Graph) -> dict[int, frozenset[int]]:
+    """Return the parameters that each tensor is made of."""
+    found = {v: frozenset((v,)) for v in graph.parameters}
+    for node in graph.nodes:
+        sources = [found[v] for v in node.inputs if isinstance(v, int) and v in found]
+        if sources:
+            found.update(dict.fromkeys(node.outputs, frozenset().union(*sources)))
+    return found
+
+
+def _is_spread_over_channels(
+    root: tuple[int, ...], nodes: list[Node], shape: tuple[int, ...], form: Form
+) -> bool:
+    """Whether `nodes` make of one number for each channel what is added to every channel."""
+    numbers = np.arange(math.prod(form.features)).reshape(root)
+    for node in nodes:
+        params, aval = node.eqn.params, shape_of(node.eqn.outvars[0])
+        if node.primitive == "broadcast_in_dim":
+            axes = params["broadcast_dimensions"]
+            lengths = [1] * aval.ndim
+            for axis, length in zip(axes, numbers.shape, strict=True):
+                lengths[axis] = length
+            numbers = np.broadcast_to(numbers.reshape(lengths), aval.shape)
+        elif node.primitive != "convert_element_type":
+            if numbers.size != math.prod(form.features):
+                return False
+            numbers = numbers.reshape(aval.shape)
+    channels = [shape[a] if a in form.channel_axes else 1 for a in range(len(shape))]
+    if numbers.shape != shape and numbers.shape != tuple(channels):
+        return False
+    one = numbers[tuple(slice(n if n > 1 else 1) for n in channels)]
+    same = all(
+        numbers.strides[a] == 0 for a, n in enumerate(channels) if n == 1 and numbers.shape[a] > 1
+    )
+    return same and one.ravel().tolist() == list(range(one.size))

@@ -218,12 +218,12 @@ def test_batch_norm_is_folded_into_a_hand_written_product():
 
 def test_a_subclass_that_overrides_more_than_the_call_computes_what_it_says():
     class Shifted(nn.BatchNorm):
-        def param(self, name, *args):
-            return super().param(name, *args) + (1.0 if name == "scale" else 0.0)
+        def param(self, name, *args, **kwargs):
+            return super().param(name, *args, **kwargs) + (1.0 if name == "scale" else 0.0)
 
     class Flat(nn.LayerNorm):
-        def param(self, name, *args):
-            return 0.5 * super().param(name, *args)
+        def param(self, name, *args, **kwargs):
+            return 0.5 * super().param(name, *args, **kwargs)
 
     class Net(nn.Module):
         @nn.compact
@@ -254,8 +254,8 @@ def test_a_layer_called_on_a_constant_is_folded_and_its_other_calls_are_quantize
             cell = nn.GRUCell(4)
             carry = jnp.zeros((x.shape[0], 4))
             for t in range(3):
-                carry, y = cell(carry, x[:, t])
-            return nn.Dense(2)(y)
+                carry, _ = cell(carry, x[:, t])
+            return nn.Dense(2)(carry)
 
     qmodel, variables, _ = observed(Unrolled(), SEQUENCES)
     names = qmodel.plan(variables, SEQUENCES).quantizers

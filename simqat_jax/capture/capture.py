@@ -19,6 +19,7 @@ from simqat_jax.capture.interception import Kwargs, Recorder, Scope
 from simqat_jax.capture.passes import dependent, prune, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
+from simqat_jax.capture.state import separate_state
 from simqat_jax.capture.unreachable import unreachable_products
 from simqat_jax.ir.graph import Graph, shape_of
 
@@ -101,8 +102,9 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
     graph = share(prune(_graph(call, arguments, closed, recorder, count)))
     missed = unreachable_products(graph, recorder)
-    graph = simplify(find_products(dataclasses.replace(graph, unquantizable=missed)))
-    graph = keep_exact(keep_norms_float(graph))
+    graph = find_products(dataclasses.replace(graph, unquantizable=missed))
+    graph = keep_norms_float(simplify(separate_state(graph)))
+    graph = keep_exact(graph)
     return Capture(graph, jax.tree.leaves(operands), restore)
 
 

@@ -392,15 +392,20 @@ class Graph:
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
 
+    @property
+    def batch(self) -> int | None:
+        """The first length that all arrays among the arguments have in common."""
+        shapes = [self.avals[v].shape for v in self.inputs if v in self.data]
+        lengths = {shape[0] for shape in shapes if shape}
+        return lengths.pop() if len(lengths) == 1 else None
+
     def activations(self) -> set[int]:
         """Return the outputs that are activations: one value or more for each example.
 
         State that a model keeps is none, nor is a loss, which has no batch axis. Where no output
         has it, the model works on single examples, and what is more than a number counts.
         """
-        shapes = [self.avals[v].shape for v in self.inputs if v in self.data]
-        lengths = {shape[0] for shape in shapes if shape}
-        batch = lengths.pop() if len(lengths) == 1 else None
+        batch = self.batch
         returned = {v for v in self.outputs[: self.returned] if isinstance(v, int)}
         batched = {v for v in returned if batch is None or batch in self.avals[v].shape}
         return batched or {v for v in returned if self.avals[v].shape}

@@ -152,7 +152,7 @@ def _rows(
     integer.save(path.with_suffix(f".{backend}.integer"))
     export = sq.export_onnx if backend == "onnx" else sq.export_tflite
     export(integer, path)
-    file = sq.open_file(path)
+    file = sq.open_file(path, isolated=False)
     size = sum(a.nbytes for a in jax.tree.leaves(variables["params"]))
     ways = (
         (f"SimQAT evaluation ({backend}), JAX", evaluate, size),

@@ -20,8 +20,9 @@ from simqat_jax.numerics.observers import RangeState, init_range, observe, obser
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.targets import OpenFile
 from simqat_jax.targets.onnx.target import export_onnx
+from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
-from simqat_jax.targets.verify import Verification, open_file, verify
+from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.module import (
     QuantizedModule,
     SimQAT,

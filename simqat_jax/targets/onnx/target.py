@@ -2,12 +2,14 @@
 
 import os
 
+import numpy as np
+
 from simqat_jax.files import atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.onnx.ops import write_op
-from simqat_jax.targets.onnx.runtime import open_onnx
+from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 from simqat_jax.targets.target import Target
@@ -46,4 +48,13 @@ def _bytes(program: Program, integer_io: bool) -> bytes:
     return Writer(fast, integer_io).model_bytes(write_op)
 
 
-ONNX = Target(suffix=".onnx", rounding=ONNXRUNTIME, write=_bytes, open=open_onnx)
+ONNX = Target(
+    suffix=".onnx",
+    rounding=ONNXRUNTIME,
+    write=_bytes,
+    packages=("onnx", "onnxruntime"),
+    open=open_onnx,
+    settings=lambda: {"exact_sums": onnxruntime_saturates()},
+    offset=lambda grid: grid.unsigned_offset,
+    dtype=np.dtype(np.uint8),
+)

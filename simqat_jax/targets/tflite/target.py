@@ -71,4 +71,13 @@ def _builder(flatbuffers: ModuleType) -> SchemaObject:
     return Builder(1024)
 
 
-TFLITE = Target(suffix=".tflite", rounding=XNNPACK, write=_bytes, open=open_tflite)
+TFLITE = Target(
+    suffix=".tflite",
+    rounding=XNNPACK,
+    write=_bytes,
+    packages=("ai_edge_litert",),
+    open=open_tflite,
+    settings=dict,
+    offset=lambda grid: grid.signed_offset,
+    dtype=np.dtype(np.int8),
+)

@@ -195,6 +195,7 @@ class IntegerModel:
         """Write the model to one file; no file appears under this name unless it is whole.
 
         Raises:
+          TypeError: `path` is none.
           ValueError: an operation in float that holds a loop.
           OSError: an unwritable path.
         """
@@ -208,8 +209,10 @@ class IntegerModel:
         trust.
 
         Raises:
+          TypeError: `path` is none.
           FileNotFoundError: no such file.
-          ValueError: a file that is no model, of another format, truncated or altered.
+          ValueError: a file that cannot be read, is no model, of another format, truncated or
+            altered.
         """
         return cls(file.load(path))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from simqat_jax.files import import_extra
+from simqat_jax.files import as_path, import_extra
 from simqat_jax.targets import TARGETS, serve
 from simqat_jax.targets.target import OpenFile, Session, Target
 
@@ -41,7 +41,8 @@ def open_file(
         below 1.
       ImportError: the extra `export` is missing.
     """
-    path, target = Path(path), target_of(path)
+    path = as_path(path)
+    target = target_of(path)
     if threads is not None and type(threads) is not int:
         raise TypeError(f"threads must be a whole number or None, got {threads!r}.")
     if threads is not None and threads < 1:

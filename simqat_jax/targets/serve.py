@@ -10,14 +10,14 @@ import runpy
 import struct
 import sys
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 _LENGTH = struct.Struct("<Q")
 
 
-def send(stream: BinaryIO, message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+def send(stream: IO[bytes], message: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
     """Write a message, what JSON holds, and arrays behind it."""
     kinds = [(array.dtype.str, array.shape) for array in arrays]
     text = json.dumps(message | {"arrays": kinds}).encode()
@@ -27,7 +27,7 @@ def send(stream: BinaryIO, message: dict[str, Any], arrays: Sequence[np.ndarray]
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[np.ndarray]]:
+def receive(stream: IO[bytes]) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Read what `send` wrote.
 
     Raises:
@@ -39,13 +39,13 @@ def receive(stream: BinaryIO) -> tuple[dict[str, Any], list[np.ndarray]]:
     return message, [_array(stream, dtype, shape) for dtype, shape in kinds]
 
 
-def _array(stream: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _array(stream: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     array = np.empty(shape, dtype)
     array[...] = np.frombuffer(_exactly(stream, array.nbytes), dtype).reshape(shape)
     return array
 
 
-def _exactly(stream: BinaryIO, count: int) -> bytes:
+def _exactly(stream: IO[bytes], count: int) -> bytes:
     data = stream.read(count)
     if len(data) < count:
         raise EOFError

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import grid_of
 from simqat_jax.targets.open_file import open_file, target_of
@@ -70,7 +71,7 @@ def verify(
         are no codes, data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
-    path = Path(path)
+    path = as_path(path)
     if batch_size < 1:
         raise ValueError(
             f"batch_size is the number of examples a call, 1 or more: got {batch_size}."

@@ -27,7 +27,8 @@ def open_onnx(
     inputs = session.get_inputs()
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return session.run(None, {i.name: a for i, a in zip(inputs, arrays, strict=True)})
+        results = session.run(None, {i.name: a for i, a in zip(inputs, arrays, strict=True)})
+        return [np.asarray(result) for result in results]
 
     name = f"ONNX Runtime {runtime.__version__}"
     return name, [i.type == "tensor(float)" for i in inputs], run

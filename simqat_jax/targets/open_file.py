@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.files import as_path, import_extra
+from simqat_jax.numerics.arguments import check_flag, check_whole
 from simqat_jax.targets import TARGETS, serve
 from simqat_jax.targets.target import OpenFile, Session, Target
 
@@ -36,17 +37,16 @@ def open_file(
 
     Raises:
       FileNotFoundError: no such file.
-      TypeError: `threads` is no whole number.
+      TypeError: `path` is no path, `threads` no whole number, `isolated` no bool.
       ValueError: neither *.onnx nor *.tflite, a file that the runtime does not read, `threads`
         below 1.
       ImportError: the extra `export` is missing.
     """
     path = as_path(path)
     target = target_of(path)
-    if threads is not None and type(threads) is not int:
-        raise TypeError(f"threads must be a whole number or None, got {threads!r}.")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be 1 or more, or None, got {threads}.")
+    if threads is not None:
+        check_whole("threads", threads, 1, ", or None")
+    check_flag("isolated", isolated)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     for package in target.packages:

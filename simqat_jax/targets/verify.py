@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import grid_of
+from simqat_jax.numerics.arguments import check_kind, check_real, check_whole
 from simqat_jax.targets.open_file import open_file, target_of
 from simqat_jax.targets.target import OpenFile
 
@@ -66,16 +67,15 @@ def verify(
       A Verification.
 
     Raises:
+      TypeError: an argument of the wrong type.
       FileNotFoundError: no such file.
       ValueError: a damaged file, one of another kind or another model, a model with outputs that
         are no codes, data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
+    check_kind("model", model, IntegerModel, "convert and IntegerModel.load return one.")
     path = as_path(path)
-    if batch_size < 1:
-        raise ValueError(
-            f"batch_size is the number of examples a call, 1 or more: got {batch_size}."
-        )
+    check_whole("batch_size", batch_size, 1)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     floats = [model.tensors[i].name for i in model.outputs if model.tensors[i].grid is None]
@@ -87,6 +87,8 @@ def verify(
             f"{path} takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
             "it was written from another model."
         )
+    for array in data:
+        check_real("data", array)
     arrays = [np.asarray(a) for a in data]
     codes = differing = 0
     first = None

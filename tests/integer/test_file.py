@@ -146,6 +146,10 @@ def test_arrays_that_are_not_what_their_headers_say(saved, name):
     refused(saved, match)
 
 
+def with_grid(tensor, **changes):
+    return {**tensor, "grid": {**tensor["grid"], **changes}}
+
+
 PROGRAMS = {
     "deep JSON": lambda p: b"[" * 200_000 + b"]" * 200_000,
     "a number without end": lambda p: b"9" * 100_000,
@@ -158,6 +162,9 @@ PROGRAMS = {
     "outputs between": lambda p: p | {"outputs": [1.5]},
     "an unknown backend": lambda p: p | {"backend": "cuda"},
     "an output that is not there": lambda p: p | {"structure": 7},
+    "a scale of zero": lambda p: p | {"tensors": [with_grid(p["tensors"][0], scale=0.0)]},
+    "a scale that is no number": lambda p: p | {"tensors": [with_grid(p["tensors"][0], scale="a")]},
+    "codes without end": lambda p: p | {"tensors": [with_grid(p["tensors"][0], qmax=10**30)]},
     "metadata of no kind": lambda p: p | {"metadata": 3},
 }
 NESTED = '"structure": ' + '{"list": [' * 5000 + "0" + "]}" * 5000

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 
-from simqat_jax.files import atomic_file
+from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
+from simqat_jax.numerics.arguments import check_flag, check_kind
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.onnx.ops import write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
@@ -31,6 +32,7 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
       integer_io: inputs and outputs are uint8 codes; otherwise float32 in real units.
 
     Raises:
+      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
       ImportError: the extra `export` is not installed.
       ValueError: an operation or a width that cannot be written, with its path; additions that
         mirror another runtime.
@@ -38,6 +40,9 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
     Source:
       ONNX operators, opset 19.
     """
+    check_kind("model", model, IntegerModel, "convert(...) makes one.")
+    check_flag("integer_io", integer_io)
+    path = as_path(path)
     data = _bytes(model.program, integer_io)
     with atomic_file(path) as file:
         file.write(data)

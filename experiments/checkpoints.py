@@ -5,9 +5,13 @@ steps done. Orbax writes each under a temporary name and renames it: a killed pr
 half a checkpoint under a number.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +57,36 @@ def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) 
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(record)
     )
     try:
-        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        with _unlogged(), ocp.CheckpointManager(directory.absolute(), options=options) as manager:
             manager.save(step, args=arguments, force=True)
-    except OSError as error:
+    except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
+        for part in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
         raise ExperimentError(
-            f"cannot write checkpoint {directory / str(step)}: {error}. Earlier checkpoints are "
-            "kept; put the cause right and continue with --resume."
+            f"cannot write checkpoint {directory / str(step)}: {_reason(error)}. Earlier "
+            "checkpoints are kept; make room or put the cause right, and continue with --resume."
         ) from error
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep Orbax from logging the traceback of what it raises."""
+    log = logging.getLogger("absl")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _reason(error: Exception) -> str:
+    """Return what the system said, on one line; TensorStore puts paths and more before it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    words = " ".join(str(error).split())
+    said, code, _ = words.partition(" [os_error_code")
+    return said.rsplit(": ", 1)[-1] if code else f"{type(error).__name__}: {words.rstrip('.')}"
 
 
 def latest(directory: Path) -> int | None:

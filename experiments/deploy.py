@@ -59,7 +59,7 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
       examples: how many test images to check on; None: all.
 
     Raises:
-      ExperimentError: nothing quantized was trained there.
+      ExperimentError: nothing quantized was trained there; the files cannot be written.
     """
     experiment = runs.load_experiment(run)
     dataset = data.load(experiment.data, experiment.image_size)
@@ -76,13 +76,19 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
     variables = {"params": state.params, **state.collections}
     x, labels = _test_set(dataset, examples)
     folder = run / "deploy"
-    folder.mkdir(exist_ok=True)
-    rows = [_float_row(phase, variables, x, labels)]
-    for backend in ("tflite", "onnx"):
-        rows += _rows(phase, variables, backend, folder / f"model.{backend}", x, labels)
-    report = [dataclasses.asdict(row) for row in rows]
-    content = {"phase": phase_name, "step": step, "images": len(x), "rows": report}
-    runs.write_json(folder / "deploy.json", content)
+    try:
+        folder.mkdir(exist_ok=True)
+        rows = [_float_row(phase, variables, x, labels)]
+        for backend in ("tflite", "onnx"):
+            rows += _rows(phase, variables, backend, folder / f"model.{backend}", x, labels)
+        report = [dataclasses.asdict(row) for row in rows]
+        content = {"phase": phase_name, "step": step, "images": len(x), "rows": report}
+        runs.write_json(folder / "deploy.json", content)
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write {folder}: {error.strerror or error}. Make room, or make it writable, "
+            "and give the command again."
+        ) from error
     return rows
 
 
@@ -146,7 +152,7 @@ def _rows(
     integer.save(path.with_suffix(f".{backend}.integer"))
     export = sq.export_onnx if backend == "onnx" else sq.export_tflite
     export(integer, path)
-    file = sq.open_file(path)
+    file = sq.open_file(path, isolated=False)
     size = sum(a.nbytes for a in jax.tree.leaves(variables["params"]))
     ways = (
         (f"SimQAT evaluation ({backend}), JAX", evaluate, size),

@@ -1,8 +1,9 @@
 """The directory of a run: its settings, its checkpoints and its results."""
 
+import contextlib
 import json
-import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,49 @@ import flax
 import jax
 
 import simqat_jax as sq
-from experiments import configs
+from experiments import configs, locks
 from experiments.checkpoints import Progress
 from experiments.configs import Experiment
 from experiments.errors import ExperimentError
 from simqat_jax.files import atomic_file
 
+_LEFT_BEHIND = ("config.json.tmp", ".*.part")
+"""What a process that was killed while it wrote a file of the run leaves behind."""
 
-def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) -> Path:
+
+@contextlib.contextmanager
+def open_run(runs_dir: Path, name: str, experiment: Experiment, resume: bool) -> Iterator[Path]:
     """Create the run's directory, or with `resume` find it and check that it fits.
+
+    No other process can open it until this context ends.
 
     Raises:
       ExperimentError: a name that is no plain directory name; the directory cannot be
-        written or holds something already; nothing to resume, or a run with other settings.
+        written, is in use or holds something already; nothing to resume, or a run with other
+        settings.
     """
     if name in ("", "..") or Path(name).name != name:
         raise ExperimentError(f"--name must be a plain directory name, got {name!r}.")
     run = runs_dir / name
-    if resume:
-        _check_settings(run, experiment)
-    else:
-        _create(run, experiment)
-    return run
+    with contextlib.ExitStack() as stack:
+        try:
+            if resume:
+                _check_settings(run, experiment)
+            else:
+                run.mkdir(parents=True, exist_ok=True)
+                _check_empty(run)
+            stack.enter_context(locks.locked(run))
+            for path in _left_behind(run):
+                path.unlink()
+            if not resume:
+                _check_empty(run)  # again: whoever was faster has ended by now
+                write_json(run / "config.json", experiment.settings())
+        except OSError as error:
+            raise ExperimentError(
+                f"cannot write the run directory {run}: {error.strerror or error}. Make it "
+                "writable, or choose another --runs-dir."
+            ) from error
+        yield run
 
 
 def load_experiment(run: Path) -> Experiment:
@@ -51,7 +73,11 @@ def load_experiment(run: Path) -> Experiment:
 
 
 def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]) -> Path:
-    """Write results.json: figures of every phase, settings, versions, history of every epoch."""
+    """Write results.json: figures of every phase, settings, versions, history of every epoch.
+
+    Raises:
+      ExperimentError: it cannot be written.
+    """
     results: dict[str, Any] = {}
     for name, progress in phases.items():
         for metric in ("accuracy", "top5_accuracy"):
@@ -70,7 +96,13 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     }
     results["history"] = {name: list(progress.history) for name, progress in phases.items()}
     path = run / "results.json"
-    write_json(path, results)
+    try:
+        write_json(path, results)
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write {path}: {error.strerror or error}. The checkpoints are complete: put "
+            "the cause right and write it with --resume."
+        ) from error
     return path
 
 
@@ -91,19 +123,16 @@ def seconds_per_step(progress: Progress) -> float:
     return times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2
 
 
-def _create(run: Path, experiment: Experiment) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        if any(run.iterdir()):
-            raise ExperimentError(
-                f"{run} already holds another run. Continue it with --resume, choose another "
-                "--name, or delete the directory."
-            )
-        write_json(run / "config.json", experiment.settings())
-    except OSError as error:
+def _left_behind(run: Path) -> list[Path]:
+    return [path for pattern in _LEFT_BEHIND for path in run.glob(pattern)]
+
+
+def _check_empty(run: Path) -> None:
+    if {*run.iterdir()} - {*_left_behind(run), run / locks.NAME}:
         raise ExperimentError(
-            f"cannot write the run directory {run}: {error.strerror}. Choose another --runs-dir."
-        ) from error
+            f"{run} already holds another run. Continue it with --resume, choose another "
+            "--name, or delete the directory."
+        )
 
 
 def _check_settings(run: Path, experiment: Experiment) -> None:
@@ -117,8 +146,6 @@ def _check_settings(run: Path, experiment: Experiment) -> None:
             f"run {run} was started with other settings:\n{differences}\n"
             "Resume with the settings of the run, or start another with another --name."
         )
-    if not os.access(run, os.W_OK):
-        raise ExperimentError(f"cannot write the run directory {run}: permission denied.")
 
 
 def _differences(stored: dict, given: dict) -> str:

@@ -145,9 +145,9 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
     }
     chosen = _chosen(arguments, built)
     start = _float_start(experiment, built["float"])
-    run = runs.open_run(arguments.runs_dir, name, experiment, arguments.resume)
-    results = _train_phases(chosen, start, console)
-    path = runs.write_results(run, experiment, results)
+    with runs.open_run(arguments.runs_dir, name, experiment, arguments.resume) as run:
+        results = _train_phases(chosen, start, console)
+        path = runs.write_results(run, experiment, results)
     console.print(_table(experiment, results))
     console.print(f"results: {path}", soft_wrap=True)
     return results

@@ -13,15 +13,26 @@ from importlib.metadata import version as _version
 from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.convert import convert
 from simqat_jax.integer.model import IntegerModel
-from simqat_jax.numerics.affine import QuantParams, dequantize, fake_quant, quant_params, quantize
-from simqat_jax.numerics.folding import fold_batch_norm
+from simqat_jax.numerics.affine import QuantParams
+from simqat_jax.numerics.checked import (
+    dequantize,
+    fake_quant,
+    fold_batch_norm,
+    init_range,
+    observe,
+    observed,
+    quant_params,
+    quantize,
+    update_range,
+)
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.numerics.observers import RangeState, init_range, observe, observed, update_range
+from simqat_jax.numerics.observers import RangeState
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.targets import OpenFile
 from simqat_jax.targets.onnx.target import export_onnx
+from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
-from simqat_jax.targets.verify import Verification, open_file, verify
+from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.module import (
     QuantizedModule,
     SimQAT,

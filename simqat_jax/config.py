@@ -71,7 +71,7 @@ class SimQATConfig:
         check_type(self, "exclude", tuple)
         for pattern in self.exclude:
             if not isinstance(pattern, str) or not pattern:
-                raise TypeError(
+                raise (TypeError if pattern != "" else ValueError)(
                     f"SimQATConfig.exclude must hold module paths such as 'head/Dense_0', got "
                     f"{pattern!r}."
                 )

@@ -10,6 +10,20 @@ from types import ModuleType
 from typing import BinaryIO
 
 
+def as_path(path: str | os.PathLike) -> Path:
+    """Return a path.
+
+    Raises:
+      TypeError: it is none.
+    """
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise TypeError(
+            f"path must be the name of a file, a string or a pathlib.Path, got {path!r}."
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is whole.
@@ -21,11 +35,12 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
       path: of the file; one that exists is replaced.
 
     Raises:
+      TypeError: `path` is none.
       FileNotFoundError: there is no directory to write it to.
       IsADirectoryError: `path` is a directory.
       OSError: the directory cannot be written.
     """
-    target = Path(path)
+    target = as_path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} to write {target.name} to.")
     if target.is_dir():

@@ -50,7 +50,7 @@ def test_spec_refuses(field, value, error):
         ("freeze_bn", 1.5, TypeError),
         ("exclude", ["Dense_0"], TypeError),
         ("exclude", "Dense_0", TypeError),
-        ("exclude", ("",), TypeError),
+        ("exclude", ("",), ValueError),
         ("exclude", (3,), TypeError),
         ("strict", 1, TypeError),
     ],

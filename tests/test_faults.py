@@ -356,7 +356,7 @@ def file(tmp_path_factory):
 @pytest.mark.parametrize("size", [0, -1, -64])
 def test_a_batch_has_examples(file, size):
     model, folder = file
-    with pytest.raises(ValueError, match=f"batch_size .* 1 or more: got {size}"):
+    with pytest.raises(ValueError, match=f"batch_size .* 1 or more, got {size}"):
         sq.verify(model, folder / "other.tflite", ROW, batch_size=size)
 
 

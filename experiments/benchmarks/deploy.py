@@ -144,7 +144,7 @@ def _rows(
         return f"{int((in_batches(function, images, _BATCH) != want).sum()):,} of {want.size:,}"
 
     def runner(path: Path) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-        file = sq.open_file(path, threads=1)
+        file = sq.open_file(path, threads=1, isolated=False)
         return file.name, lambda x: file.run([x])[0]
 
     runtime, run_int8 = runner(int8)

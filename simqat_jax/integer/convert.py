@@ -18,6 +18,7 @@ from simqat_jax.ir.graph import Graph
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree
 from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.training.module import Method, QuantizedModule, trace
@@ -51,9 +52,9 @@ def convert(
       An IntegerModel.
 
     Raises:
-      TypeError: no QuantizedModule, or traced variables.
-      ValueError: ranges never observed, variables of another model, weights that are not finite, a
-        `quant_delay` that has not passed, per-channel activations, a layer without an integer form.
+      TypeError: no QuantizedModule, no or traced variables.
+      ValueError: no sample, no such method, unobserved ranges, another model's variables, weights
+        not finite, a `quant_delay` to come, per-channel activations, a layer of no integer form.
 
     Examples:
       >>> qmodel = SimQAT().apply(nn.Dense(2))
@@ -64,7 +65,7 @@ def convert(
       >>> model(x[:1]).shape
       (1, 2)
     """
-    config = _checked(qmodule, variables, backend)
+    config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
     metadata = {"simqat_jax": version("simqat-jax"), "config": dataclasses.asdict(config)}
     compiled: Compiled = {}
@@ -88,11 +89,15 @@ def convert(
 
 
 def _checked(
-    qmodule: QuantizedModule, variables: VariableDict, backend: Backend | None
+    qmodule: QuantizedModule, variables: VariableDict, method: Method, backend: Backend | None
 ) -> SimQATConfig:
     """Return the configuration to convert with; raise for what cannot be converted at all."""
-    if not isinstance(qmodule, QuantizedModule):
-        raise TypeError(f"convert takes what SimQAT.apply returned, got {type(qmodule).__name__}.")
+    check_kind("qmodule", qmodule, QuantizedModule, "SimQAT(...).apply(model) returns one.")
+    check_mapping("variables", variables, "Pass what init returned, trained.")
+    _check_method(qmodule, method)
+    check_mapping(
+        COLLECTION, variables.get(COLLECTION, {}), "Pass the collection that apply returned."
+    )
     if any(isinstance(v, Tracer) for v in jax.tree.leaves(variables)):
         raise TypeError("convert takes concrete variables: call it outside of jit.")
     config = qmodule.config
@@ -104,6 +109,16 @@ def _checked(
             "with SimQATConfig(activation=QuantSpec(per_channel=False))."
         )
     return config
+
+
+def _check_method(qmodule: QuantizedModule, method: Method) -> None:
+    module = qmodule.module
+    known = method is None or callable(method)
+    if not known and not (isinstance(method, str) and callable(getattr(module, method, None))):
+        raise ValueError(
+            f"method must be one of {type(module).__name__}, by name or function, or None for its "
+            f"__call__, got {shown(method)}."
+        )
 
 
 def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
@@ -144,6 +159,11 @@ class _Call:
         if any(hasattr(x, "dtype") for x in jax.tree.leaves(dict(kwargs))):
             raise ValueError("convert takes arrays as positional arguments, not by keyword.")
         arrays = [x for x in jax.tree.leaves(self.args) if hasattr(x, "dtype")]
+        if not arrays:
+            raise ValueError(
+                "args must hold a sample of the model's arguments, arrays or ShapeDtypeStructs, "
+                f"got {shown(args)}."
+            )
         lengths = {x.shape[0] if x.shape else None for x in arrays}
         self.size = lengths.pop() if len(lengths) == 1 else None
 

@@ -4,17 +4,18 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 
-from simqat_jax.files import atomic_file
+from simqat_jax.files import as_path, atomic_file
 from simqat_jax.ir.program import Function, Op, Program, Structure, Tensor, at_batch
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.floats import FloatOp, MoveOp
@@ -53,49 +54,45 @@ def load(path: str | os.PathLike) -> Program:
     """Read a program from a file, see IntegerModel.load."""
     body = _body(path)
     try:
-        _check_members(body)
-        return _program(body)
+        return _program(_arrays(body))
     except Exception as error:  # a file may hold anything, and JSON and NumPy raise accordingly
-        raise ValueError(
-            f"{path} is no integer model of simqat_jax, or damaged: {error!r}."
-        ) from error
+        raise ValueError(_damaged(path, error)) from error
 
 
-def _program(body: bytes) -> Program:
-    with np.load(io.BytesIO(body)) as arrays:
-        text = json.loads(arrays["program"].tobytes())
-        tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
-        ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
+def _program(arrays: Arrays) -> Program:
+    text = json.loads(arrays["program"].tobytes())
+    tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
+    ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
     program = Program(
         tensors=tuple(tensors),
         ops=tuple(ops),
-        inputs=tuple(text["inputs"]),
-        outputs=tuple(text["outputs"]),
+        inputs=_numbers(text["inputs"]),
+        outputs=_numbers(text["outputs"]),
         structure=_decoded(text["structure"]),
-        backend=text["backend"],
-        metadata=text["metadata"],
+        backend=_text(text["backend"]),
+        metadata=dict(text["metadata"]),
     )
     program.validate()
     return program
 
 
 def _body(path: str | os.PathLike) -> bytes:
-    """Return what the file holds, once its checksum is that of what was written."""
+    """Return what the file holds, once its checksum is that of what was written.
+
+    Reads no more than the archive's directory before it knows how large the parts are.
+    """
+    path = as_path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} cannot be read: it is no file.")
     try:
-        data = Path(path).read_bytes()
+        with path.open("rb") as file:
+            header, body = _parts(file)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    try:
-        _check_members(data)
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            header = json.loads(archive.read("header.json"))
-            body = archive.read("model.npz")
     except Exception as error:
-        raise ValueError(
-            f"{path} is no integer model of simqat_jax, or damaged: {error}."
-        ) from error
+        raise ValueError(_damaged(path, error)) from error
     if not isinstance(header, dict) or header.get("what") != _MAGIC:
         raise ValueError(f"{path} is no integer model of simqat_jax.")
     if header.get("format") != FORMAT:
@@ -108,14 +105,51 @@ def _body(path: str | os.PathLike) -> bytes:
     return body
 
 
-def _check_members(data: bytes) -> None:
+def _damaged(path: str | os.PathLike, error: Exception) -> str:
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return f"{path} is no integer model of simqat_jax, or damaged: {reason}. Save the model again."
+
+
+def _parts(file: BinaryIO) -> tuple[Json, bytes]:
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        _check_members(archive, size)
+        if sorted(archive.namelist()) != ["header.json", "model.npz"]:
+            raise ValueError("it holds other parts than a header and a model")
+        return json.loads(archive.read("header.json")), archive.read("model.npz")
+
+
+def _arrays(body: bytes) -> Arrays:
+    with zipfile.ZipFile(io.BytesIO(body)) as archive:
+        _check_members(archive, len(body))
+        names = archive.namelist()
+        return {name.removesuffix(".npy"): _array(name, archive.read(name)) for name in names}
+
+
+def _array(name: str, data: bytes) -> np.ndarray:
+    """Read an array whose header says that it is as large as it is."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.kind not in "biufV":
+        raise ValueError(f"{name} holds no numbers but {dtype}")
+    if not dtype.itemsize or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"{name} is not as large as its shape {shape}")
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
     """Check that an archive unpacks to no more than it is: `save` compresses nothing."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = archive.infolist()
+    members = archive.infolist()
     compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     if compressed:
         raise ValueError(f"{', '.join(compressed)}: compressed, as `save` writes none")
-    if sum(m.file_size for m in members) > len(data):
+    if len(set(archive.namelist())) < len(members):
+        raise ValueError("two of its parts have one name")
+    if sum(m.file_size for m in members) > size:
         raise ValueError("its parts are said to be larger than the file")
 
 
@@ -136,9 +170,9 @@ def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> Json:
 
 def _tensor(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Tensor:
     return Tensor(
-        fields["name"],
-        tuple(fields["shape"]),
-        fields["dtype"],
+        _text(fields["name"]),
+        _numbers(fields["shape"]),
+        jnp.dtype(_text(fields["dtype"])).name,
         None if fields["grid"] is None else Grid(**fields["grid"]),
         arrays[f"constant/{number}"] if fields["constant"] else None,
     )
@@ -160,9 +194,9 @@ def _op(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Op:
         given["function"] = _imported(held.pop("function").tobytes())
     return PROGRAM_OPERATIONS[fields["kind"]](
         kind=fields["kind"],
-        path=fields["path"],
-        inputs=tuple(fields["inputs"]),
-        outputs=tuple(fields["outputs"]),
+        path=_text(fields["path"]),
+        inputs=_numbers(fields["inputs"]),
+        outputs=_numbers(fields["outputs"]),
         arrays=held,
         **given,
     )
@@ -202,6 +236,18 @@ def _imported(data: bytes) -> Function:
 
 
 # JSON --------------------------------------------------------------------------------------------
+
+
+def _text(value: Json) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _numbers(value: Json) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(n) is not int for n in value):
+        raise TypeError(f"{value!r} are no whole numbers")
+    return tuple(value)
 
 
 def _tuples(value: Json) -> Json:

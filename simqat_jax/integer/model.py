@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from simqat_jax.integer import file
-from simqat_jax.integer.table import shape_text, table
-from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, at_batch, grid_of
+from simqat_jax.integer import arguments, file
+from simqat_jax.integer.table import table
+from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of
+from simqat_jax.numerics.arguments import check_kind
 
 
 class IntegerModel:
@@ -20,9 +21,13 @@ class IntegerModel:
 
     Attributes:
       program: what it computes, as data.
+
+    Raises:
+      TypeError: `program` is no Program.
     """
 
     def __init__(self, program: Program):
+        check_kind("program", program, Program, "convert and IntegerModel.load return models.")
         self.program = program
         self._run = jax.jit(self._run_stored)
         self._quantize = jax.jit(self._quantize_all)
@@ -89,6 +94,7 @@ class IntegerModel:
           What the float model returns.
 
         Raises:
+          TypeError: what is no array.
           ValueError: an array of another shape or kind.
         """
         leaves = jax.tree.leaves(args)
@@ -101,6 +107,7 @@ class IntegerModel:
         """Map inputs to their codes; what has none stays as it is. One array: itself, else a list.
 
         Raises:
+          TypeError: what is no array.
           ValueError: an array of another shape or kind.
         """
         codes = self._quantized(jax.tree.leaves(args))
@@ -113,69 +120,51 @@ class IntegerModel:
           What the float model returns, as codes (real values of what is on no grid).
 
         Raises:
+          TypeError: what is no array.
           ValueError: an array of another shape or type.
         """
         return _structured(self.structure, self._codes(jax.tree.leaves(codes)))
 
     def dequantize(self, codes: PyTree) -> PyTree:
-        """Map what `run_codes` returned to real values."""
-        leaves = jax.tree.leaves(codes)
-        return jax.tree.unflatten(jax.tree.structure(codes), self._dequantize(leaves))
+        """Map what `run_codes` returned to real values.
+
+        Raises:
+          TypeError: what is no array.
+          ValueError: an array of another shape or type.
+        """
+        leaves, tree = jax.tree.flatten(codes)
+        checked = arguments.codes(self._results, leaves, "Pass what run_codes returned.")
+        return jax.tree.unflatten(tree, self._dequantize(checked))
 
     def _quantized(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
-        arrays = [jnp.asarray(x) for x in leaves]
-        self._batch(arrays, "real values")
-        for i, x in zip(self.inputs, arrays, strict=True):
-            tensor = self.tensors[i]
-            if tensor.grid is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-                raise ValueError(f"{tensor.name} must be of a floating-point type, got {x.dtype}.")
-        return self._quantize(arrays)
+        return self._quantize(arguments.real_values(self._arguments, leaves))
 
     def _codes(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
-        arrays = [jnp.asarray(x) for x in leaves]
-        self._batch(arrays, "codes")
-        for i, x in zip(self.inputs, arrays, strict=True):
-            grid = self.tensors[i].grid
-            if grid is not None and x.dtype != grid.dtype:
-                raise ValueError(
-                    f"{self.tensors[i].name}: codes must be of type {grid.dtype}, got {x.dtype}. "
-                    "Make them with quantize(x)."
-                )
-        return self._run(self.params, arrays)
+        checked = arguments.codes(self._arguments, leaves, "Make them with quantize(x).")
+        return self._run(self.params, checked)
 
-    def _batch(self, leaves: Sequence[jax.Array], what: str) -> int:
-        """Check shapes; return the batch size (1 where there is none)."""
-        if len(leaves) != len(self.inputs):
-            raise ValueError(
-                f"the model takes {len(self.inputs)} arrays of {what}, got {len(leaves)}."
-            )
-        batch = 1
-        for i, x in zip(self.inputs, leaves, strict=True):
-            for want, got in zip(self.tensors[i].shape, x.shape, strict=False):
-                batch = got // -want if want < 0 else batch
-        for i, x in zip(self.inputs, leaves, strict=True):
-            tensor = self.tensors[i]
-            if x.shape != at_batch(tensor.shape, batch):
-                raise ValueError(
-                    f"{tensor.name} must have shape {shape_text(tensor.shape)}, got {x.shape}."
-                )
-        return batch
+    @property
+    def _arguments(self) -> list[Tensor]:
+        return [self.tensors[i] for i in self.inputs]
+
+    @property
+    def _results(self) -> list[Tensor]:
+        return [self.tensors[i] for i in self.outputs]
 
     def _quantize_all(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        pairs = [(self.tensors[i].grid, x) for i, x in zip(self.inputs, leaves, strict=True)]
-        return [x if grid is None else grid.quantize(x) for grid, x in pairs]
+        pairs = zip(self._arguments, leaves, strict=True)
+        return [x if t.grid is None else t.grid.quantize(x) for t, x in pairs]
 
     def _dequantize_all(self, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-        tensors = [self.tensors[i] for i in self.outputs]
         return [
             x if t.grid is None else t.grid.dequantize(x).astype(t.dtype)
-            for t, x in zip(tensors, leaves, strict=True)
+            for t, x in zip(self._results, leaves, strict=True)
         ]
 
     def _run_stored(
         self, params: Sequence[Mapping[str, jax.Array]], leaves: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        batch = self._batch(leaves, "codes")
+        batch = arguments.batch_size(self._arguments, leaves)
         env: dict[int, jax.Array] = {}
 
         constants = ((i, t.value) for i, t in enumerate(self.tensors) if t.value is not None)
@@ -195,6 +184,7 @@ class IntegerModel:
         """Write the model to one file; no file appears under this name unless it is whole.
 
         Raises:
+          TypeError: `path` is none.
           ValueError: an operation in float that holds a loop.
           OSError: an unwritable path.
         """
@@ -208,8 +198,10 @@ class IntegerModel:
         trust.
 
         Raises:
+          TypeError: `path` is none.
           FileNotFoundError: no such file.
-          ValueError: a file that is no model, of another format, truncated or altered.
+          ValueError: a file that cannot be read, is no model, of another format, truncated or
+            altered.
         """
         return cls(file.load(path))
 

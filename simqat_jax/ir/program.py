@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
 
 Shape = tuple[int, ...]
 """Lengths of a tensor; -k stands for k times the batch size."""
@@ -178,8 +178,10 @@ class Program:
         """Check that every tensor that is read has been made, and made once.
 
         Raises:
-          ValueError: one has not, or a number that no tensor has.
+          ValueError: one has not, or a number that no tensor or no output has; an unknown backend.
         """
+        if self.backend not in ROUNDINGS:
+            raise ValueError(f"backend {self.backend!r} is none of {', '.join(ROUNDINGS)}.")
         made = {i for i, tensor in enumerate(self.tensors) if tensor.value is not None}
         made.update(self.inputs)
         for op in self.ops:
@@ -194,6 +196,10 @@ class Program:
         unmade = [i for i in self.outputs if i not in made]
         if strangers or unmade:
             raise ValueError(f"outputs that nothing makes: {unmade}; no tensors: {strangers}.")
+        returned = [k for k, _ in _named(self.structure, "")]
+        beyond = [k for k in returned if not 0 <= k < len(self.outputs)]
+        if beyond:
+            raise ValueError(f"{len(self.outputs)} outputs, but numbers {beyond} are returned.")
 
 
 def _named(structure: Structure, path: str) -> Iterator[tuple[int, str]]:

@@ -95,31 +95,7 @@ def _check_channels(name: str, v: jax.Array, x: jax.Array, channel_axis: int | N
 
 
 def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
-    """Place the grid of `spec` on a range.
-
-    The range is widened to hold zero. Asymmetric: `scale = (hi - lo) / (qmax - qmin)`,
-    `zero_point = clip(rint(qmin - lo / scale), qmin, qmax)`. Symmetric:
-    `scale = max(|lo|, |hi|) / (2^(num_bits-1) - 1)`, zero point 0.
-
-    Args:
-      lo: lowest value, real units, shape () or (C,).
-      hi: highest value, real units, same shape.
-      spec: width and kind of the grid.
-
-    Returns:
-      QuantParams of shape () or (C,). An all-zero or empty range gives scale 1.
-
-    Raises:
-      ValueError: `lo` and `hi` of different shapes, or with more than one axis.
-
-    Examples:
-      >>> quant_params(-1.0, 1.0, QuantSpec(symmetric=True, narrow_range=True)).zero_point
-      Array(0, dtype=int32)
-
-    Source:
-      Jacob et al., arXiv:1712.05877, section 3. The source system clips the largest positive
-      symmetric weight and divides by zero for a dead channel; this does neither.
-    """
+    """Place the grid of `spec` on a range, see `checked.quant_params`."""
     starts_at_zero = not isinstance(lo, jax.Array) and not np.any(lo)
     lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
     if lo.shape != hi.shape or lo.ndim > 1:
@@ -155,31 +131,7 @@ def quantize(
     spec: CodeRange,
     channel_axis: int | None = -1,
 ) -> jax.Array:
-    """Map real values to integer codes: `clip(rint(x / scale) + zero_point, qmin, qmax)`.
-
-    Round half to even, then add the zero point, then clip.
-
-    Args:
-      x: values, real units, any shape and float dtype (computed in float32).
-      scale: shape () or (C,), real units per code.
-      zero_point: same shape, integer codes.
-      spec: gives `qmin` and `qmax`.
-      channel_axis: the axis of `x` with C entries; None: per tensor.
-
-    Returns:
-      Int32 codes of x's shape. NaN has no code and becomes the zero point.
-
-    Raises:
-      ValueError: shapes that do not fit.
-
-    Examples:
-      >>> spec = QuantSpec()
-      >>> quantize([0.0, 0.2, 1.0], *quant_params(0.0, 1.0, spec), spec)
-      Array([  0,  51, 255], dtype=int32)
-
-    Source:
-      ONNX operator QuantizeLinear.
-    """
+    """Map real values to integer codes, see `checked.quantize`."""
     x = jnp.asarray(x, jnp.float32)
     scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
     _check_channels("scale", scale, x, channel_axis)
@@ -196,27 +148,7 @@ def dequantize(
     zero_point: ArrayLike,
     channel_axis: int | None = -1,
 ) -> jax.Array:
-    """Map integer codes to real values: `(codes - zero_point) * scale`.
-
-    Args:
-      codes: integer codes, any shape and integer dtype.
-      scale: shape () or (C,), real units per code.
-      zero_point: same shape, integer codes.
-      channel_axis: the axis of `codes` with C entries; None: per tensor.
-
-    Returns:
-      Float32 values of the shape of `codes`, real units.
-
-    Raises:
-      ValueError: shapes that do not fit.
-
-    Examples:
-      >>> dequantize([0, 128, 255], 0.5, 128)
-      Array([-64. ,   0. ,  63.5], dtype=float32)
-
-    Source:
-      ONNX operator DequantizeLinear.
-    """
+    """Map integer codes to real values, see `checked.dequantize`."""
     codes = jnp.asarray(codes).astype(jnp.int32)
     scale, zero_point = jnp.asarray(scale, jnp.float32), jnp.asarray(zero_point, jnp.int32)
     _check_channels("scale", scale, codes, channel_axis)
@@ -258,31 +190,7 @@ def fake_quant(
     spec: QuantSpec,
     channel_axis: int | None = -1,
 ) -> jax.Array:
-    """Round `x` to the grid that `spec` places on `[lo, hi]`: `dequantize(quantize(x))`.
-
-    Gradient: the straight-through estimator passes the gradient to `x` unchanged where
-    `qmin <= rint(x / scale) + zero_point <= qmax` and blocks it elsewhere; `lo` and `hi` get none.
-
-    Args:
-      x: values, real units, any shape and float dtype (computed in float32).
-      lo: lowest value of the range, real units, shape () or (C,).
-      hi: highest value, same shape.
-      spec: width and kind of the grid.
-      channel_axis: the axis of `x` with C entries; None: per tensor.
-
-    Returns:
-      Values of x's shape and dtype, each on the grid. NaN stays NaN.
-
-    Raises:
-      ValueError: shapes that do not fit.
-
-    Examples:
-      >>> fake_quant(jnp.array([-1.0, 0.3, 9.0]), 0.0, 3.0, QuantSpec(num_bits=2))
-      Array([0., 0., 3.], dtype=float32)
-
-    Source:
-      Krishnamoorthi, arXiv:1806.08342, section 2.4.
-    """
+    """Round `x` to the grid that `spec` places on `[lo, hi]`, see `checked.fake_quant`."""
     x = jnp.asarray(x)
     params = quant_params(lo, hi, spec)
     _check_channels("lo", params.scale, x, channel_axis)

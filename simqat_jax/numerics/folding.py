@@ -60,38 +60,13 @@ def fold_batch_norm(
     bn_stats: Mapping[str, ArrayLike],
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Fold a BatchNorm into the layer before it, as for inference.
-
-    `kernel * gamma / sigma`, `beta + (bias - mean) * gamma / sigma`.
-
-    Args:
-      kernel: of a Conv or Dense, output channels last, (..., C).
-      bias: (C,), or None for a layer without.
-      bn_params: "scale" and "bias" of the BatchNorm, (C,), either may be missing.
-      bn_stats: its running "mean" and "var", (C,).
-      epsilon: the BatchNorm's.
-
-    Returns:
-      Kernel and bias of the one layer that computes both, float32.
-
-    Raises:
-      ValueError: missing statistics, or shapes that do not fit.
-
-    Examples:
-      >>> kernel, bias = fold_batch_norm(
-      ...     jnp.ones((2, 1)), None, {"scale": jnp.array([3.0])},
-      ...     {"mean": jnp.array([1.0]), "var": jnp.array([4.0])}, 0.0)
-      >>> kernel[:, 0], bias
-      (Array([1.5, 1.5], dtype=float32), Array([-1.5], dtype=float32))
-
-    Source:
-      Jacob et al., arXiv:1712.05877, section 3.2.
-    """
+    """Fold a BatchNorm into the layer before it, see `checked.fold_batch_norm`."""
     missing = [name for name in ("mean", "var") if name not in bn_stats]
     if missing:
         raise ValueError(f"bn_stats holds no {missing[0]!r}, only {sorted(bn_stats)}.")
     kernel = jnp.asarray(kernel, jnp.float32)
-    for name, value in {**bn_params, **bn_stats}.items():
+    given = {**bn_params, **bn_stats} | ({} if bias is None else {"bias of the layer": bias})
+    for name, value in given.items():
         if jnp.shape(value) != kernel.shape[-1:]:
             raise ValueError(
                 f"{name!r} has shape {jnp.shape(value)}, but the kernel of shape {kernel.shape} "

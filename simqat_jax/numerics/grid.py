@@ -16,6 +16,13 @@ from simqat_jax.numerics.affine import (
     quantize,
     rounded_product,
 )
+from simqat_jax.numerics.arguments import (
+    check_code_ends,
+    check_codes,
+    check_real,
+    check_scale,
+    check_zero_point,
+)
 from simqat_jax.numerics.spec import QuantSpec
 
 STORED_OFFSET = 128
@@ -34,12 +41,26 @@ class Grid:
       zero_point: the code of real zero.
       qmin: lowest code.
       qmax: highest code.
+
+    Raises:
+      TypeError: what is no number or no array of numbers.
+      ValueError: a scale that is not finite and above 0; a zero point that is no code; `qmin` not
+        below `qmax`, or more than 16 bits.
+
+    Examples:
+      >>> Grid(scale=0.5, zero_point=128, qmin=0, qmax=255).dequantize(jnp.array([0, 128]))
+      Array([-64.,   0.], dtype=float32)
     """
 
     scale: float | jax.Array
     zero_point: int | jax.Array
     qmin: int
     qmax: int
+
+    def __post_init__(self) -> None:
+        check_code_ends(self.qmin, self.qmax)
+        check_scale(self.scale)
+        check_zero_point(self.zero_point, self.qmin, self.qmax)
 
     @property
     def num_bits(self) -> int:
@@ -119,13 +140,23 @@ class Grid:
         clipped = jnp.clip(centered + np.float32(self.zero_point), lo, hi)
         return (clipped - np.float32(self.offset)).astype(self.stored_dtype)
 
-    def quantize(self, x: jax.Array) -> jax.Array:
-        """Map real values to codes."""
+    def quantize(self, x: ArrayLike) -> jax.Array:
+        """Map real values to codes.
+
+        Raises:
+          TypeError: no array of real numbers.
+        """
+        check_real("x", x)
         return quantize(x, *self.params, self, None).astype(self.dtype)
 
-    def dequantize(self, codes: jax.Array) -> jax.Array:
-        """Map codes to real values, float32."""
-        centered = (codes.astype(jnp.int32) - self.zero_point).astype(jnp.float32)
+    def dequantize(self, codes: ArrayLike) -> jax.Array:
+        """Map codes to real values, float32.
+
+        Raises:
+          TypeError: no array of integers.
+        """
+        check_codes("codes", codes)
+        centered = (jnp.asarray(codes).astype(jnp.int32) - self.zero_point).astype(jnp.float32)
         return rounded_product(centered, np.float32(self.scale))
 
 

@@ -37,16 +37,7 @@ class RangeState(NamedTuple):
 
 
 def init_range(num_channels: int | None = None, *, nonnegative: bool = False) -> RangeState:
-    """Return the empty range.
-
-    Args:
-      num_channels: one range for each of so many channels; None: one per tensor.
-      nonnegative: the tensor holds nothing below zero: its range starts at zero and stays there.
-
-    Examples:
-      >>> observed(init_range())
-      Array(False, dtype=bool)
-    """
+    """Return the empty range, see `checked.init_range`."""
     shape = () if num_channels is None else (num_channels,)
     return RangeState(
         lo=jnp.full(shape, 0.0 if nonnegative else jnp.inf, jnp.float32),
@@ -69,7 +60,7 @@ def as_range_state(state: object) -> RangeState:
 
 
 def observed(state: RangeState) -> jax.Array:
-    """Tell whether the range has seen a finite batch: bool, shape ()."""
+    """Tell whether the range has seen a finite batch, see `checked.observed`."""
     return jnp.all(state.lo <= state.hi)
 
 
@@ -81,35 +72,11 @@ def extremes(x: jax.Array, channel_axis: int | None = None) -> tuple[jax.Array, 
 
 
 def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> RangeState:
-    """Take one batch's extremes into the state.
-
-    `ema`: `new = decay * old + (1 - decay) * batch`, the first batch initialises; `minmax`:
-    running extremes; `batch`: the batch's own.
-
-    Args:
-      state: the state before.
-      lo: lowest value of the batch, real units, shape of `state.lo`.
-      hi: highest value, same shape.
-      spec: names the observer and its decay.
-
-    Returns:
-      The state after; unchanged but for `nonfinite + 1` if any extreme is NaN or Inf.
-
-    Raises:
-      ValueError: a shape other than the state's.
-
-    Examples:
-      >>> update_range(init_range(), -1.0, 2.0, QuantSpec()).hi
-      Array(2., dtype=float32)
-
-    Source:
-      Krishnamoorthi, arXiv:1806.08342, section 3. The source system weighs old and new the other
-      way round.
-    """
+    """Take one batch's extremes into the state, see `checked.update_range`."""
     lo, hi = jnp.asarray(lo, jnp.float32), jnp.asarray(hi, jnp.float32)
     if lo.shape != state.lo.shape or hi.shape != state.hi.shape:
         raise ValueError(
-            f"extremes of shape {lo.shape} and {hi.shape} do not fit a range of shape "
+            f"lo of shape {lo.shape} and hi of shape {hi.shape} do not fit a range of shape "
             f"{state.lo.shape}."
         )
     return OBSERVERS[spec.observer](spec).update(state, Extremes(lo, hi))
@@ -118,27 +85,10 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
 def observe(
     state: RangeState, x: ArrayLike, spec: QuantSpec, channel_axis: int | None = -1
 ) -> RangeState:
-    """Take the extremes of `x` into the state: `update_range(state, min(x), max(x), spec)`.
-
-    Args:
-      state: the state before, from `init_range` or an earlier `observe`.
-      x: values, real units, any shape and float dtype.
-      spec: names the observer; `per_channel` keeps `channel_axis`.
-      channel_axis: the channel axis of `x` where `spec.per_channel`.
-
-    Returns:
-      The state after.
-
-    Raises:
-      ValueError: `x` is empty, or `spec.per_channel` and `x` has no such axis.
-
-    Examples:
-      >>> observe(init_range(), jnp.array([0.5, 2.0]), QuantSpec()).lo
-      Array(0.5, dtype=float32)
-    """
+    """Take the extremes of `x` into the state, see `checked.observe`."""
     x = jnp.asarray(x)
     if x.size == 0:
-        raise ValueError(f"cannot observe the range of an empty array of shape {x.shape}.")
+        raise ValueError(f"x is an empty array of shape {x.shape}: it has no range.")
     if not spec.per_channel:
         channel_axis = None
     elif channel_axis is None or not -x.ndim <= channel_axis < x.ndim:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +30,12 @@ class OpenFile:
     dtype: np.dtype
 
 
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+"""From input arrays to output arrays."""
+Session = tuple[str, list[bool], Run]
+"""The first fields of an OpenFile, name, float_inputs and run, as a runtime alone tells them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A kind of file and the runtime that executes it.
@@ -38,10 +44,19 @@ class Target:
       suffix: of the files: ".onnx".
       rounding: the runtime's.
       write: returns the file of a program; the flag asks for inputs and outputs of codes.
-      open: opens a file with so many threads; None: as many as the runtime takes by itself.
+      packages: of the extra `export` that the runtime needs.
+      open: opens a file of that path with the settings by keyword, and `threads` (None: as many as
+        the runtime takes by itself). Its module imports nothing of this package, see `serve.py`.
+      settings: what `open` is to know besides, as JSON holds it.
+      offset: what codes of a grid have added in the file.
+      dtype: the type of codes in the file.
     """
 
     suffix: str
     rounding: Rounding
     write: Callable[[Program, bool], bytes]
-    open: Callable[[Path, int | None], OpenFile]
+    packages: tuple[str, ...]
+    open: Callable[..., Session]
+    settings: Callable[[], dict[str, Any]]
+    offset: Callable[[Grid], int]
+    dtype: np.dtype

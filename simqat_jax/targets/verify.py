@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import grid_of
-from simqat_jax.targets import TARGETS
-from simqat_jax.targets.target import OpenFile, Target
+from simqat_jax.numerics.arguments import check_kind, check_real, check_whole
+from simqat_jax.targets.open_file import open_file, target_of
+from simqat_jax.targets.target import OpenFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,9 @@ def verify(
 ) -> Verification:
     """Run an exported file and count the output codes that are not the integer model's.
 
+    The file runs in a process of its own, see `open_file`: one that makes its runtime crash is a
+    ValueError.
+
     Args:
       model: what the file was written from.
       path: a file of `export_onnx` (*.onnx) or `export_tflite` (*.tflite).
@@ -62,16 +67,15 @@ def verify(
       A Verification.
 
     Raises:
+      TypeError: an argument of the wrong type.
       FileNotFoundError: no such file.
-      ValueError: a file of another kind or another model, a model with outputs that are no codes,
-        data that hold no examples or NaN, a `batch_size` below 1.
+      ValueError: a damaged file, one of another kind or another model, a model with outputs that
+        are no codes, data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
-    path = Path(path)
-    if batch_size < 1:
-        raise ValueError(
-            f"batch_size is the number of examples a call, 1 or more: got {batch_size}."
-        )
+    check_kind("model", model, IntegerModel, "convert and IntegerModel.load return one.")
+    path = as_path(path)
+    check_whole("batch_size", batch_size, 1)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     floats = [model.tensors[i].name for i in model.outputs if model.tensors[i].grid is None]
@@ -80,14 +84,16 @@ def verify(
     runtime = open_file(path)
     if len(runtime.float_inputs) != len(model.inputs):
         raise ValueError(
-            f"the file takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
+            f"{path} takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
             "it was written from another model."
         )
+    for array in data:
+        check_real("data", array)
     arrays = [np.asarray(a) for a in data]
     codes = differing = 0
     first = None
     for batch in _batches(model, arrays, batch_size):
-        wrong = _differences(model, runtime, batch)
+        wrong = _differences(model, runtime, path, batch)
         codes, differing = codes + sum(w.size for w in wrong), differing + sum(map(np.sum, wrong))
         if differing and first is None:
             first = _first_layer(model, path, batch)
@@ -113,43 +119,28 @@ def _batches(
     return [[a[start : start + size] for a in arrays] for start in starts]
 
 
-# Files -------------------------------------------------------------------------------------------
-
-
-def open_file(path: str | os.PathLike, threads: int | None = None) -> OpenFile:
-    """Open an exported file in its runtime, on the CPU.
-
-    Args:
-      path: *.onnx or *.tflite.
-      threads: how many threads to run on; None: as many as the runtime takes by itself.
+def _differences(
+    model: IntegerModel, runtime: OpenFile, path: Path, batch: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Return for each output which of its codes differ.
 
     Raises:
-      ValueError: neither *.onnx nor *.tflite.
-      ImportError: the extra `export` is missing.
+      ValueError: the file returns other outputs, or cannot run.
     """
-    path = Path(path)
-    return _target(path).open(path, threads)
-
-
-def _target(path: Path) -> Target:
-    if path.suffix not in TARGETS:
-        known = " nor ".join(f"*{suffix}" for suffix in TARGETS)
-        raise ValueError(f"{path} is neither {known}.")
-    return TARGETS[path.suffix]
-
-
-def _differences(
-    model: IntegerModel, runtime: OpenFile, batch: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Return for each output which of its codes differ."""
     codes = jax.tree.leaves(model.quantize(*batch))
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
         shifted = np.asarray(code, np.int32) + runtime.offset(grid_of(model.tensors[i]))
         arrays.append(np.asarray(x, np.float32) if real else shifted.astype(runtime.dtype))
     wrong = []
-    want = jax.tree.leaves(model.run_codes(*codes))
-    for i, a, b in zip(model.outputs, want, runtime.run(arrays), strict=True):
+    want, found = jax.tree.leaves(model.run_codes(*codes)), runtime.run(arrays)
+    shapes = [x.shape for x in want], [x.shape for x in found]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{path} returns arrays of shapes {shapes[1]} and the model {shapes[0]}: it is "
+            "damaged, or written from another model. Export the model again."
+        )
+    for i, a, b in zip(model.outputs, want, found, strict=True):
         grid = grid_of(model.tensors[i])
         if np.issubdtype(b.dtype, np.floating):
             got = np.asarray(grid.quantize(jnp.asarray(b)), np.int32)  # exact: on the grid
@@ -166,11 +157,10 @@ def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -
     program = dataclasses.replace(
         model.program, outputs=tuple(outputs), structure=list(range(len(outputs)))
     )
-    target = _target(path)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{path.suffix}"
-        whole.write_bytes(target.write(program, True))
-        wrong = _differences(IntegerModel(program), target.open(whole, None), batch)
+        whole.write_bytes(target_of(path).write(program, True))
+        wrong = _differences(IntegerModel(program), open_file(whole), whole, batch)
     for op, differ in zip(ops, wrong, strict=True):
         if differ.any():
             return op.path

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from simqat_jax.ir.plan import Placement, Quantizer
+from simqat_jax.numerics.arguments import check_mapping
 from simqat_jax.numerics.observers import Range
 
 COLLECTION = "quant_stats"
@@ -42,9 +43,11 @@ def check(placement: Placement, stats: Stats) -> dict[str, Any]:
       stats: the collection.
 
     Raises:
+      TypeError: `stats` is no dictionary.
       ValueError: a range is missing or, where values are at hand (outside of jit), empty or not
         finite; training counted more operations of one kind than this call has.
     """
+    check_mapping("quant_stats", stats, "Pass the collection that init and apply return.")
     _check_numbers(placement, stats)
     known = restored(placement, stats)
     missing = [name for name in (*placement.stateful, STEP) if name not in known]
@@ -114,12 +117,13 @@ def nonfinite_ranges(quant_stats: Stats) -> dict[str, int]:
       range.
 
     Raises:
-      TypeError: an entry that is no range.
+      TypeError: no collection, or an entry that is no range.
 
     Examples:
       >>> nonfinite_ranges({"input": init_range()})
       {}
     """
+    check_mapping("quant_stats", quant_stats, "Pass the collection variables['quant_stats'].")
     counts = dict(_counts(quant_stats))
     return {name: count for name, count in counts.items() if count}
 

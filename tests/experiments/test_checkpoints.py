@@ -2,11 +2,14 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import simqat_jax as sq
@@ -139,3 +142,53 @@ def test_unwritable_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ExperimentError, match="cannot write checkpoint"):
         checkpoints.save(tmp_path / "file" / "qat", 1, _state(), PROGRESS, keep=2)
+
+
+LIMITED = """
+import pathlib, resource, signal, sys
+import jax.numpy as jnp
+from experiments import checkpoints
+from experiments.errors import run_or_exit
+
+def save():
+    directory = pathlib.Path(sys.argv[1])
+    state = {"a": jnp.linspace(0, 1, 90000).reshape(300, 300)}
+    checkpoints.save(directory, 1, state, checkpoints.Progress(seed=0), keep=2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    checkpoints.save(directory, 2, state, checkpoints.Progress(seed=0), keep=2)
+
+run_or_exit(save)
+"""
+"""Writes a checkpoint, and another one once no file may grow larger than 40 kB."""
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "qat")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: cannot write checkpoint {tmp_path / 'qat' / '2'}: File too large. Earlier "
+        "checkpoints are kept; make room or put the cause right, and continue with --resume.\n"
+    )
+    assert [p.name for p in (tmp_path / "qat").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device"), "/3: No space left on device. Earlier"),
+        (RuntimeError("an array\nis gone."), "/3: RuntimeError: an array is gone. Earlier"),
+    ],
+)
+def test_whatever_the_writer_raises_is_one_line(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(ExperimentError, match=re.escape(said)):
+        checkpoints.save(tmp_path, 3, _state(), PROGRESS, keep=2)

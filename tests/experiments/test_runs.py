@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import configs, runs
+from experiments import configs, locks, runs
 from experiments.errors import ExperimentError
 
 
@@ -29,9 +29,53 @@ def test_a_failed_start_leaves_an_empty_directory(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
-        with pytest.raises(ExperimentError, match=r"cannot write .*: No space left on device"):
-            runs.open_run(tmp_path, "run", experiment, resume=False)
-    assert not list((tmp_path / "run").iterdir())
-    run = runs.open_run(tmp_path, "run", experiment, resume=False)
-    assert [p.name for p in run.iterdir()] == ["config.json"]
+        with (
+            pytest.raises(ExperimentError, match=r"cannot write .*: No space left on device"),
+            runs.open_run(tmp_path, "run", experiment, resume=False),
+        ):
+            pytest.fail("there is no room for a run")
+    assert _visible(tmp_path / "run") == []
+    with runs.open_run(tmp_path, "run", experiment, resume=False) as run:
+        assert _visible(run) == ["config.json"]
     assert runs.load_experiment(run) == experiment
+
+
+def _visible(run: Path) -> list[str]:
+    return sorted(p.name for p in run.iterdir() if p.name != locks.NAME)
+
+
+LEFT_BEHIND = ("config.json.tmp", ".config.json.0123456789abcdef.part", locks.NAME)
+"""By processes that were killed while they started a run, of this version and earlier ones."""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_process_left_is_no_run(resume: bool, tmp_path: Path) -> None:
+    experiment = configs.get("lenet5_mnist")
+    if resume:
+        with runs.open_run(tmp_path, "run", experiment, resume=False):
+            pass
+    (tmp_path / "run").mkdir(exist_ok=True)
+    for name in LEFT_BEHIND:
+        (tmp_path / "run" / name).write_text("{")
+    with runs.open_run(tmp_path, "run", experiment, resume=resume) as run:
+        assert _visible(run) == ["config.json"]
+    assert runs.load_experiment(run) == experiment
+
+
+def test_what_is_no_leftover_is_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (*LEFT_BEHIND, "notes.txt"):
+        (tmp_path / "run" / name).write_text("")
+    before = sorted((tmp_path / "run").iterdir())
+    with (
+        pytest.raises(ExperimentError, match="already holds another run"),
+        runs.open_run(tmp_path, "run", configs.get("lenet5_mnist"), resume=False),
+    ):
+        pytest.fail("there is something already")
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+def test_results_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(ExperimentError, match=r"cannot write .*results\.json: .*--resume"):
+        runs.write_results(tmp_path, configs.get("lenet5_mnist"), {})

@@ -216,6 +216,23 @@ def test_evaluate_finds_the_trained_accuracy(finished: Path) -> None:
     assert evaluate.evaluate(finished / "qat" / "80") == [found[1]]
 
 
+def test_evaluation_writes_nothing_into_the_run(finished: Path) -> None:
+    """So that a run on a read-only disk can be evaluated."""
+    paths = (finished, *finished.rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    evaluate.evaluate(finished / "qat")
+    paths = (finished, *finished.rglob("*"))
+    assert {path: path.stat().st_mtime_ns for path in paths} == before
+
+
+def test_files_that_cannot_be_written_are_one_line(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "deploy").write_text("no directory")
+    with pytest.raises(errors.ExperimentError, match=rf"^cannot write {run}/deploy: .*\.$"):
+        deploy.deploy(run, examples=10)
+
+
 def test_deployed_files_compute_what_evaluation_shows(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)

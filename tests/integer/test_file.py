@@ -1,5 +1,10 @@
 """The file of an integer model: read as it was written, or refused."""
 
+import hashlib
+import io
+import json
+import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -66,3 +71,148 @@ def test_an_interrupted_save_leaves_what_was_there(saved, monkeypatch):
         model.save(saved)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+# Files that nobody saved -------------------------------------------------------------------------
+
+
+def parts(path):
+    """Header and arrays, as bytes, by the names that they have in the file."""
+    with zipfile.ZipFile(path) as archive:
+        header = json.loads(archive.read("header.json"))
+        body = io.BytesIO(archive.read("model.npz"))
+    with zipfile.ZipFile(body) as archive:
+        return header, {name: archive.read(name) for name in archive.namelist()}
+
+
+def write(path, header, arrays):
+    """A file whose checksum is right: of (name, bytes) pairs."""
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for name, data in arrays:
+            archive.writestr(name, data)
+    digest = {"sha256": hashlib.sha256(body.getvalue()).hexdigest()}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("header.json", json.dumps(header | digest))
+        archive.writestr("model.npz", body.getvalue())
+
+
+def npy(shape, dtype="|i1", data=b""):
+    """An array whose header says what it likes."""
+    stream = io.BytesIO()
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + data
+
+
+def text(program):
+    """The program as the file holds it."""
+    data = program if isinstance(program, bytes) else json.dumps(program).encode()
+    return npy((len(data),), "|u1", data)
+
+
+def refused(path, match):
+    """Loading is a ValueError of one line that names the file, and takes little memory."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=match) as caught:
+            sq.IntegerModel.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert peak < 64 * 2**20
+
+
+KERNELS = {
+    "8 GB": (npy((1 << 33,)), "not as large as its shape"),
+    "64 GB in two axes": (npy((1 << 18, 1 << 18)), "not as large as its shape"),
+    "more than there are addresses": (npy((1 << 40, 1 << 40)), "not as large as its shape"),
+    "elements of no size": (npy((1 << 50,), "|V0"), "not as large as its shape"),
+    "a negative length": (npy((-4,)), "not as large as its shape"),
+    "cut off": (npy((4,), data=b"abc"), "not as large as its shape"),
+    "more than it says": (npy((4,), data=b"abcde"), "not as large as its shape"),
+    "objects": (npy((1,), "|O", b"12345678"), "no numbers"),
+    "text": (npy((1,), "<U1", b"abcd"), "no numbers"),
+    "no array": (b"", "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_arrays_that_are_not_what_their_headers_say(saved, name):
+    header, arrays = parts(saved)
+    data, match = KERNELS[name]
+    write(saved, header, (arrays | {"0/kernel.npy": data}).items())
+    refused(saved, match)
+
+
+def with_grid(tensor, **changes):
+    return {**tensor, "grid": {**tensor["grid"], **changes}}
+
+
+PROGRAMS = {
+    "deep JSON": lambda p: b"[" * 200_000 + b"]" * 200_000,
+    "a number without end": lambda p: b"9" * 100_000,
+    "a deep structure": lambda p: json.dumps(p).replace('"structure": 0', NESTED).encode(),
+    "no program": lambda p: [],
+    "tensors with names of numbers": lambda p: p | {"tensors": [{**p["tensors"][0], "name": 1}]},
+    "lengths of text": lambda p: p | {"tensors": [{**p["tensors"][0], "shape": ["1"]}]},
+    "an unknown type": lambda p: p | {"tensors": [{**p["tensors"][0], "dtype": "float9"}]},
+    "inputs of text": lambda p: p | {"inputs": "0"},
+    "outputs between": lambda p: p | {"outputs": [1.5]},
+    "an unknown backend": lambda p: p | {"backend": "cuda"},
+    "an output that is not there": lambda p: p | {"structure": 7},
+    "a scale of zero": lambda p: p | {"tensors": [with_grid(p["tensors"][0], scale=0.0)]},
+    "a scale that is no number": lambda p: p | {"tensors": [with_grid(p["tensors"][0], scale="a")]},
+    "codes without end": lambda p: p | {"tensors": [with_grid(p["tensors"][0], qmax=10**30)]},
+    "metadata of no kind": lambda p: p | {"metadata": 3},
+}
+NESTED = '"structure": ' + '{"list": [' * 5000 + "0" + "]}" * 5000
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_of_another_kind(saved, name):
+    header, arrays = parts(saved)
+    program = json.loads(np.load(io.BytesIO(arrays["program.npy"])).tobytes())
+    changed = text(PROGRAMS[name](program))
+    write(saved, header, (arrays | {"program.npy": changed}).items())
+    refused(saved, "no integer model")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_parts_of_one_name(saved):
+    header, arrays = parts(saved)
+    write(saved, header, [*arrays.items(), ("0/kernel.npy", arrays["0/kernel.npy"])])
+    refused(saved, "two of its parts have one name")
+    write(saved, header, arrays.items())
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("model.npz", b"another")
+    refused(saved, "two of its parts have one name")
+
+
+def test_other_parts_than_two(saved):
+    with zipfile.ZipFile(saved, "a") as archive:
+        archive.writestr("more", b"")
+    refused(saved, "other parts")
+
+
+def test_a_large_file_that_is_no_model_is_not_read(tmp_path):
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(4 << 30)
+    refused(path, "no integer model")
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    refused(tmp_path, "cannot be read")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        refused(tmp_path / "pipe", "cannot be read")
+    refused("with\0zero", "no integer model")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model", ["model"]])
+def test_what_is_no_path(path, saved):
+    for use in (sq.IntegerModel.load, sq.IntegerModel.load(saved).save):
+        with pytest.raises(TypeError, match="path must be the name of a file"):
+            use(path)

@@ -223,7 +223,10 @@ def test_straight_through_returns_one_and_differentiates_the_other():
         (lambda s: sq.fake_quant(jnp.ones(3), jnp.zeros(3), jnp.ones(3), s, None), "per tensor"),
         (lambda s: sq.fake_quant(jnp.ones(3), jnp.zeros(3), jnp.ones(3), s, 1), "channel_axis 1"),
         (lambda s: sq.quantize(jnp.ones(3), jnp.ones(2), 0, s), r"scale has shape \(2,\)"),
-        (lambda s: sq.quantize(jnp.ones(3), 1.0, jnp.ones(2), s), r"zero_point has shape \(2,\)"),
+        (
+            lambda s: sq.quantize(jnp.ones(3), 1.0, jnp.ones(2, int), s),
+            r"zero_point has shape \(2,\)",
+        ),
         (lambda s: sq.dequantize(jnp.ones(3, int), jnp.ones(2), 0), r"scale has shape \(2,\)"),
     ],
 )

@@ -28,7 +28,7 @@ def compared(model, folder, codes):
     """Write the model, run the file, and compare all codes."""
     path = folder / f"single.{model.backend}"
     export(model, path, integer_io=True)
-    file = sq.open_file(path, threads=1)
+    file = sq.open_file(path, threads=1, isolated=False)
     dtype = np.uint8 if model.backend == "onnx" else np.int8
 
     def stored(values, i):

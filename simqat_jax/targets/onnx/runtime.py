@@ -1,36 +1,37 @@
-"""Open ONNX files in ONNX Runtime."""
+"""Open ONNX files in ONNX Runtime. Imports nothing of the package, see `targets/serve.py`."""
 
 import functools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from simqat_jax.files import import_extra
-from simqat_jax.targets.target import OpenFile
 
+def open_onnx(
+    path: str, threads: int | None, exact_sums: bool
+) -> tuple[str, list[bool], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
+    """Open a file on the CPU, see Target.open.
 
-def open_onnx(path: Path, threads: int | None) -> OpenFile:
-    """Open a file on the CPU, see Target.open."""
-    runtime = import_extra("onnxruntime")
+    Args:
+      path: of the file.
+      threads: how many to run on; None: as many as the runtime takes by itself.
+      exact_sums: set the option that sums exactly where sums saturate.
+    """
+    import onnxruntime as runtime
+
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    if onnxruntime_saturates():
+    if exact_sums:
         options.add_session_config_entry("session.x64quantprecision", "1")
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = session.get_inputs()
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return session.run(None, {i.name: a for i, a in zip(inputs, arrays, strict=True)})
+        results = session.run(None, {i.name: a for i, a in zip(inputs, arrays, strict=True)})
+        return [np.asarray(result) for result in results]
 
-    return OpenFile(
-        name=f"ONNX Runtime {runtime.__version__}",
-        run=run,
-        float_inputs=[i.type == "tensor(float)" for i in inputs],
-        offset=lambda grid: grid.unsigned_offset,
-        dtype=np.dtype(np.uint8),
-    )
+    name = f"ONNX Runtime {runtime.__version__}"
+    return name, [i.type == "tensor(float)" for i in inputs], run
 
 
 @functools.cache
@@ -39,11 +40,10 @@ def onnxruntime_saturates() -> bool:
 
     On x86 without VNNI instructions it adds pairs of products in 16 bits. The session option
     `session.x64quantprecision` makes it exact there; with VNNI it would be less than half as fast.
-
-    Raises:
-      ImportError: the extra `export` is missing.
     """
-    onnx, runtime = import_extra("onnx"), import_extra("onnxruntime")
+    import onnx
+    import onnxruntime as runtime
+
     make, kinds, length = onnx.helper, onnx.TensorProto, 64
     weights = onnx.numpy_helper.from_array(np.full((length, length), 127, np.int8), "w")
     ends = [

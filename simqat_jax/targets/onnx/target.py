@@ -2,12 +2,15 @@
 
 import os
 
-from simqat_jax.files import atomic_file
+import numpy as np
+
+from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
+from simqat_jax.numerics.arguments import check_flag, check_kind
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.onnx.ops import write_op
-from simqat_jax.targets.onnx.runtime import open_onnx
+from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 from simqat_jax.targets.target import Target
@@ -29,6 +32,7 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
       integer_io: inputs and outputs are uint8 codes; otherwise float32 in real units.
 
     Raises:
+      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
       ImportError: the extra `export` is not installed.
       ValueError: an operation or a width that cannot be written, with its path; additions that
         mirror another runtime.
@@ -36,6 +40,9 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
     Source:
       ONNX operators, opset 19.
     """
+    check_kind("model", model, IntegerModel, "convert(...) makes one.")
+    check_flag("integer_io", integer_io)
+    path = as_path(path)
     data = _bytes(model.program, integer_io)
     with atomic_file(path) as file:
         file.write(data)
@@ -46,4 +53,13 @@ def _bytes(program: Program, integer_io: bool) -> bytes:
     return Writer(fast, integer_io).model_bytes(write_op)
 
 
-ONNX = Target(suffix=".onnx", rounding=ONNXRUNTIME, write=_bytes, open=open_onnx)
+ONNX = Target(
+    suffix=".onnx",
+    rounding=ONNXRUNTIME,
+    write=_bytes,
+    packages=("onnx", "onnxruntime"),
+    open=open_onnx,
+    settings=lambda: {"exact_sums": onnxruntime_saturates()},
+    offset=lambda grid: grid.unsigned_offset,
+    dtype=np.dtype(np.uint8),
+)

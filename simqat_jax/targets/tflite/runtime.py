@@ -1,19 +1,18 @@
-"""Open TFLite files in LiteRT."""
+"""Open TFLite files in LiteRT. Imports nothing of the package, see `targets/serve.py`."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from simqat_jax.files import import_extra
-from simqat_jax.targets.target import OpenFile
 
-
-def open_tflite(path: Path, threads: int | None) -> OpenFile:
+def open_tflite(
+    path: str, threads: int | None
+) -> tuple[str, list[bool], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
     """Open a file on the CPU, see Target.open."""
-    package = import_extra("ai_edge_litert")
-    make = import_extra("ai_edge_litert.interpreter").Interpreter
-    interpreter = make(str(path), num_threads=threads)
+    import ai_edge_litert
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(path, num_threads=threads)
     # Numbered as the model's are: the interpreter's own order is that of the file.
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
@@ -31,10 +30,5 @@ def open_tflite(path: Path, threads: int | None) -> OpenFile:
         interpreter.invoke()
         return [interpreter.get_tensor(detail["index"]) for detail in outputs]
 
-    return OpenFile(
-        name=f"LiteRT {getattr(package, '__version__', '')}".rstrip(),
-        run=run,
-        float_inputs=[detail["dtype"] == np.float32 for detail in inputs],
-        offset=lambda grid: grid.signed_offset,
-        dtype=np.dtype(np.int8),
-    )
+    name = f"LiteRT {getattr(ai_edge_litert, '__version__', '')}".rstrip()
+    return name, [detail["dtype"] == np.float32 for detail in inputs], run

@@ -5,9 +5,10 @@ from types import ModuleType
 
 import numpy as np
 
-from simqat_jax.files import atomic_file, import_extra
+from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
+from simqat_jax.numerics.arguments import check_flag, check_kind
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.target import Target
@@ -33,6 +34,7 @@ def export_tflite(
       integer_io: take and return int8 codes; by default float32 values.
 
     Raises:
+      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
       ImportError: the extra `export` is not installed.
       ValueError: activations or weights of more than 8 bits, an operation in float or another that
         TFLite does not compute exactly, with its path; additions that mirror another runtime.
@@ -41,6 +43,9 @@ def export_tflite(
     Source:
       TensorFlow Lite schema, version 3, and 8-bit quantization specification.
     """
+    check_kind("model", model, IntegerModel, "convert(...) makes one.")
+    check_flag("integer_io", integer_io)
+    path = as_path(path)
     data = _bytes(model.program, integer_io)
     with atomic_file(path) as file:
         file.write(data)
@@ -71,4 +76,13 @@ def _builder(flatbuffers: ModuleType) -> SchemaObject:
     return Builder(1024)
 
 
-TFLITE = Target(suffix=".tflite", rounding=XNNPACK, write=_bytes, open=open_tflite)
+TFLITE = Target(
+    suffix=".tflite",
+    rounding=XNNPACK,
+    write=_bytes,
+    packages=("ai_edge_litert",),
+    open=open_tflite,
+    settings=dict,
+    offset=lambda grid: grid.signed_offset,
+    dtype=np.dtype(np.int8),
+)

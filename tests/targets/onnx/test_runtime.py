@@ -9,7 +9,7 @@ from models import converted
 from zoo import CASES
 
 import simqat_jax as sq
-from simqat_jax.targets.onnx import runtime
+from simqat_jax.targets.onnx import runtime, target
 
 
 def test_saturating_sums_are_found_where_the_processor_has_no_vnni():
@@ -34,7 +34,7 @@ def test_the_exact_option_is_set_where_sums_saturate(saturates, tmp_path, monkey
             entries.append(entry)
             super().add_session_config_entry(*entry)
 
-    monkeypatch.setattr(runtime, "onnxruntime_saturates", lambda: saturates)
+    monkeypatch.setattr(target, "onnxruntime_saturates", lambda: saturates)
     monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
-    sq.open_file(tmp_path / "m.onnx")
+    sq.open_file(tmp_path / "m.onnx", isolated=False)
     assert (("session.x64quantprecision", "1") in entries) == saturates

@@ -14,7 +14,7 @@ from flax.typing import VariableDict
 from jax.extend import core
 
 from simqat_jax.capture.flatten import Flattener
-from simqat_jax.capture.interception import Kwargs, Recorder
+from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder
 from simqat_jax.capture.passes import simplify
 from simqat_jax.ir.graph import Graph, Node, shape_of
 
@@ -89,9 +89,17 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
         without its statistics.
     """
     recorder = Recorder(exclude, forbidden, dry=call.dry)
+    try:
+        return _captured(call, recorder, forget=False)
+    except OldTraceError:  # of a module under `nn.jit`
+        recorder = Recorder(exclude, forbidden, dry=call.dry)
+        return _captured(call, recorder, forget=True)
+
+
+def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
     arguments = _flattened(call)
     operands = (call.variables, arguments.arrays, call.rngs)
-    closed, restore = _trace(call, arguments, operands, recorder)
+    closed, restore = _trace(call, arguments, operands, recorder, forget=forget)
     _check_patterns(recorder, call.module)
     returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
@@ -163,7 +171,12 @@ def _is_array(leaf: object) -> bool:
 
 
 def _trace(
-    call: Call, arguments: _Arguments, operands: tuple[object, ...], recorder: Recorder
+    call: Call,
+    arguments: _Arguments,
+    operands: tuple[object, ...],
+    recorder: Recorder,
+    *,
+    forget: bool,
 ) -> tuple[core.ClosedJaxpr, Restore]:
     """Trace a call, its layers marked; return also what makes its result of its arrays."""
     restores: list[Restore] = []
@@ -173,7 +186,7 @@ def _trace(
     ) -> list[jax.Array]:
         args, kwargs = arguments.with_arrays(arrays)
         with recorder.traces, nn.intercept_methods(recorder.intercept):
-            recorder.forget_traces()
+            recorder.forget_traces() if forget else recorder.share_traces()
             result = call.module.apply(
                 variables, *args, rngs=rngs, mutable=call.mutable, method=call.method, **kwargs
             )

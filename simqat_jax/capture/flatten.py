@@ -142,7 +142,7 @@ class Flattener:
     def _path_of(self, name_stack: str, default: tuple[str, ...]) -> tuple[str, ...]:
         """Return the path of the innermost module that the name stack names."""
         marks = [part for part in name_stack.split("/") if part.startswith(PATH_MARK)]
-        return self.recorder.paths[int(marks[-1].removeprefix(PATH_MARK))] if marks else default
+        return self.recorder.paths[self.recorder.place(marks[-1])] if marks else default
 
     def _apply_rules(self, at: _Equation) -> Sequence[Operand]:
         results = (rule(self, at) for rule in RULES)
@@ -157,10 +157,10 @@ Rule = Callable[[Flattener, _Equation], Sequence[Operand] | None]
 
 def _layer(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     """The boundary around a layer becomes its node; one that was transformed is float."""
-    number = _layer_number(at.eqn)
-    if number is None:
+    mark = _layer_mark(at.eqn)
+    if mark is None:
         return None
-    call = flat.recorder.calls[number]
+    call = flat.recorder.calls[flat.recorder.place(mark)]
     at = dataclasses.replace(at, path=call.layer.path)
     if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:
         flat.unreachable(call, "vmap or grad")
@@ -194,8 +194,8 @@ def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
 
 def _unreachable_layers(flat: Flattener, at: _Equation) -> None:
     """The layers inside a call that is not replaced cannot be quantized."""
-    for number in _layers_inside(at.eqn):
-        flat.unreachable(flat.recorder.calls[number], at.primitive)
+    for mark in _layers_inside(at.eqn):
+        flat.unreachable(flat.recorder.calls[flat.recorder.place(mark)], at.primitive)
 
 
 def _operation(flat: Flattener, at: _Equation) -> Sequence[Operand]:
@@ -230,19 +230,19 @@ def _is_kept_whole(at: _Equation) -> bool:
     return is_named_function(at.eqn, at.inputs)
 
 
-def _layer_number(eqn: core.JaxprEqn) -> int | None:
-    """Return the number of the layer whose boundary this is."""
+def _layer_mark(eqn: core.JaxprEqn) -> str | None:
+    """Return the mark of the layer whose boundary this is."""
     name = function_name(eqn)
-    return int(name.removeprefix(LAYER_MARK)) if name.startswith(LAYER_MARK) else None
+    return name if name.startswith(LAYER_MARK) else None
 
 
-def _layers_inside(eqn: core.JaxprEqn) -> Iterator[int]:
-    """Yield the numbers of the layers that a call holds at any depth."""
+def _layers_inside(eqn: core.JaxprEqn) -> Iterator[str]:
+    """Yield the marks of the layers that a call holds at any depth."""
     for sub in core.jaxprs_in_params(eqn.params):
         for inner in sub.eqns:
-            number = _layer_number(inner)
-            if number is not None:
-                yield number
+            mark = _layer_mark(inner)
+            if mark is not None:
+                yield mark
             yield from _layers_inside(inner)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.typing import ArrayLike
 
+from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Constant, Graph, Node, Operand
 from simqat_jax.ir.program import Op, Program, Shape, Structure, Tensor
 from simqat_jax.numerics.grid import Grid
@@ -53,7 +54,8 @@ class ProgramBuilder:
 
     def compute(self, node: Node) -> None:
         """Compute what does not depend on the data."""
-        results = node.run(*map(self.value, node.inputs))
+        values = [self.value(v) for v in node.inputs]
+        results = node.run(*values) if node.effects else replay.rounded(node, values)
         self.constants.update(zip(node.outputs, results, strict=True))
 
     # Tensors of the program ------------------------------------------------------------------

@@ -14,6 +14,7 @@ from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
 from simqat_jax.training.batch_norm import check_batch_statistics
+from simqat_jax.training.compiled import evaluate
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, initial, restored
@@ -147,9 +148,13 @@ class QuantizedModule(nn.Module):
         if self.is_initializing():
             return result
         check_batch_statistics(captured.graph)
-        values, stats = run(placement, captured.inputs, stats, training=training)
         if training:
+            values, stats = run(placement, captured.inputs, stats, training=True)
             self._store(COLLECTION, stats)
+        else:
+            statics = [v for v in jax.tree.leaves((args, kwargs)) if not hasattr(v, "dtype")]
+            about = (self.config, self.module, statics)
+            values = evaluate(placement, captured.inputs, stats, about)
         output, updates = captured.restore(values)
         for collection, tree in updates.items():
             self._store(collection, tree)

@@ -1,6 +1,5 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -128,7 +127,7 @@ class QuantizedModule(nn.Module):
         assert self.scope is not None
         result, mutable = None, True  # all: the updates are dropped
         if self.is_initializing():
-            result = _float_method(self.module, method)(*args, **kwargs)
+            result = self._initialized(method, args, kwargs)
         else:
             mutable = subtract_filters(self.scope.mutable, COLLECTION)
         rngs = dict(self.scope.rngs)
@@ -159,6 +158,25 @@ class QuantizedModule(nn.Module):
         for collection, tree in updates.items():
             self._store(collection, tree)
         return output
+
+    def _initialized(self, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
+        """Initialize the float module by itself, and store its variables here; return its output.
+
+        As a part of this module, its own submodules would draw their values under other names.
+        """
+        assert self.scope is not None
+        module, rngs = _alone(self.module), dict(self.scope.rngs)
+        made = {k: v for k, v in self.variables.items() if k != COLLECTION}
+        if made:  # by an earlier call: it is part of another model, which calls it again
+            flags = dict(rngs=rngs, mutable=True)
+            return module.apply(made, *args, method=method, **flags, **kwargs)[0]
+        mutable = self.scope.mutable
+        result, made = module.init_with_output(
+            rngs, *args, method=method, mutable=mutable, **kwargs
+        )
+        for collection, tree in made.items():
+            self._store(collection, tree)
+        return result
 
     def _store(self, collection: str, tree: VariableDict) -> None:
         for name, value in tree.items():
@@ -236,7 +254,7 @@ def trace(
     if _function(method) is type(qmodule.module).__call__:
         method = None
     call = Call(
-        module=qmodule.module.clone(parent=None, name=None),
+        module=_alone(qmodule.module),
         variables=floats,
         args=args,
         kwargs=kwargs,
@@ -259,7 +277,6 @@ def _function(method: Method) -> Any:
     return getattr(method, "__func__", method)
 
 
-def _float_method(module: nn.Module, method: Method) -> Callable[..., PyTree]:
-    if callable(method):
-        return functools.partial(_function(method), module)
-    return module if method is None else getattr(module, method)
+def _alone(module: nn.Module) -> nn.Module:
+    """Return a module that is part of no other."""
+    return module.clone(parent=None, name=None)

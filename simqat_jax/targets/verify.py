@@ -55,7 +55,8 @@ def verify(
     Args:
       model: what the file was written from.
       path: a file of `export_onnx` (*.onnx) or `export_tflite` (*.tflite).
-      data: arrays in real units, one for each input of the model, as many examples as wanted.
+      data: arrays in real units, one for each input of the model (arrays by keyword last, sorted),
+        as many examples as wanted.
       batch_size: examples a call; the model's own where that is fixed.
 
     Returns:
@@ -142,7 +143,7 @@ def _differences(
     model: IntegerModel, runtime: OpenFile, batch: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Return for each output which of its codes differ."""
-    codes = jax.tree.leaves(model.quantize(*batch))
+    codes = model._quantized(batch)
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
         shifted = np.asarray(code, np.int32) + runtime.offset(grid_of(model.tensors[i]))

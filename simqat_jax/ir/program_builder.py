@@ -14,6 +14,16 @@ BATCH = 10_007
 """Stands for the batch size in a captured model: a prime that divides no other length."""
 
 
+def _broadcast(
+    value: ArrayLike, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: object
+) -> np.ndarray:
+    """Broadcast a constant without a copy: along the batch, it would have `BATCH` of them."""
+    array, lengths = np.asarray(value), [1] * len(shape)
+    for axis, length in zip(broadcast_dimensions, array.shape, strict=True):
+        lengths[axis] = length
+    return np.broadcast_to(array.reshape(lengths), tuple(shape))
+
+
 class ProgramBuilder:
     """Collects the tensors and operations of a graph's Program.
 
@@ -55,7 +65,10 @@ class ProgramBuilder:
     def compute(self, node: Node) -> None:
         """Compute what does not depend on the data."""
         values = [self.value(v) for v in node.inputs]
-        results = node.run(*values) if node.effects else replay.rounded(node, values)
+        if node.primitive == "broadcast_in_dim" and not node.parts:
+            results = (_broadcast(values[0], **node.eqn.params),)
+        else:
+            results = node.run(*values) if node.effects else replay.rounded(node, values)
         self.constants.update(zip(node.outputs, results, strict=True))
 
     # Tensors of the program ------------------------------------------------------------------

@@ -189,7 +189,9 @@ def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) ->
     output = w.model.tensors[op.outputs[0]]
     grid = w.grid(output)
     real = w.node("Cast", [sums], op.path, to=w.onnx.TensorProto.FLOAT)
-    multiplier = np.float32(op.arrays["multiplier"])
+    multiplier = op.arrays["multiplier"].astype(np.float32)
+    if layout == FIRST and multiplier.ndim > 1:
+        multiplier = np.moveaxis(multiplier, -1, 1)
     real = w.node("Mul", [real, w.initializer(multiplier, op.path)], op.path)
     real = w.node("Round", [real], op.path)
     zero = w.initializer(np.float32(grid.zero_point + grid.unsigned_offset), op.path)

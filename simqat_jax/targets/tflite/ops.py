@@ -33,6 +33,7 @@ from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
     grown,
+    in_regions,
     pad_codes,
     padded,
     windowed,
@@ -213,7 +214,14 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
         w.emit("TRANSPOSE", [x.index, w.constant(order)], moved.index)
         x = moved
     rows = list(x.shape[: len(kept)])
-    weight, scale = _ones(op, x.grid, y.grid, count)
+    multiplier = op.arrays["multiplier"]
+    if multiplier.size > 1:
+        refuse(
+            op,
+            "it divides each of its sums by another number",
+            "Divide in front of the sum, or by one number.",
+        )
+    weight, scale = _ones(op, x.grid, y.grid, count, multiplier)
     sums = w.codes(f"{op.path}/sums", [*rows, 1], y.grid)
     kernel = np.full((1, count), weight)
     _fully_connected(w, op, w.reshape(x, [*rows, count]), sums, kernel, np.full(1, scale))
@@ -222,19 +230,29 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
 
 def _sum_pool(w: Writer, op: SumPool, x: Codes, y: Codes) -> None:
     window, channels = _pooling(op, x), x.shape[-1]
-    weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths))
-    kernel = np.full((*window.lengths, 1, channels), weight)
-    scales = np.full(channels, scale)
-    _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+
+    def add(x: Codes, y: Codes, window: Window, multiplier: np.ndarray) -> None:
+        weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths), multiplier)
+        kernel = np.full((*window.lengths, 1, channels), weight)
+        scales = np.full(channels, scale)
+        _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+
+    multipliers = op.arrays["multiplier"]
+    if multipliers.size == 1:
+        add(x, y, window, multipliers)
+    else:
+        in_regions(w, op, x, y, window, multipliers, add)
 
 
-def _ones(op: SumOver | SumPool, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
+def _ones(
+    op: SumOver | SumPool, x: Grid, y: Grid, count: int, wanted: np.ndarray
+) -> tuple[int, np.float32]:
     """Return a weight and its scale with which a layer adds up `count` codes exactly.
 
     Not every float32 is `f32(f32(s_x * s_w) / s_y)` for some `s_w`: another multiplier does where
     it rounds every sum that can occur to the same code.
     """
-    multiplier = op.arrays["multiplier"].astype(np.float32)
+    multiplier = np.float32(wanted.item())
     zero = int(x.zero_point)
     largest = count * max(zero - x.qmin, x.qmax - zero)
     last = min(largest, int(300 / multiplier))  # beyond it every code saturates

@@ -11,7 +11,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
-from simqat_jax.ops.floats import MoveOp
+from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -28,7 +28,9 @@ from simqat_jax.ops.moves import (
 )
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
-from simqat_jax.targets.tflite.subgraph import Codes, refuse, stored
+from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import check as check_each
+from simqat_jax.targets.tflite.subgraph import Codes, stored
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -82,36 +84,7 @@ def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
 
 def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
-    for op in program.ops:
-        if not op.rounds_as(XNNPACK):
-            refuse(
-                op,
-                "it rounds as ONNX Runtime does, which LiteRT does not",
-                'Convert again with convert(..., backend="tflite").',
-            )
-        if type(op) not in _WRITERS:
-            what = "moves codes in a way" if isinstance(op, MoveOp) else "is computed in float"
-            refuse(
-                op,
-                f"it {what} that has no form in TFLite's integers",
-                "Return its input from the model and compute the rest on the values, or use an "
-                "operation that stays in integers.",
-            )
-        if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-            refuse(
-                op,
-                "its kernel has more than the 8 bits of TFLite's weights",
-                "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits.",
-            )
-        for i in (*op.inputs, *op.outputs):
-            grid = program.tensors[i].grid
-            if grid is not None and grid.dtype.itemsize > 1:
-                bits = (grid.qmax - grid.qmin).bit_length()
-                refuse(
-                    op,
-                    f"{program.tensors[i].name} has {bits} bits, and TFLite's activations 8",
-                    "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits.",
-                )
+    check_each(program.ops, lambda op: _check(program, op), "TFLite")
     for i in (*program.inputs, *program.outputs):
         if program.tensors[i].grid is None:
             raise ValueError(
@@ -120,18 +93,30 @@ def check(program: Program) -> None:
             )
 
 
+def _check(program: Program, op: Op) -> None:
+    if not op.rounds_as(XNNPACK):
+        refuse(
+            op,
+            "it rounds as ONNX Runtime does, which LiteRT does not",
+            'Convert again with convert(..., backend="tflite").',
+        )
+    if type(op) not in _WRITERS and not isinstance(op, Quantize):
+        refuse_float(program, op)
+    refuse_wide(program, op)
+
+
 # Layers ----------------------------------------------------------------------------------------
 
 
 def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
     kernel = op.arrays["kernel"]
     if len(op.strides) > 2:
-        refuse(op, "TFLite convolves over one or two axes in integers, not three", "Exclude it.")
+        refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
     if any(d != 1 for d in op.input_dilation):
         refuse(
             op,
             f"TFLite has no convolution with input_dilation={op.input_dilation}",
-            "Resize the input with jnp.repeat in front of a plain convolution.",
+            OTHER_FILE,
         )
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation, op.pad_mode)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
@@ -206,7 +191,7 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
     """Multiply by a column of ones: XNNPACK's MEAN does not round its ties as it does here."""
     axes = [a % len(x.shape) for a in op.axes]
     if any(x.shape[a] < 0 for a in axes):
-        refuse(op, "it sums over the batch", "Sum outside of the model.")
+        refuse(op, "it sums over the batch", OTHER_FILE)
     kept = [a for a in range(len(x.shape)) if a not in axes]
     count, order = math.prod(x.shape[a] for a in axes), [*kept, *axes]
     if order != sorted(order):
@@ -219,7 +204,7 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
         refuse(
             op,
             "it divides each of its sums by another number",
-            "Divide in front of the sum, or by one number.",
+            OTHER_FILE,
         )
     weight, scale = _ones(op, x.grid, y.grid, count, multiplier)
     sums = w.codes(f"{op.path}/sums", [*rows, 1], y.grid)
@@ -271,7 +256,7 @@ def _ones(
     refuse(
         op,
         f"no weights of TFLite's multiply its sums of {count} codes by {multiplier}",
-        "Sum over fewer elements, or exclude it.",
+        OTHER_FILE,
     )
 
 
@@ -314,8 +299,14 @@ def _clip(w: Writer, op: Clip, x: Codes, y: Codes) -> None:
 
 def _pooling(op: SumPool | MaxPool, x: Codes) -> Window:
     ends = [values[k] for values in (op.window, op.strides) for k in (0, -1)]
-    if len(x.shape) not in (3, 4) or ends != [1] * 4:
-        refuse(op, "TFLite pools over one or two axes between batch and channels", "Move them.")
+    if ends != [1] * 4:
+        refuse(
+            op,
+            "it pools over the batch or over channels",
+            "Transpose before pooling, so that it pools over the axes between batch and channels.",
+        )
+    if len(x.shape) not in (3, 4):
+        refuse(op, "TFLite pools over one or two axes between batch and channels", OTHER_FILE)
     lengths, strides, padding = op.window[1:-1], op.strides[1:-1], op.padding[1:-1]
     return Window(lengths, strides, padding, (1,) * len(lengths))
 

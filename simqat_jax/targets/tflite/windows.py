@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from simqat_jax.ir.program import Op
-from simqat_jax.targets.tflite.subgraph import Codes, refuse
+from simqat_jax.targets.refusals import OTHER_FILE, refuse
+from simqat_jax.targets.tflite.subgraph import Codes
 from simqat_jax.targets.tflite.writer import Writer
 
 
@@ -101,7 +102,7 @@ def in_regions(
       emit: pools one region with one multiplier.
     """
     if multipliers.shape[0] != 1 or multipliers.shape[-1] != 1:
-        refuse(op, "it divides by other numbers in each channel or example", "Divide behind it.")
+        refuse(op, "it divides by other numbers in each channel or example", OTHER_FILE)
     multipliers = np.broadcast_to(multipliers, (1, *y.shape[1:-1], 1))
     cuts = [_runs(multipliers, axis) for axis in range(1, multipliers.ndim - 1)]
 
@@ -196,7 +197,7 @@ def check_padding(
             refuse(
                 op,
                 f"TFLite cannot pad a length of {abs(size)} by {tuple(pads)} with {mode} padding",
-                "Use less padding.",
+                OTHER_FILE,
             )
 
 

@@ -15,18 +15,21 @@ from jax.extend import core
 
 from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener
-from simqat_jax.capture.interception import Kwargs, Recorder, Scope
+from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
 from simqat_jax.capture.passes import dependent, prune, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
 from simqat_jax.capture.state import separate_state
 from simqat_jax.capture.unreachable import unreachable_products
-from simqat_jax.ir.graph import Graph, shape_of
+from simqat_jax.ir.graph import Constant, Graph, Node, Operand, shape_of
 
 Result = tuple[object, VariableDict]
 """What a call returns: `(output, updated collections)`."""
 Restore = Callable[[Sequence[Any]], Result]
-"""Maps the values of a graph's outputs to the call's result."""
+"""Maps the values of a graph's outputs, then of what was seen, to the call's result."""
+Filter = bool | Callable[[nn.Module, str], bool]
+"""Which calls of methods are seen, as Flax's `capture_intermediates` takes it."""
+_INTERMEDIATES = "intermediates"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class Call:
       rngs: one key, or Flax's own LazyRng, per random stream.
       mutable: the collections that the call may update.
       dry: nothing is computed, so that a BatchNorm's mapped axis need not be there.
+      intermediates: the methods whose results are wanted besides.
     """
 
     module: nn.Module
@@ -52,6 +56,7 @@ class Call:
     rngs: Mapping[str, jax.Array | LazyRng]
     mutable: CollectionFilter
     dry: bool = False
+    intermediates: Filter = False
 
     @property
     def start(self) -> tuple[str, ...]:
@@ -64,18 +69,53 @@ class Call:
         return (self.method if isinstance(self.method, str) else self.method.__name__,)
 
 
+@dataclasses.dataclass(frozen=True)
+class Intermediates:
+    """Tensors that somebody looks at: they are no outputs, and nothing is planned otherwise.
+
+    Attributes:
+      tensors: which.
+      nodes: of the graph as it was traced.
+    """
+
+    tensors: tuple[Operand, ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+    def values(self, known: Mapping[int, jax.Array]) -> list[jax.Array]:
+        """Return their values.
+
+        Args:
+          known: those of the tensors that the plan makes. Of what it fuses or merges the nodes are
+            run by themselves.
+        """
+        env, makers = dict(known), {v: node for node in self.nodes for v in node.outputs}
+
+        def value(v: Operand) -> Any:
+            if isinstance(v, Constant):
+                return v.value
+            if v not in env:
+                node = makers[v]
+                env.update(zip(node.outputs, node.run(*map(value, node.inputs)), strict=True))
+            return env[v]
+
+        return [jnp.asarray(value(v)) for v in self.tensors]
+
+
 class Capture(NamedTuple):
     """A captured call.
 
     Attributes:
       graph: the call as a graph.
       inputs: the value of each of `graph.inputs`.
-      restore: maps the values of `graph.outputs` to the call's `(output, updated collections)`.
+      restore: maps the values of `graph.outputs`, then those of `seen`, to the call's
+        `(output, updated collections)`.
+      seen: the intermediates that were asked for.
     """
 
     graph: Graph
     inputs: list[jax.Array]
     restore: Restore
+    seen: Intermediates = Intermediates()
 
 
 def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module]) -> Capture:
@@ -94,18 +134,51 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
         without its statistics.
     """
     recorder = Recorder(exclude, forbidden, dry=call.dry)
+    try:
+        return _captured(call, recorder, forget=False)
+    except OldTraceError:  # of a module under `nn.jit`
+        recorder = Recorder(exclude, forbidden, dry=call.dry)
+        return _captured(call, recorder, forget=True)
+
+
+def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
     arguments = _flattened(call)
     operands = (call.variables, arguments.arrays, call.rngs)
-    closed, restore = _trace(call, arguments, operands, recorder)
+    closed, restore = _trace(call, arguments, operands, recorder, forget=forget)
     _check_patterns(recorder, call.module)
     returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
-    graph = share(prune(_graph(call, arguments, closed, recorder, count)))
+    graph = _graph(call, arguments, closed, recorder, count)
+    inputs = jax.tree.leaves(operands)
+    if not call.intermediates:
+        return Capture(_understood(graph, recorder), inputs, restore)
+    looked_at = _looked_at(restore, len(graph.outputs))
+    order = [*(i for i in range(len(graph.outputs)) if i not in looked_at), *looked_at]
+    outputs = [graph.outputs[i] for i in order]
+    kept = len(outputs) - len(looked_at)
+    rest = dataclasses.replace(graph, outputs=tuple(outputs[:kept]))
+    seen = Intermediates(tuple(outputs[kept:]), graph.nodes)
+
+    def reordered(values: Sequence[Any]) -> Result:
+        at = dict(zip(order, values, strict=True))
+        return restore([at[i] for i in range(len(order))])
+
+    return Capture(_understood(rest, recorder), inputs, reordered, seen)
+
+
+def _understood(graph: Graph, recorder: Recorder) -> Graph:
+    """Find in a graph, as it was traced, what a plan is made of."""
+    graph = share(prune(graph))
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed))
-    graph = keep_norms_float(simplify(separate_state(graph)))
-    graph = keep_exact(graph)
-    return Capture(graph, jax.tree.leaves(operands), restore)
+    graph = simplify(separate_state(graph))
+    return keep_exact(keep_norms_float(graph))
+
+
+def _looked_at(restore: Restore, count: int) -> list[int]:
+    """Return the outputs that are intermediates."""
+    _, updates = restore(list(range(count)))
+    return jax.tree.leaves(dict(updates).get(_INTERMEDIATES, {}))
 
 
 class _Place:
@@ -172,7 +245,12 @@ def _is_array(leaf: object) -> bool:
 
 
 def _trace(
-    call: Call, arguments: _Arguments, operands: tuple[object, ...], recorder: Recorder
+    call: Call,
+    arguments: _Arguments,
+    operands: tuple[object, ...],
+    recorder: Recorder,
+    *,
+    forget: bool,
 ) -> tuple[core.ClosedJaxpr, Restore]:
     """Trace a call, its layers marked; return also what makes its result of its arrays."""
     restores: list[Restore] = []
@@ -182,9 +260,15 @@ def _trace(
     ) -> list[jax.Array]:
         args, kwargs = arguments.with_arrays(arrays)
         with recorder.traces, nn.intercept_methods(recorder.intercept):
-            recorder.forget_traces()
+            recorder.forget_traces() if forget else recorder.share_traces()
             result = call.module.apply(
-                variables, *args, rngs=rngs, mutable=call.mutable, method=call.method, **kwargs
+                variables,
+                *args,
+                rngs=rngs,
+                mutable=call.mutable,
+                method=call.method,
+                capture_intermediates=call.intermediates,
+                **kwargs,
             )
         leaves, tree = jax.tree.flatten(result)
         restores.append(_restore(functools.partial(jax.tree.unflatten, tree), leaves))

@@ -148,10 +148,10 @@ Rule = Callable[[Flattener, _Equation], Sequence[Operand] | None]
 
 def _layer(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     """The boundary around a layer becomes its node; one that was transformed is float."""
-    number = _layer_number(at.eqn)
-    if number is None:
+    mark = _layer_mark(at.eqn)
+    if mark is None:
         return None
-    call = flat.recorder.calls[number]
+    call = flat.recorder.calls[flat.recorder.place(mark)]
     at = dataclasses.replace(at, scope=Scope(call.layer.path, None))
     if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:  # vmap or grad
         return flat.emit(at, Float, call.op, bound(at.eqn))
@@ -222,16 +222,16 @@ def _is_kept_whole(at: _Equation) -> bool:
     return is_named_function(at.eqn, at.inputs)
 
 
-def _layer_number(eqn: core.JaxprEqn) -> int | None:
-    """Return the number of the layer whose boundary this is."""
+def _layer_mark(eqn: core.JaxprEqn) -> str | None:
+    """Return the mark of the layer whose boundary this is."""
     name = function_name(eqn)
-    return int(name.removeprefix(LAYER_MARK)) if name.startswith(LAYER_MARK) else None
+    return name if name.startswith(LAYER_MARK) else None
 
 
 def _layers_inside(eqn: core.JaxprEqn) -> bool:
     """Whether a call holds layers or products at any depth."""
     return any(
-        _layer_number(inner) is not None
+        _layer_mark(inner) is not None
         or inner.primitive.name in CONTRACTIONS
         or _layers_inside(inner)
         for sub in core.jaxprs_in_params(eqn.params)

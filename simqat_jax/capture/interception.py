@@ -27,9 +27,12 @@ from simqat_jax.ir.graph import (
 LAYER_MARK = "simqat_layer_"
 PATH_MARK = "simqat_path_"
 # Part of the key of every jit cache while a model is captured: without it `nn.jit` would hand out
-# traces made without the interceptor, or made for another module of the same class.
+# traces made without the interceptor, or made for another module of the same class. What holds no
+# module may be traced once and for all: under `_SHARED`.
 _trace_context = jax.make_user_context()
+_SHARED = 0
 _fresh = itertools.count(1)
+_numbers = itertools.count()
 
 Kwargs = Mapping[str, Any]
 """Keyword arguments of a call."""
@@ -42,6 +45,10 @@ def excluded(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     """Whether a pattern matches the module path or a module around it."""
     prefixes = ["/".join(path[:depth]) for depth in range(1, len(path) + 1)]
     return any(fnmatch.filter(prefixes, pattern) for pattern in patterns)
+
+
+class OldTraceError(Exception):
+    """A trace holds the marks of another capture."""
 
 
 class LayerCall(NamedTuple):
@@ -101,7 +108,8 @@ class Recorder:
       calls: of layers; the number in a layer's mark is its place here.
       modules: the paths of all modules that were called.
       scopes: the methods called; the number in a path's mark is its place here.
-      traces: closes when traces made before the capture may be used again.
+      traces: closes when traces made outside of captures may be used again.
+      number: of the capture; a part of its marks.
     """
 
     exclude: tuple[str, ...]
@@ -111,6 +119,7 @@ class Recorder:
     modules: list[tuple[str, ...]] = dataclasses.field(default_factory=list)
     scopes: list[Scope] = dataclasses.field(default_factory=list)
     traces: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    number: int = dataclasses.field(default_factory=lambda: next(_numbers))
     _states: list[object] = dataclasses.field(default_factory=list)
     _inside_layer: bool = False
 
@@ -118,7 +127,7 @@ class Recorder:
         """Return the innermost method call that an equation's name stack names."""
         parts = str(eqn.source_info.name_stack).split("/")
         marks = [part for part in parts if part.startswith(PATH_MARK)]
-        return self.scopes[int(marks[-1].removeprefix(PATH_MARK))] if marks else default
+        return self.scopes[self.place(marks[-1])] if marks else default
 
     def module_names(self) -> list[str]:
         """Return the names of the modules called, in order, each once."""
@@ -127,6 +136,21 @@ class Recorder:
     def unmatched(self) -> list[str]:
         """Return the patterns that match no module called."""
         return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
+
+    def share_traces(self) -> None:
+        """From here on, until `traces` closes, use traces made by captures."""
+        self.traces.enter_context(_trace_context(_SHARED))
+
+    def place(self, mark: str) -> int:
+        """Return the place that a mark of this capture names.
+
+        Raises:
+          OldTraceError: it is another capture's.
+        """
+        number, place = map(int, mark.rsplit("_", 2)[1:])
+        if number != self.number:
+            raise OldTraceError
+        return place
 
     def forget_traces(self) -> None:
         """From here on, until `traces` closes, use no trace that was made before."""
@@ -173,7 +197,7 @@ class Recorder:
         # Operations of a method keep its name, whoever calls it.
         path = path if method in ("__call__", "setup") else (*path, method)
         self.scopes.append(Scope(path, None if base is None else _unbound(base, module)))
-        return jax.named_scope(f"{PATH_MARK}{len(self.scopes) - 1}")
+        return jax.named_scope(f"{PATH_MARK}{self.number}_{len(self.scopes) - 1}")
 
     def bind(
         self, layer: Layer, make: MakeNode, op: str, fn: _Function, *operands: jax.Array
@@ -187,7 +211,7 @@ class Recorder:
             finally:
                 self._inside_layer = False
 
-        boundary.__name__ = f"{LAYER_MARK}{len(self.calls)}"
+        boundary.__name__ = f"{LAYER_MARK}{self.number}_{len(self.calls)}"
         self.calls.append(LayerCall(layer, make, op, tuple(map(jnp.shape, operands))))
         return jax.jit(boundary)(*operands)
 

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import flax.errors
 import jax
+import jax.numpy as jnp
 from flax.typing import VariableDict
 from jax.core import Tracer
 
@@ -13,7 +14,7 @@ from simqat_jax.capture import Capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.batch_size import same_graphs, same_programs, same_values
 from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
-from simqat_jax.integer.model import IntegerModel
+from simqat_jax.integer.model import KEYWORDS, IntegerModel
 from simqat_jax.ir.graph import Graph
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree
@@ -46,7 +47,8 @@ def convert(
       args: a sample of the model's arguments, arrays or ShapeDtypeStructs.
       backend: "tflite" or "onnx"; by default `SimQATConfig.backend`.
       method: of the float model, by name or function; by default its `__call__`.
-      kwargs: keyword arguments of the call in evaluation: `train=False`.
+      kwargs: keyword arguments of the call in evaluation: `train=False`; arrays among them are
+        arguments of the integer model, by keyword.
 
     Returns:
       An IntegerModel.
@@ -67,7 +69,12 @@ def convert(
     """
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
-    metadata = {"simqat_jax": version("simqat-jax"), "config": dataclasses.asdict(config)}
+    metadata: dict[str, object] = {
+        "simqat_jax": version("simqat-jax"),
+        "config": dataclasses.asdict(config),
+    }
+    if call.keywords:
+        metadata[KEYWORDS] = call.keywords
     compiled: Compiled = {}
 
     def lowered(captured: Capture, free_batch: bool) -> tuple[ProgramBuilder, Program]:
@@ -138,6 +145,27 @@ def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
     return {name: q.observer.range(states[name]) for name, q in placement.stateful.items()}
 
 
+def _is_array(x: object) -> bool:
+    return hasattr(x, "dtype")
+
+
+def _shape(x: PyTree) -> PyTree:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
+
+
+def _check_no_keys(args: tuple, kwargs: Mapping[str, PyTree]) -> None:
+    """Raise ValueError for random keys: no file takes any, and evaluation draws no numbers."""
+    for (place, *inner), x in jax.tree.leaves_with_path((args, dict(kwargs))):
+        if _is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            path = jax.tree_util.keystr(tuple(inner), simple=True, separator="/")
+            kind = "keyword argument" if place.idx else "argument"
+            raise ValueError(
+                f"{kind} {path} is a random key ({x.dtype}), and an integer model draws no random "
+                "numbers. Pass None in evaluation, or draw keys inside of the model, with "
+                "self.make_rng, where it trains."
+            )
+
+
 class _Call:
     """A call of a quantized module, to be captured with one batch size or another."""
 
@@ -152,13 +180,9 @@ class _Call:
         self.qmodule = qmodule
         self.variables = variables
         self.method = method
-        self.kwargs = kwargs
-        self.args = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x, args
-        )
-        if any(hasattr(x, "dtype") for x in jax.tree.leaves(dict(kwargs))):
-            raise ValueError("convert takes arrays as positional arguments, not by keyword.")
-        arrays = [x for x in jax.tree.leaves(self.args) if hasattr(x, "dtype")]
+        _check_no_keys(args, kwargs)
+        self.args, self.kwargs = jax.tree.map(_shape, (args, dict(kwargs)))
+        arrays = [x for x in jax.tree.leaves((self.args, self.kwargs)) if _is_array(x)]
         if not arrays:
             raise ValueError(
                 "args must hold a sample of the model's arguments, arrays or ShapeDtypeStructs, "
@@ -167,20 +191,26 @@ class _Call:
         lengths = {x.shape[0] if x.shape else None for x in arrays}
         self.size = lengths.pop() if len(lengths) == 1 else None
 
+    @property
+    def keywords(self) -> dict[str, int]:
+        """How many arrays are in each keyword argument that holds any."""
+        counts = {k: sum(map(_is_array, jax.tree.leaves(v))) for k, v in self.kwargs.items()}
+        return {k: count for k, count in sorted(counts.items()) if count}
+
     def captured(self, batch: int | None) -> Capture:
         def resized(x: PyTree) -> PyTree:
-            if batch is None or not hasattr(x, "dtype"):
+            if batch is None or not _is_array(x):
                 return x
             return jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
 
-        args = jax.tree.map(resized, self.args)
+        args, kwargs = jax.tree.map(resized, (self.args, self.kwargs))
         try:
-            return self._traced(args)
+            return self._traced(args, kwargs)
         except flax.errors.InvalidRngError as error:
             raise ValueError(NOT_EVALUATION.format(path="the model")) from error
 
-    def _traced(self, args: tuple) -> Capture:
-        call = (self.qmodule, self.variables, args, self.kwargs, self.method)
+    def _traced(self, args: tuple, kwargs: Mapping[str, PyTree]) -> Capture:
+        call = (self.qmodule, self.variables, args, kwargs, self.method)
         try:
             return trace(*call, rngs={}, mutable=[])  # evaluation updates nothing
         except flax.errors.ModifyScopeVariableError:  # or the model does, whatever the mode

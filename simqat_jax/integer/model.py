@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from simqat_jax.integer import arguments, file
 from simqat_jax.integer.table import table
 from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of
 from simqat_jax.numerics.arguments import check_kind
+
+KEYWORDS = "keywords"
+"""In metadata: the keyword arguments that hold arrays, and how many each of them holds."""
 
 
 class IntegerModel:
@@ -83,34 +87,39 @@ class IntegerModel:
 
     # Running ---------------------------------------------------------------------------------
 
-    def __call__(self, *args: PyTree) -> PyTree:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Run on real values.
 
         Args:
           args: what the float model takes: arrays of the converted sample's shapes, with any
             batch size.
+          kwargs: those that the sample had by keyword.
 
         Returns:
           What the float model returns.
 
         Raises:
           TypeError: what is no array.
-          ValueError: an array of another shape or kind.
+          ValueError: an array of another shape or kind; other keywords than the sample's.
         """
-        leaves = jax.tree.leaves(args)
+        leaves = self._leaves(args, kwargs)
         results = self._dequantize(self._codes(self._quantized(leaves)))
         raw = dict(zip(self.inputs, leaves, strict=True))
         values = [raw.get(i, r) for i, r in zip(self.outputs, results, strict=True)]
         return _structured(self.structure, values)
 
-    def quantize(self, *args: PyTree) -> PyTree:
+    def quantize(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Map inputs to their codes; what has none stays as it is. One array: itself, else a list.
+
+        Args:
+          args: as of a call.
+          kwargs: as of a call; their codes are behind the others, sorted by keyword.
 
         Raises:
           TypeError: what is no array.
-          ValueError: an array of another shape or kind.
+          ValueError: an array of another shape or kind; other keywords than the sample's.
         """
-        codes = self._quantized(jax.tree.leaves(args))
+        codes = self._quantized(self._leaves(args, kwargs))
         return codes[0] if len(codes) == 1 else codes
 
     def run_codes(self, *codes: PyTree) -> PyTree:
@@ -135,6 +144,19 @@ class IntegerModel:
         leaves, tree = jax.tree.flatten(codes)
         checked = arguments.codes(self._results, leaves, "Pass what run_codes returned.")
         return jax.tree.unflatten(tree, self._dequantize(checked))
+
+    def _leaves(self, args: tuple, kwargs: Mapping[str, PyTree]) -> list[Any]:
+        """Return the arrays of a call in the order of the inputs: keywords last, sorted."""
+        known = self.metadata.get(KEYWORDS, {})
+        assert isinstance(known, Mapping)
+        given = {k: len(jax.tree.leaves(v)) for k, v in kwargs.items() if v is not None}
+        if given != dict(known):
+            takes = f"arrays by keyword for {', '.join(known)}" if known else "no keyword arguments"
+            raise ValueError(
+                f"the model was converted from a call with {takes}, got {sorted(kwargs)}. Pass the "
+                "arrays as in that call, and nothing else."
+            )
+        return jax.tree.leaves((args, dict(kwargs)))
 
     def _quantized(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
         return self._quantize(arguments.real_values(self._arguments, leaves))

@@ -5,12 +5,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jax.typing import ArrayLike
 
+from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Constant, Graph, Node, Operand
 from simqat_jax.ir.program import Op, Program, Shape, Structure, Tensor
 from simqat_jax.numerics.grid import Grid
 
 BATCH = 10_007
 """Stands for the batch size in a captured model: a prime that divides no other length."""
+
+
+def _broadcast(
+    value: ArrayLike, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: object
+) -> np.ndarray:
+    """Broadcast a constant without a copy: along the batch, it would have `BATCH` of them."""
+    array, lengths = np.asarray(value), [1] * len(shape)
+    for axis, length in zip(broadcast_dimensions, array.shape, strict=True):
+        lengths[axis] = length
+    return np.broadcast_to(array.reshape(lengths), tuple(shape))
 
 
 class ProgramBuilder:
@@ -53,7 +64,11 @@ class ProgramBuilder:
 
     def compute(self, node: Node) -> None:
         """Compute what does not depend on the data."""
-        results = node.run(*map(self.value, node.inputs))
+        values = [self.value(v) for v in node.inputs]
+        if node.primitive == "broadcast_in_dim" and not node.parts:
+            results = (_broadcast(values[0], **node.eqn.params),)
+        else:
+            results = node.run(*values) if node.effects else replay.rounded(node, values)
         self.constants.update(zip(node.outputs, results, strict=True))
 
     # Tensors of the program ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Run captured operations at other shapes than those they were captured with."""
+"""Run captured operations again: at other shapes, or with a rounding of its own for each."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,12 +9,15 @@ from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from simqat_jax.ir.graph import Constant, Node
+from simqat_jax.ir.graph import Constant, Node, shape_of
+from simqat_jax.numerics.affine import own_rounding, true_divide
 
 _Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
 INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
 """Calls that are nothing but what they call."""
 _CALLS = (*INLINED_CALLS, "custom_jvp_call", "custom_vjp_call")
+_ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
+"""What compilers contract with their neighbours, or reassociate with constants."""
 
 
 def _run(
@@ -48,8 +51,46 @@ def _run_eqn(eqn: core.JaxprEqn, values: Sequence[ArrayLike], bind: _Bind) -> Se
 def _results(
     eqn: core.JaxprEqn, values: Sequence[ArrayLike], params: dict[str, object]
 ) -> Sequence[ArrayLike]:
+    """Run an equation; arithmetic rounds by itself, whatever is compiled around it."""
+    name, dtype = eqn.primitive.name, _dtype(eqn)
+    if name in _ARITHMETIC and dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if name == "div":
+            a, b = jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values))
+            return (own_rounding(true_divide(a, b)),)
+        return (own_rounding(eqn.primitive.bind(*values, **params)),)
     result = eqn.primitive.bind(*values, **params)
     return result if eqn.primitive.multiple_results else (result,)
+
+
+def _run_node(node: Node, values: Sequence[ArrayLike], bind: _Bind) -> list[ArrayLike]:
+    """Run what a node was captured as, part by part."""
+    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
+    for part in node.parts or (node,):
+        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
+        env.update(zip(part.outputs, _run_eqn(part.eqn, operands, bind), strict=True))
+    return [env[v] for v in node.outputs]
+
+
+def rounded(node: Node, values: Sequence[ArrayLike]) -> list[jax.Array]:
+    """Run a node so that what it returns does not depend on what is compiled around it.
+
+    Every sum, product and quotient rounds by itself: none is contracted to a fused multiply-add,
+    no quotient becomes a product with the inverse. So a model's own float arithmetic has one result
+    in evaluation and in the integer model, where half of all pixels may lie on ties of a grid.
+
+    Args:
+      node: any, without effects.
+      values: one for each of its inputs.
+    """
+
+    def bind(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
+        return _results(eqn, values, eqn.primitive.get_bind_params(eqn.params))
+
+    return [jnp.asarray(x) for x in _run_node(node, values, bind)]
+
+
+def _dtype(eqn: core.JaxprEqn) -> np.dtype | None:
+    return shape_of(eqn.outvars[0]).dtype if eqn.outvars else None
 
 
 # Elementwise functions ---------------------------------------------------------------------------
@@ -61,7 +102,7 @@ def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence
     arrays = [jnp.reshape(v, ()) if np.size(v) == 1 else jnp.asarray(v) for v in values]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     arrays = [jnp.broadcast_to(a, shape) for a in arrays]
-    # Each operation rounds by itself, with and without jit: nothing is contracted.
+    # Nothing is rewritten as a pair, `exp(a) * exp(b)` for instance.
     results = _results(eqn, arrays, eqn.primitive.get_bind_params(eqn.params))
     return [lax.optimization_barrier(v) for v in results]
 
@@ -77,12 +118,8 @@ def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:
     """
     first, *rest = values
     values = [first, *(jnp.ravel(x)[0] for x in rest)]
-    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
-    parts = node.parts or (node,)
-    for part in parts:
-        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
-        env.update(zip(part.outputs, _run_eqn(part.eqn, operands, _bind_pointwise), strict=True))
-    return jnp.asarray(env[parts[-1].outputs[0]])
+    (result,) = _run_node(node, values, _bind_pointwise)
+    return jnp.asarray(result)
 
 
 # Another batch size ------------------------------------------------------------------------------
@@ -142,9 +179,4 @@ def at_batch(node: Node, values: Sequence[ArrayLike], old: int, new: int) -> Seq
         params = eqn.primitive.get_bind_params(eqn.params)
         return _results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
 
-    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
-    parts = node.parts or (node,)
-    for part in parts:
-        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
-        env.update(zip(part.outputs, _run_eqn(part.eqn, operands, bind), strict=True))
-    return [env[v] for v in node.outputs]
+    return _run_node(node, values, bind)

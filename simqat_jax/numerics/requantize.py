@@ -90,8 +90,12 @@ def channel_affine(
 
 
 def mean_multiplier(x_scale: ArrayLike, y_scale: ArrayLike, count: ArrayLike) -> jax.Array:
-    """Return the multiplier of a sum that is divided by `count`: `s_x / f32(s_y * count)`."""
-    return true_divide(
-        jnp.asarray(x_scale, jnp.float32),
-        rounded_product(jnp.asarray(y_scale, jnp.float32), count),
-    )
+    """Return the multiplier of a sum that is divided by `count`: `s_x / f32(s_y * count)`.
+
+    Args:
+      x_scale: real units per code of what is added up.
+      y_scale: real units per output code.
+      count: one number, or one for each sum.
+    """
+    divisor = rounded_product(jnp.asarray(y_scale, jnp.float32), count)
+    return true_divide(jnp.broadcast_to(jnp.asarray(x_scale, jnp.float32), divisor.shape), divisor)

@@ -326,8 +326,14 @@ def concrete(grid: Grid) -> Grid:
 
 
 def requantize(c: Context, sums: jax.Array, clamp: Sequence[int]) -> jax.Array:
-    """Scale integer sums to the output's grid, with the operation's multiplier."""
-    return c.grid.from_float(scaled(sums, on_last_axis(c.arrays["multiplier"], sums)), clamp)
+    """Scale integer sums to the output's grid, with the operation's multiplier.
+
+    That is one number, one for each channel, or an array that broadcasts to the sums.
+    """
+    multiplier = c.arrays["multiplier"]
+    if np.ndim(multiplier) < 2:
+        multiplier = on_last_axis(multiplier, sums)
+    return c.grid.from_float(scaled(sums, multiplier), clamp)
 
 
 def on_last_axis(v: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Sums of one tensor, along axes or over windows: means and average pooling.
 
-`rint(sum(q - z_x) * f32(s_x / (s_y * n))) + z_y`.
+`rint(sum(q - z_x) * f32(s_x / (s_y * n))) + z_y`, with one `n` or, where average pooling does not
+count padding, one for each position.
 """
 
 import dataclasses
@@ -36,13 +37,25 @@ def _count(node: Node, shape: Sequence[int]) -> int:
     return math.prod(params["window_dimensions"])
 
 
-def _fits(divisor: ArrayLike, count: int, x: Grid) -> bool:
-    """Whether the sums are exact, and all divided by one number."""
-    return np.size(divisor) == 1 and sum_fits(count, x.largest)
+def _fits(count: int, x: Grid) -> bool:
+    """Whether the sums are exact."""
+    return sum_fits(count, x.largest)
 
 
-def _number(divisor: ArrayLike) -> jax.Array:
-    return jnp.asarray(divisor, jnp.float32).reshape(())
+def _divisor(divisor: ArrayLike) -> jax.Array:
+    """Return what sums are divided by: a number, or an array that broadcasts to them."""
+    array = jnp.asarray(divisor, jnp.float32)
+    return array.reshape(()) if array.size == 1 else array
+
+
+def _thin(divisor: ArrayLike) -> np.ndarray:
+    """Return an array of length 1 along the axes that it is the same along, such as the batch."""
+    array = np.asarray(divisor)
+    for axis, stride in enumerate(array.strides):
+        first = array.take([0], axis)
+        if array.shape[axis] > 1 and (stride == 0 or np.array_equal(array, first + 0 * array)):
+            array = first
+    return array
 
 
 class MeanOperation(IntegerOperation):
@@ -60,23 +73,24 @@ class MeanOperation(IntegerOperation):
             return None
         divisor = 1.0 if node.divisor is None else at.reals[-1]
         count = _count(node, x.codes.shape)
-        if not _fits(divisor, count, x.grid):
+        if not _fits(count, x.grid):
             return None
         adder = node.parts[0] if node.parts else node  # without the division behind it
         total = exact_sum(lambda codes: adder.run(codes)[0], x, count)
         scales = x.grid.params.scale, at.grid.params.scale
-        return at.requantized(total, mean_multiplier(*scales, _number(divisor)))
+        return at.requantized(total, mean_multiplier(*scales, _divisor(divisor)))
 
     def lower(self, at: LoweredStep) -> bool:
         node, grid = at.node, at.in_grid()
         assert isinstance(node, Mean) and isinstance(node.inputs[0], int)
         divisor = 1.0 if node.divisor is None else at.builder.value(node.divisor)
         count = _count(node, at.builder.graph.avals[node.inputs[0]].shape)
-        if not _fits(divisor, count, grid):
+        if not _fits(count, grid):
             return False
-        divisor = _number(divisor)
+        divisor = _divisor(_thin(divisor))
         multiplier = mean_multiplier(grid.scale, at.out_grid.scale, divisor)
-        given = {"clamp": at.clamp, "count": divisor.item(), "arrays": {"multiplier": multiplier}}
+        one = divisor.item() if divisor.size == 1 else 0.0
+        given = {"clamp": at.clamp, "count": one, "arrays": {"multiplier": multiplier}}
         x, params = at.input(), node.eqn.params
         if "axes" in params:
             at.emit(SumOver, (x,), axes=tuple(params["axes"]), **given)
@@ -87,7 +101,7 @@ class MeanOperation(IntegerOperation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumOver(Op):
-    """A sum along axes; its "multiplier" divides by `count`."""
+    """A sum along axes; its "multiplier" divides by `count` (0.0: by a number for each sum)."""
 
     kinds = ("sum",)
     axes: tuple[int, ...]
@@ -101,7 +115,7 @@ class SumOver(Op):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumPool(Op):
-    """A sum of each window; its "multiplier" divides by `count`."""
+    """A sum of each window; its "multiplier" divides by `count` (0.0: one for each position)."""
 
     kinds = ("sum_pool",)
     window: tuple[int, ...]

@@ -60,7 +60,8 @@ def verify(
     Args:
       model: what the file was written from.
       path: a file of `export_onnx` (*.onnx) or `export_tflite` (*.tflite).
-      data: arrays in real units, one for each input of the model, as many examples as wanted.
+      data: arrays in real units, one for each input of the model (arrays by keyword last, sorted),
+        as many examples as wanted.
       batch_size: examples a call; the model's own where that is fixed.
 
     Returns:
@@ -127,7 +128,7 @@ def _differences(
     Raises:
       ValueError: the file returns other outputs, or cannot run.
     """
-    codes = jax.tree.leaves(model.quantize(*batch))
+    codes = model._quantized(batch)
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
         shifted = np.asarray(code, np.int32) + runtime.offset(grid_of(model.tensors[i]))

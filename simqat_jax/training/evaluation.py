@@ -1,11 +1,13 @@
 """Evaluation: the codes that an integer implementation computes, with a gradient."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from simqat_jax.ir import replay
 from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Product
 from simqat_jax.ir.plan import Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
@@ -46,6 +48,19 @@ class Evaluation(Run):
             if v in made and jnp.issubdtype(y.dtype, jnp.floating)
             else y
             for v, y in zip(graph.outputs, super().results(env), strict=True)
+        ]
+
+    def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        """Run an operation; where its values count and not its codes, as the integer model does.
+
+        The gradient is that of the operation as it was captured.
+        """
+        results = super().run_node(node, values)
+        if node.effects or node.only_training or node in self.placement.weights:
+            return results
+        return [
+            straight_through(exact, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            for exact, x in zip(replay.rounded(node, values), results, strict=True)
         ]
 
     # Ranges -----------------------------------------------------------------------------------

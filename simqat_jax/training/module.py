@@ -1,19 +1,20 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core.scope import CollectionFilter, LazyRng, subtract_filters
+from flax.core.scope import CollectionFilter, LazyRng, subtract_filters, union_filters
 from flax.typing import PRNGKey, RNGSequences, VariableDict
 
 from simqat_jax.capture import Call, Capture, capture
+from simqat_jax.capture.capture import Filter
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
 from simqat_jax.training.batch_norm import check_batch_statistics
+from simqat_jax.training.compiled import evaluate
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, initial, restored
@@ -65,6 +66,12 @@ class SimQAT:
           TypeError: `module` is no linen Module instance.
           ValueError: it is bound to variables, or is already quantization-aware.
         """
+        if _is_nnx(module):
+            name = getattr(module, "__name__", type(module).__name__)
+            raise TypeError(
+                f"SimQAT.apply takes modules of flax.linen alone, and {name} is one of flax.nnx. "
+                "Write the model as a flax.linen Module."
+            )
         if isinstance(module, type) or not isinstance(module, nn.Module):
             raise TypeError(
                 f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}."
@@ -111,10 +118,24 @@ class QuantizedModule(nn.Module):
 
     @nn.nowrap
     def apply(
-        self, variables: VariableDict, *args: PyTree, method: Method = None, **kwargs: PyTree
+        self,
+        variables: VariableDict,
+        *args: PyTree,
+        method: Method = None,
+        mutable: CollectionFilter = False,
+        capture_intermediates: Filter = False,
+        **kwargs: PyTree,
     ):
-        """Apply as any linen module; `method`: one of the float module's, by name or function."""
-        return super().apply(variables, *args, method=_quantized(method), **kwargs)
+        """Apply as any linen module; `method`: one of the float module's, by name or function.
+
+        With `capture_intermediates` the outputs of the float module's layers are in the collection,
+        as the quantized call computes them. What is fused with the layer behind it is there as it
+        would be alone, not rounded.
+        """
+        called = _quantized(method, capture_intermediates)
+        if capture_intermediates:  # as Flax does
+            mutable = union_filters(mutable, "intermediates")
+        return super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
 
     @nn.nowrap
     def init_with_output(
@@ -123,11 +144,13 @@ class QuantizedModule(nn.Module):
         """Initialize as any linen module, as does `init`; `method` as in `apply`."""
         return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
 
-    def _run(self, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
+    def _run(
+        self, method: Method, args: tuple, kwargs: Kwargs, intermediates: Filter = False
+    ) -> PyTree:
         assert self.scope is not None
         result, mutable = None, True  # all: the updates are dropped
         if self.is_initializing():
-            result = _float_method(self.module, method)(*args, **kwargs)
+            result = self._initialized(method, args, kwargs)
         else:
             mutable = subtract_filters(self.scope.mutable, COLLECTION)
         rngs = dict(self.scope.rngs)
@@ -140,20 +163,48 @@ class QuantizedModule(nn.Module):
             rngs=rngs,
             mutable=mutable,
             dry=self.is_initializing(),
+            intermediates=intermediates,
         )
         placement = place_quantizers(captured.graph, self.config)
         training = self.is_mutable_collection(COLLECTION)
+        if not training:
+            _check_statistics_stay(captured)
         stats = self._stats(placement) if training else self._checked_stats(placement)
         if self.is_initializing():
             return result
         check_batch_statistics(captured.graph)
-        values, stats = run(placement, captured.inputs, stats, training=training)
         if training:
+            look = captured.seen.values
+            values, stats = run(placement, captured.inputs, stats, training=True, look=look)
             self._store(COLLECTION, stats)
+        else:
+            statics = [v for v in jax.tree.leaves((args, kwargs)) if not hasattr(v, "dtype")]
+            about = (self.config, self.module, statics)
+            values = evaluate(placement, captured.inputs, stats, captured.seen, about)
         output, updates = captured.restore(values)
         for collection, tree in updates.items():
             self._store(collection, tree)
         return output
+
+    def _initialized(self, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
+        """Initialize the float module by itself, and store its variables here; return its output.
+
+        As a part of this module, its own submodules would draw their values under other names.
+        """
+        assert self.scope is not None
+        module = _alone(self.module)
+        rngs: Any = dict(self.scope.rngs)
+        made = {k: v for k, v in self.variables.items() if k != COLLECTION}
+        if made:  # by an earlier call: it is part of another model, which calls it again
+            flags = dict(rngs=rngs, mutable=True)
+            return module.apply(made, *args, method=method, **flags, **kwargs)[0]
+        mutable = self.scope.mutable
+        result, made = module.init_with_output(
+            rngs, *args, method=method, mutable=mutable, **kwargs
+        )
+        for collection, tree in made.items():
+            self._store(collection, tree)
+        return result
 
     def _store(self, collection: str, tree: VariableDict) -> None:
         for name, value in tree.items():
@@ -211,6 +262,7 @@ def trace(
     rngs: Rngs,
     mutable: CollectionFilter = True,
     dry: bool = False,
+    intermediates: Filter = False,
 ) -> Capture:
     """Capture a call of a quantized module's float module.
 
@@ -223,6 +275,7 @@ def trace(
       rngs: the keys of random streams.
       mutable: which collections the call may update, by default all.
       dry: nothing will be computed, see Call.
+      intermediates: the methods whose results are wanted besides.
 
     Raises:
       ValueError: what the call itself raises; an exclusion that matches nothing.
@@ -231,7 +284,7 @@ def trace(
     if _function(method) is type(qmodule.module).__call__:
         method = None
     call = Call(
-        module=qmodule.module.clone(parent=None, name=None),
+        module=_alone(qmodule.module),
         variables=floats,
         args=args,
         kwargs=kwargs,
@@ -239,22 +292,52 @@ def trace(
         rngs=rngs,
         mutable=list(floats) if mutable is True else mutable,
         dry=dry,
+        intermediates=intermediates,
     )
     return capture(call, exclude=qmodule.config.exclude, forbidden=QuantizedModule)
 
 
-def _quantized(method: Method) -> Callable[..., PyTree] | None:
+def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:
     """Return what Flax is to call on a QuantizedModule for a method of the float module."""
     if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
-        return None
-    return lambda qmodule, *args, **kwargs: qmodule._run(method, args, kwargs)
+        if not intermediates:
+            return None
+        method = None
+    return lambda qmodule, *args, **kwargs: qmodule._run(method, args, kwargs, intermediates)
+
+
+def _check_statistics_stay(captured: Capture) -> None:
+    """Raise ValueError where a call updates BatchNorm's statistics but no ranges."""
+    _, updates = captured.restore([*captured.graph.outputs, *captured.seen.tensors])
+    kept = set(captured.graph.inputs)
+    tree = dict(updates).get("batch_stats", {})
+    moved = [
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+        for path, v in jax.tree.leaves_with_path(tree)
+        if not isinstance(v, int) or v not in kept
+    ]
+    if moved:
+        names = list(dict.fromkeys(moved))
+        listing = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+        raise ValueError(
+            f"this call updates the batch_stats of {listing} and leaves quant_stats as they are: "
+            "ranges would stand still, and no step would count. Train with "
+            "mutable=['batch_stats', 'quant_stats'], or evaluate with running statistics "
+            "(train=False). To renew batch_stats alone, make both mutable and drop the quant_stats "
+            "that come back."
+        )
+
+
+def _is_nnx(module: object) -> bool:
+    """Whether it is a module of flax.nnx, or such a class; without an import of that."""
+    classes = (module if isinstance(module, type) else type(module)).__mro__
+    return any(c.__module__.startswith("flax.nnx") for c in classes)
 
 
 def _function(method: Method) -> Any:
     return getattr(method, "__func__", method)
 
 
-def _float_method(module: nn.Module, method: Method) -> Callable[..., PyTree]:
-    if callable(method):
-        return functools.partial(_function(method), module)
-    return module if method is None else getattr(module, method)
+def _alone(module: nn.Module) -> nn.Module:
+    """Return a module that is part of no other."""
+    return module.clone(parent=None, name=None)

@@ -432,3 +432,59 @@ def test_a_dense_with_several_axes_of_features_is_not_folded():
     qmodel, variables, plan = rows(body, IMAGES)
     assert plan["DenseGeneral_0"].output and plan["BatchNorm_0"].output
     assert evaluated(qmodel, variables, IMAGES) < 0.05
+
+
+class OwnDropPath(nn.Module):
+    """Stochastic depth written by hand: it draws numbers and multiplies in training alone."""
+
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train):
+        if not train:
+            return x
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, (x.shape[0], 1))
+        return x * keep / (1 - self.rate)
+
+
+class OwnNoise(nn.Module):
+    """Noise inside of the model's own method, in front of what evaluation computes as well."""
+
+    where: str
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(8)(x)
+        if train and self.where == "noise":
+            x = x + 0.1 * jax.random.normal(self.make_rng("dropout"), x.shape)
+        if train and self.where == "dropout":
+            x = x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape) * 2.0
+        y = x + nn.Dense(8)(x)
+        if self.where == "drop path":
+            y = x + OwnDropPath()(y, train)
+        return nn.Dense(3)(y * x + y)
+
+
+@pytest.mark.xfail(strict=True, reason="numbers of operations count what only training computes")
+@pytest.mark.parametrize("where", ["noise", "dropout"])
+def test_names_do_not_depend_on_what_only_training_computes(where):
+    qmodel = sq.SimQAT().apply(OwnNoise(where))
+    x = jax.random.normal(KEY, (4, 6))
+    rngs = {"params": KEY, "dropout": KEY}
+    variables = qmodel.init(rngs, x, train=True)
+    _, updates = qmodel.apply(
+        variables, x, train=True, rngs={"dropout": KEY}, mutable=["quant_stats"]
+    )
+    y = qmodel.apply({**variables, **updates}, x)
+    assert np.isfinite(y).all()
+
+
+def test_what_only_training_computes_in_a_module_of_its_own_changes_no_name():
+    qmodel = sq.SimQAT().apply(OwnNoise("drop path"))
+    x = jax.random.normal(KEY, (4, 6))
+    rngs = {"params": KEY, "dropout": KEY}
+    variables = qmodel.init(rngs, x, train=True)
+    _, updates = qmodel.apply(
+        variables, x, train=True, rngs={"dropout": KEY}, mutable=["quant_stats"]
+    )
+    assert np.isfinite(qmodel.apply({**variables, **updates}, x)).all()

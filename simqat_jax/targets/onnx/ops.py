@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Tensor
+from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
@@ -28,6 +28,8 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
+from simqat_jax.targets.refusals import check as check_each
+from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
 T = TypeVar("T")
 
@@ -36,20 +38,26 @@ def write_op(writer: Writer, op: Op) -> None:
     """Write one operation of a program.
 
     Raises:
-      ValueError: it has no form in ONNX.
+      RefusedError: it has no form in ONNX.
     """
-    write = _WRITERS.get(type(op))
+    _WRITERS[type(op)](writer, op)
+
+
+def check(program: Program) -> None:
+    """Raise ValueError for a program that has no form in ONNX, before it is written."""
+    check_each(program.ops, lambda op: _check(program, op), "ONNX")
+
+
+def _check(program: Program, op: Op) -> None:
     if not op.rounds_as(ONNXRUNTIME):
-        raise ValueError(
-            f"{op.path}: this model's {op.kind} rounds as in {writer.model.backend}. Convert it "
-            'with convert(..., backend="onnx").'
+        refuse(
+            op,
+            f"it rounds as in {program.backend}",
+            'Convert it with convert(..., backend="onnx").',
         )
-    if write is None:
-        raise ValueError(
-            f"{op.path}: {op.kind} has no form in ONNX integers. Return what it reads from the "
-            "model, and compute it behind the file."
-        )
-    write(writer, op)
+    if type(op) not in _WRITERS:
+        refuse_float(program, op)
+    refuse_wide(program, op)
 
 
 # Operations --------------------------------------------------------------------------------------
@@ -99,11 +107,6 @@ def _weights(
     w: Writer, op: Conv | Dense | Affine, kernel: np.ndarray, axis: int, tensor: Tensor
 ) -> list[str]:
     """Write kernel and bias, dequantized."""
-    if kernel.dtype != np.int8:
-        raise ValueError(
-            f"{op.path}: its weights have more than 8 bits, and the ONNX file is written with 8. "
-            "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...))."
-        )
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
     parts = ({"kernel": kernel, "scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
@@ -189,7 +192,9 @@ def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) ->
     output = w.model.tensors[op.outputs[0]]
     grid = w.grid(output)
     real = w.node("Cast", [sums], op.path, to=w.onnx.TensorProto.FLOAT)
-    multiplier = np.float32(op.arrays["multiplier"])
+    multiplier = op.arrays["multiplier"].astype(np.float32)
+    if layout == FIRST and multiplier.ndim > 1:
+        multiplier = np.moveaxis(multiplier, -1, 1)
     real = w.node("Mul", [real, w.initializer(multiplier, op.path)], op.path)
     real = w.node("Round", [real], op.path)
     zero = w.initializer(np.float32(grid.zero_point + grid.unsigned_offset), op.path)
@@ -244,9 +249,10 @@ def _sum_pool(w: Writer, op: SumPool) -> None:
 def _spatial_window(op: SumPool | MaxPool) -> tuple[list[int], list[int], list[int]]:
     outer = [(op.window[k], op.strides[k], *op.padding[k]) for k in (0, -1)]
     if any(v != (1, 1, 0, 0) for v in outer):
-        raise ValueError(
-            f"{op.path}: it pools over the batch or over channels, and ONNX pools over the axes "
-            "between. Transpose before pooling."
+        refuse(
+            op,
+            "it pools over the batch or over channels",
+            "Transpose before pooling, so that it pools over the axes between batch and channels.",
         )
     pads = [p[end] for end in (0, 1) for p in op.padding[1:-1]]
     return list(op.window[1:-1]), list(op.strides[1:-1]), pads
@@ -373,7 +379,7 @@ def _take(w: Writer, op: Take) -> None:
 def _pad(w: Writer, op: Pad) -> None:
     padding, layout = op.padding, w.layout(op)
     if any(inner for _, _, inner in padding):
-        raise ValueError(f"{op.path}: ONNX cannot pad between elements.")
+        refuse(op, "ONNX cannot pad between elements", "Insert the zeros in front of the model.")
     tensor = w.model.tensors[op.inputs[0]]
     ordered = _ordered(padding, layout)
     pads = w.ints([p[end] for end in (0, 1) for p in ordered], op.path)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from simqat_jax.files import import_extra
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.targets.refusals import each
 
 _OPSET, _IR_VERSION = 19, 9
 OnnxObject = Any
@@ -167,8 +168,7 @@ class Writer:
     def model_bytes(self, write: Callable[["Writer", Op], None]) -> bytes:
         """Return the file; `write` writes one operation."""
         inputs = [self.input(i) for i in self.model.inputs]
-        for op in self.model.ops:
-            write(self, op)
+        each(self.model.ops, lambda op: write(self, op), "ONNX")
         outputs = [self.output(n, i) for n, i in enumerate(self.model.outputs)]
         helper = self.helper
         graph = helper.make_graph(self.nodes, "simqat_jax", inputs, outputs, self.initializers)

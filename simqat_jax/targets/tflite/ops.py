@@ -11,7 +11,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
-from simqat_jax.ops.floats import MoveOp
+from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -28,11 +28,14 @@ from simqat_jax.ops.moves import (
 )
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
-from simqat_jax.targets.tflite.subgraph import Codes, refuse, stored
+from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import check as check_each
+from simqat_jax.targets.tflite.subgraph import Codes, stored
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
     grown,
+    in_regions,
     pad_codes,
     padded,
     windowed,
@@ -81,36 +84,7 @@ def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
 
 def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
-    for op in program.ops:
-        if not op.rounds_as(XNNPACK):
-            refuse(
-                op,
-                "it rounds as ONNX Runtime does, which LiteRT does not",
-                'Convert again with convert(..., backend="tflite").',
-            )
-        if type(op) not in _WRITERS:
-            what = "moves codes in a way" if isinstance(op, MoveOp) else "is computed in float"
-            refuse(
-                op,
-                f"it {what} that has no form in TFLite's integers",
-                "Return its input from the model and compute the rest on the values, or use an "
-                "operation that stays in integers.",
-            )
-        if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-            refuse(
-                op,
-                "its kernel has more than the 8 bits of TFLite's weights",
-                "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits.",
-            )
-        for i in (*op.inputs, *op.outputs):
-            grid = program.tensors[i].grid
-            if grid is not None and grid.dtype.itemsize > 1:
-                bits = (grid.qmax - grid.qmin).bit_length()
-                refuse(
-                    op,
-                    f"{program.tensors[i].name} has {bits} bits, and TFLite's activations 8",
-                    "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits.",
-                )
+    check_each(program.ops, lambda op: _check(program, op), "TFLite")
     for i in (*program.inputs, *program.outputs):
         if program.tensors[i].grid is None:
             raise ValueError(
@@ -119,18 +93,30 @@ def check(program: Program) -> None:
             )
 
 
+def _check(program: Program, op: Op) -> None:
+    if not op.rounds_as(XNNPACK):
+        refuse(
+            op,
+            "it rounds as ONNX Runtime does, which LiteRT does not",
+            'Convert again with convert(..., backend="tflite").',
+        )
+    if type(op) not in _WRITERS and not isinstance(op, Quantize):
+        refuse_float(program, op)
+    refuse_wide(program, op)
+
+
 # Layers ----------------------------------------------------------------------------------------
 
 
 def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
     kernel = op.arrays["kernel"]
     if len(op.strides) > 2:
-        refuse(op, "TFLite convolves over one or two axes in integers, not three", "Exclude it.")
+        refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
     if any(d != 1 for d in op.input_dilation):
         refuse(
             op,
             f"TFLite has no convolution with input_dilation={op.input_dilation}",
-            "Resize the input with jnp.repeat in front of a plain convolution.",
+            OTHER_FILE,
         )
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation, op.pad_mode)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
@@ -205,7 +191,7 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
     """Multiply by a column of ones: XNNPACK's MEAN does not round its ties as it does here."""
     axes = [a % len(x.shape) for a in op.axes]
     if any(x.shape[a] < 0 for a in axes):
-        refuse(op, "it sums over the batch", "Sum outside of the model.")
+        refuse(op, "it sums over the batch", OTHER_FILE)
     kept = [a for a in range(len(x.shape)) if a not in axes]
     count, order = math.prod(x.shape[a] for a in axes), [*kept, *axes]
     if order != sorted(order):
@@ -213,7 +199,14 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
         w.emit("TRANSPOSE", [x.index, w.constant(order)], moved.index)
         x = moved
     rows = list(x.shape[: len(kept)])
-    weight, scale = _ones(op, x.grid, y.grid, count)
+    multiplier = op.arrays["multiplier"]
+    if multiplier.size > 1:
+        refuse(
+            op,
+            "it divides each of its sums by another number",
+            OTHER_FILE,
+        )
+    weight, scale = _ones(op, x.grid, y.grid, count, multiplier)
     sums = w.codes(f"{op.path}/sums", [*rows, 1], y.grid)
     kernel = np.full((1, count), weight)
     _fully_connected(w, op, w.reshape(x, [*rows, count]), sums, kernel, np.full(1, scale))
@@ -222,19 +215,29 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
 
 def _sum_pool(w: Writer, op: SumPool, x: Codes, y: Codes) -> None:
     window, channels = _pooling(op, x), x.shape[-1]
-    weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths))
-    kernel = np.full((*window.lengths, 1, channels), weight)
-    scales = np.full(channels, scale)
-    _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+
+    def add(x: Codes, y: Codes, window: Window, multiplier: np.ndarray) -> None:
+        weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths), multiplier)
+        kernel = np.full((*window.lengths, 1, channels), weight)
+        scales = np.full(channels, scale)
+        _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+
+    multipliers = op.arrays["multiplier"]
+    if multipliers.size == 1:
+        add(x, y, window, multipliers)
+    else:
+        in_regions(w, op, x, y, window, multipliers, add)
 
 
-def _ones(op: SumOver | SumPool, x: Grid, y: Grid, count: int) -> tuple[int, np.float32]:
+def _ones(
+    op: SumOver | SumPool, x: Grid, y: Grid, count: int, wanted: np.ndarray
+) -> tuple[int, np.float32]:
     """Return a weight and its scale with which a layer adds up `count` codes exactly.
 
     Not every float32 is `f32(f32(s_x * s_w) / s_y)` for some `s_w`: another multiplier does where
     it rounds every sum that can occur to the same code.
     """
-    multiplier = op.arrays["multiplier"].astype(np.float32)
+    multiplier = np.float32(wanted.item())
     zero = int(x.zero_point)
     largest = count * max(zero - x.qmin, x.qmax - zero)
     last = min(largest, int(300 / multiplier))  # beyond it every code saturates
@@ -253,7 +256,7 @@ def _ones(op: SumOver | SumPool, x: Grid, y: Grid, count: int) -> tuple[int, np.
     refuse(
         op,
         f"no weights of TFLite's multiply its sums of {count} codes by {multiplier}",
-        "Sum over fewer elements, or exclude it.",
+        OTHER_FILE,
     )
 
 
@@ -296,8 +299,14 @@ def _clip(w: Writer, op: Clip, x: Codes, y: Codes) -> None:
 
 def _pooling(op: SumPool | MaxPool, x: Codes) -> Window:
     ends = [values[k] for values in (op.window, op.strides) for k in (0, -1)]
-    if len(x.shape) not in (3, 4) or ends != [1] * 4:
-        refuse(op, "TFLite pools over one or two axes between batch and channels", "Move them.")
+    if ends != [1] * 4:
+        refuse(
+            op,
+            "it pools over the batch or over channels",
+            "Transpose before pooling, so that it pools over the axes between batch and channels.",
+        )
+    if len(x.shape) not in (3, 4):
+        refuse(op, "TFLite pools over one or two axes between batch and channels", OTHER_FILE)
     lengths, strides, padding = op.window[1:-1], op.strides[1:-1], op.padding[1:-1]
     return Window(lengths, strides, padding, (1,) * len(lengths))
 

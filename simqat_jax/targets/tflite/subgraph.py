@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from simqat_jax.ir.program import Op
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.targets.refusals import OTHER_FILE, refuse
 
 _ACTIVATIONS = {
     "NONE": (-math.inf, math.inf),
@@ -18,12 +19,8 @@ _ACTIVATIONS = {
     "RELU6": (0.0, 6.0),
     "RELU_N1_TO_1": (-1.0, 1.0),
 }
+_LARGEST = np.float32(255.75)
 _TYPES = {np.float32: "FLOAT32", np.int8: "INT8", np.uint8: "UINT8", np.int32: "INT32"}
-
-
-def refuse(op: Op, problem: str, remedy: str) -> NoReturn:
-    """Raise ValueError for an operation that TFLite cannot do exactly."""
-    raise ValueError(f"{op.path}: {problem} (operation {op.kind!r}). {remedy}")
 
 
 SchemaObject = Any
@@ -117,9 +114,15 @@ class Subgraph:
     def weights(
         self, op: Op, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray, axis: int
     ) -> list[int]:
-        """Write kernel and bias; `f32(s_x * s_w) / s_y` must be the operation's multiplier."""
-        unit = np.float32(x.grid.scale) * np.asarray(scale, np.float32)
-        self.check_ratio(op, unit / np.float32(y.grid.scale), 0.0)
+        """Write kernel and bias; `f32(s_x * s_w) / s_y` must be the operation's multiplier.
+
+        XNNPACK takes multipliers under 256. From 255 on every sum but zero ends at the lowest or
+        the highest code, so that a smaller one gives the same codes.
+        """
+        scale = np.asarray(scale, np.float32)
+        ratio = np.float32(x.grid.scale) * scale / np.float32(y.grid.scale)
+        scale = np.where(ratio < _LARGEST, scale, scale * (_LARGEST / ratio)).astype(np.float32)
+        unit = np.float32(x.grid.scale) * scale
         bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
         return [
             self.constant(kernel, np.int8, scale=scale, axis=axis),
@@ -132,9 +135,9 @@ class Subgraph:
             if not least <= ratio < most:
                 refuse(
                     op,
-                    f"its output's scale differs from that of its inputs by a factor of "
-                    f"{1 / ratio:.3g}, which XNNPACK does not take",
-                    "Calibrate or train on data that reaches the layer.",
+                    f"an input's scale is {ratio:.3g} times its output's, and XNNPACK takes "
+                    f"{least:.3g} to {most:.3g}",
+                    OTHER_FILE,
                 )
 
     # Operators -------------------------------------------------------------------------------

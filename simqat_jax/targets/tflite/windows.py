@@ -4,8 +4,11 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from simqat_jax.ir.program import Op
-from simqat_jax.targets.tflite.subgraph import Codes, refuse
+from simqat_jax.targets.refusals import OTHER_FILE, refuse
+from simqat_jax.targets.tflite.subgraph import Codes
 from simqat_jax.targets.tflite.writer import Writer
 
 
@@ -76,6 +79,74 @@ def windowed(
         w.reshape(target, y.shape, y)
 
 
+def in_regions(
+    w: Writer,
+    op: Op,
+    x: Codes,
+    y: Codes,
+    window: Window,
+    multipliers: np.ndarray,
+    emit: Callable[[Codes, Codes, Window, np.ndarray], None],
+) -> None:
+    """Pool where sums have a multiplier for each position, region by region of one multiplier.
+
+    Average pooling that does not count padding has one inside, and others at edges and corners.
+
+    Args:
+      w: the writer.
+      op: the operation.
+      x: its input.
+      y: its output.
+      window: what it sees along each spatial axis.
+      multipliers: `(1, rows, columns, 1)`, or with one spatial axis.
+      emit: pools one region with one multiplier.
+    """
+    if multipliers.shape[0] != 1 or multipliers.shape[-1] != 1:
+        refuse(op, "it divides by other numbers in each channel or example", OTHER_FILE)
+    multipliers = np.broadcast_to(multipliers, (1, *y.shape[1:-1], 1))
+    cuts = [_runs(multipliers, axis) for axis in range(1, multipliers.ndim - 1)]
+
+    def region(bounds: Sequence[tuple[int, int]], out: Codes | None) -> Codes:
+        start, limit, padding = [0] * len(x.shape), list[int | None]([None] * len(x.shape)), []
+        for axis, (first, last) in enumerate(bounds):
+            stride, (before, _) = window.strides[axis], window.padding[axis]
+            lo, size = first * stride - before, x.shape[axis + 1]
+            hi = (last - 1) * stride - before + window.lengths[axis]
+            start[axis + 1], limit[axis + 1] = max(lo, 0), min(hi, size)
+            padding.append((max(-lo, 0), max(hi - size, 0)))
+        lengths = [b - a for a, b in zip(start[1:-1], limit[1:-1], strict=True) if b is not None]
+        part = w.codes(f"{op.path}/region", (x.shape[0], *lengths, x.shape[-1]), x.grid)
+        w.strided_slice(x, start, limit, [1] * len(x.shape), part)
+        shape = (y.shape[0], *(b - a for a, b in bounds), y.shape[-1])
+        out = out or w.codes(f"{op.path}/pooled", shape, y.grid)
+        at = (0, *(a for a, _ in bounds), 0)
+        emit(part, out, dataclasses.replace(window, padding=padding), multipliers[at])
+        return out
+
+    def joined(bounds: Sequence[tuple[int, int]], out: Codes | None) -> Codes:
+        axis = len(bounds)
+        if axis == len(cuts):
+            return region(bounds, out)
+        only = len(cuts[axis]) == 1
+        parts = [joined([*bounds, cut], out if only else None) for cut in cuts[axis]]
+        if only:
+            return parts[0]
+        length = sum(part.shape[axis + 1] for part in parts)
+        shape = (*parts[0].shape[: axis + 1], length, *parts[0].shape[axis + 2 :])
+        out = out or w.codes(f"{op.path}/joined", shape, y.grid)
+        w.emit("CONCATENATION", [part.index for part in parts], out.index, axis=axis + 1)
+        return out
+
+    joined([], y)
+
+
+def _runs(values: np.ndarray, axis: int) -> list[tuple[int, int]]:
+    """Return where values stay the same along an axis: `(first, last + 1)`."""
+    rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    changes = [k for k in range(1, len(rows)) if not np.array_equal(rows[k], rows[k - 1])]
+    return list(zip([0, *changes], [*changes, len(rows)], strict=True))
+
+
 def padded(w: Writer, op: Op, x: Codes, window: Window) -> Codes:
     """Pad as a convolution does."""
     if window.mode == "wrap":
@@ -126,7 +197,7 @@ def check_padding(
             refuse(
                 op,
                 f"TFLite cannot pad a length of {abs(size)} by {tuple(pads)} with {mode} padding",
-                "Use less padding.",
+                OTHER_FILE,
             )
 
 

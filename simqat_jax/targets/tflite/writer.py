@@ -5,7 +5,8 @@ from types import ModuleType
 
 import numpy as np
 
-from simqat_jax.ir.program import Program, Tensor, grid_of
+from simqat_jax.ir.program import Op, Program, Tensor, grid_of
+from simqat_jax.targets.refusals import each
 from simqat_jax.targets.tflite.subgraph import Codes, SchemaObject, Subgraph
 
 
@@ -33,11 +34,14 @@ class Writer(Subgraph):
         for i, tensor in enumerate(self.source.tensors):
             if tensor.value is not None and tensor.grid is not None:
                 self.values[i] = self.code_constant(tensor.value, tensor.grid)
-        for op in self.source.ops:
+
+        def written(op: Op) -> None:
             tensor = self.source.tensors[op.outputs[0]]
             target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
             replaced = write(self, op, *(self.values[i] for i in op.inputs), target)
             self.values[op.outputs[0]] = replaced or target
+
+        each(self.source.ops, written, "TFLite")
         names = self.source.output_names()
         outputs = [self.output(k, name, integer_io) for k, name in enumerate(names)]
         return self.packed(inputs, outputs)

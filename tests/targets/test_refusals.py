@@ -1,0 +1,185 @@
+"""Refusals name all that stands in the way, in few lines, and their remedies work."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import EXPORTS, observed
+
+import simqat_jax as sq
+
+X = jax.random.normal(jax.random.key(0), (4, 5, 8))
+IMAGE = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+def converted(model, *args, backend="tflite", **config):
+    config = sq.SimQATConfig(backend=backend, **config)
+    qmodel, variables, _ = observed(model, *args, config=config)
+    return sq.convert(qmodel, variables, *args)
+
+
+def other(model, *args):
+    """The integer model for the other runtime, from the same training."""
+    qmodel, variables, _ = observed(model, *args)
+    return sq.convert(qmodel, variables, *args, backend="onnx")
+
+
+def refusal(model, backend, path):
+    with pytest.raises(ValueError) as error:
+        EXPORTS[backend](model, path)
+    assert not path.exists()
+    lines = str(error.value).splitlines()
+    assert len(lines) < 20 and max(map(len, lines)) < 300
+    return str(error.value)
+
+
+class Transformer(nn.Module):
+    depth: int = 5
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        for k in range(self.depth):
+            y = nn.LayerNorm(name=f"norm_{k}")(x)
+            x = x + nn.MultiHeadDotProductAttention(2, name=f"attention_{k}")(y)
+        return nn.softmax(nn.Dense(3)(x.mean(1)))
+
+
+@pytest.mark.parametrize("backend", EXPORTS)
+def test_all_of_a_kind_in_one_line(backend, tmp_path):
+    text = refusal(converted(Transformer(), X, backend=backend), backend, tmp_path / "file")
+    assert "LayerNorm 5x, is float, between layers: norm_0, norm_1, norm_2 and 2 more" in text
+    attention = next(line for line in text.splitlines() if line.startswith("  attention ("))
+    assert " 5x, is float, between layers: attention_0, attention_1, attention_2" in attention
+    assert "behind the layers: the model" in text
+    assert text.count("between layers: norm") == 1
+
+
+class Front(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Rest(name="rest")(jnp.tanh(x / 255.0 - 0.5) * jnp.sum(jnp.abs(x), -1, keepdims=True))
+
+
+class Rest(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Conv(4, (3, 3))(x)).mean((1, 2)))
+
+
+class Behind(nn.Module):
+    float_end: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = Rest(name="rest")(x)
+        return nn.softmax(x) if self.float_end else x
+
+
+class Between(nn.Module):
+    norm: Callable[[], nn.Module] = nn.LayerNorm
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(self.norm()(nn.Dense(4)(x)))
+
+
+@pytest.mark.parametrize("backend", EXPORTS)
+def test_a_remedy_for_where_it_stands(backend, tmp_path):
+    """In front and behind: out of the model. Between: another operation."""
+    path = tmp_path / f"file.{backend}"
+    batch_norm = functools.partial(nn.BatchNorm, use_running_average=True)
+
+    text = refusal(converted(Behind(), IMAGE, backend=backend), backend, path)
+    assert "return what it reads, and compute it on the file's output" in text
+    model = converted(Behind(float_end=False), IMAGE, backend=backend)
+    EXPORTS[backend](model, path)
+    assert not sq.verify(model, path, IMAGE).differing
+    path.unlink()
+
+    text = refusal(converted(Front(), IMAGE, backend=backend), backend, path)
+    assert "compute it on the input, and give the model the result" in text
+    EXPORTS[backend](converted(Rest(), IMAGE, backend=backend), path)
+    path.unlink()
+
+    row = X[:, 0]
+    text = refusal(converted(Between(), row, backend=backend), backend, path)
+    assert "Replace it by what runs on integers (BatchNorm" in text
+    EXPORTS[backend](converted(Between(batch_norm), row, backend=backend), path)
+
+
+# What TFLite alone cannot hold -----------------------------------------------------------------
+
+
+class Dilated(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(
+            nn.relu(nn.Conv(4, (3, 3), padding=((1, 1), (1, 1)), input_dilation=2)(x)).mean((1, 2))
+        )
+
+
+class Volume(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Conv(4, (3, 3, 3))(x).mean((1, 2, 3)))
+
+
+class Unequal(nn.Module):
+    """A sum whose terms are of very different size."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(4)(x)
+        return nn.Dense(3)(y + nn.Dense(4)(x * 1e-5))
+
+
+TFLITE_ALONE = {
+    "input_dilation": (Dilated(), IMAGE, "input_dilation"),
+    "three axes": (Volume(), IMAGE.reshape(4, 4, 4, 4, 3), "not three"),
+    "ratio": (Unequal(), X[:, 0], "times its output's"),
+}
+
+
+@pytest.mark.parametrize("name", TFLITE_ALONE)
+def test_the_other_file_holds_it(name, tmp_path):
+    """The remedy, followed to the letter."""
+    model, x, problem = TFLITE_ALONE[name]
+    text = refusal(converted(model, x), "tflite", tmp_path / "file")
+    assert problem in text
+    assert 'with export_onnx(convert(..., backend="onnx"), path)' in text
+    integer, path = other(model, x), tmp_path / "model.onnx"
+    sq.export_onnx(integer, path)
+    assert not sq.verify(integer, path, x).differing
+
+
+class Clipped(nn.Module):
+    """A layer whose output scale is far below its input's."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.relu6(nn.Conv(6, (3, 3))(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("backend", EXPORTS)
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e9])
+def test_a_layer_that_saturates_is_written(backend, factor, tmp_path):
+    x = factor * IMAGE
+    model, path = converted(Clipped(), x, backend=backend), tmp_path / f"model.{backend}"
+    EXPORTS[backend](model, path)
+    assert not sq.verify(model, path, x).differing
+    # Sums of zero are the only ones that do not saturate.
+    few = np.where(np.random.default_rng(0).random(x.shape) < 0.02, x, 0.0).astype(np.float32)
+    assert not sq.verify(model, path, few).differing
+
+
+@pytest.mark.parametrize("backend", EXPORTS)
+def test_wide_codes_in_one_line_each(backend, tmp_path):
+    spec = sq.QuantSpec(num_bits=10)
+    model = converted(Rest(), IMAGE, backend=backend, activation=spec)
+    text = refusal(model, backend, tmp_path / "file")
+    assert "activations have more than 8 bits" in text and "num_bits=8" in text

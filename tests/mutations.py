@@ -1,0 +1,178 @@
+"""Change the code in one place, and see whether a test notices; again and again.
+
+Example:
+  cd tests && ../.venv/bin/python -m mutations numerics/requantize.py numerics/exact_sums.py
+
+Prints every change that the test file of the same name does not notice, and how many it did. What
+cannot alter a result is among them: judge what is printed.
+"""
+
+import os
+
+os.environ.update(CI="true", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+import argparse
+import ast
+import copy
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import flax.linen  # noqa: F401  # what every child needs, imported once
+import jax  # noqa: F401
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 300
+"""A child that takes longer has noticed: it runs in circles."""
+
+OPERATORS: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.LShift: ast.RShift,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+NAMES = {
+    "maximum": "minimum",
+    "minimum": "maximum",
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "round": "floor",
+    "floor": "ceil",
+    "ceil": "floor",
+    "sqrt": "square",
+    "rsqrt": "square",
+}
+FIRST_ARGUMENT = {"abs", "sign", "copysign", "clip", "stop_gradient", "rounded_product"}
+"""Calls that may be left out, so that their first argument stands for them."""
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], ast.AST]]]:
+    """Yield what may be changed about a node, and how, on a copy of it."""
+    if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OPERATORS:
+        yield "operator", _with("op", OPERATORS[type(node.op)]())
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in OPERATORS:
+        yield "comparison", _with("ops", [OPERATORS[type(node.ops[0])](), *node.ops[1:]])
+    if isinstance(node, ast.UnaryOp):
+        yield "without operator", _field("operand")
+    if isinstance(node, ast.IfExp | ast.If):
+        yield "condition", _with("test", ast.UnaryOp(ast.Not(), node.test))
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "constant", _with("value", not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield "constant", _with("value", node.value + 1 if node.value in (0, 1) else node.value * 2)
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in NAMES:
+            func = copy.deepcopy(node.func)
+            setattr(func, "attr" if isinstance(func, ast.Attribute) else "id", NAMES[name])
+            yield "function", _with("func", func)
+        if name in FIRST_ARGUMENT and node.args:
+            yield "without call", lambda n: getattr(n, "args")[0]  # noqa: B009
+        if name == "where" and len(node.args) == 3:
+            yield "branches", _with("args", [node.args[0], node.args[2], node.args[1]])
+
+
+def _field(field: str) -> Callable[[ast.AST], ast.AST]:
+    return lambda node: getattr(node, field)
+
+
+def _with(field: str, value: object) -> Callable[[ast.AST], ast.AST]:
+    def change(node: ast.AST) -> ast.AST:
+        setattr(node, field, value)
+        return node
+
+    return change
+
+
+def mutants(source: str) -> Iterator[tuple[str, str]]:
+    """Yield each change of a source, in words, and the source with it."""
+    tree = ast.parse(source)
+    for place, node in enumerate(ast.walk(tree)):
+        for number, (what, _) in enumerate(changes(node)):
+            changed = copy.deepcopy(tree)
+            target = list(ast.walk(changed))[place]
+            before = ast.unparse(target).splitlines()[0]
+            _, change = list(changes(target))[number]
+            result = change(copy.deepcopy(target))
+            changed = _Replaced(target, result).visit(changed)
+            line = getattr(node, "lineno", 0)
+            after = ast.unparse(ast.fix_missing_locations(result)).splitlines()[0]
+            yield f"line {line}, {what}: {before}  ->  {after}", ast.unparse(changed)
+
+
+class _Replaced(ast.NodeTransformer):
+    """Puts one node in the place of another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST):
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else self.generic_visit(node)
+
+
+def notices(package: Path, tests: list[str]) -> bool:
+    """Whether a test fails with the package in this folder, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        signal.alarm(SECONDS)
+        sys.path.insert(0, str(package))
+        os.chdir(ROOT)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        os._exit(int(pytest.main([*options, *tests])))
+    _, status = os.waitpid(child, 0)
+    return status != 0
+
+
+def main() -> None:
+    """Change each file named in all ways, one at a time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", help="in simqat_jax/")
+    parser.add_argument("--tests", nargs="+", help="by default the one of the file's name")
+    parser.add_argument("--every", type=int, default=1, help="try one change of so many")
+    arguments = parser.parse_args()
+    sys.dont_write_bytecode = True
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder) / "simqat_jax"
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "simqat_jax", copied, ignore=ignored)
+        for name in arguments.files:
+            tests = arguments.tests or [f"tests/{Path(name).parent}/test_{Path(name).name}"]
+            if notices(Path(folder), tests):
+                sys.exit(f"{tests} fail as it is.")
+            source = (ROOT / "simqat_jax" / name).read_text()
+            found, tried = 0, list(mutants(source))[:: arguments.every]
+            for what, changed in tried:
+                (copied / name).write_text(changed)
+                if notices(Path(folder), tests):
+                    found += 1
+                else:
+                    print(f"{name}: {what}", flush=True)
+            (copied / name).write_text(source)
+            print(f"{name}: {found} of {len(tried)} changes noticed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

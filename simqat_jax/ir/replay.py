@@ -18,6 +18,11 @@ INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
 _CALLS = (*INLINED_CALLS, "custom_jvp_call", "custom_vjp_call")
 _ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
 """What compilers contract with their neighbours, or reassociate with constants."""
+_MOVES = frozenset(
+    "reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy split concatenate pad "
+    "gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
+)
+"""What computes nothing."""
 
 
 def _run(
@@ -51,15 +56,20 @@ def _run_eqn(eqn: core.JaxprEqn, values: Sequence[ArrayLike], bind: _Bind) -> Se
 def _results(
     eqn: core.JaxprEqn, values: Sequence[ArrayLike], params: dict[str, object]
 ) -> Sequence[ArrayLike]:
-    """Run an equation; arithmetic rounds by itself, whatever is compiled around it."""
+    """Run an equation; it rounds by itself, whatever is compiled around it."""
     name, dtype = eqn.primitive.name, _dtype(eqn)
     if name in _ARITHMETIC and dtype is not None and jnp.issubdtype(dtype, jnp.floating):
         if name == "div":
             a, b = jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values))
             return (own_rounding(true_divide(a, b)),)
         return (own_rounding(eqn.primitive.bind(*values, **params)),)
-    result = eqn.primitive.bind(*values, **params)
-    return result if eqn.primitive.multiple_results else (result,)
+    # In which order a sum is taken, or how a function is approximated, depends on what it is fused
+    # with.
+    alone = name not in _MOVES
+    operands = lax.optimization_barrier(tuple(values)) if alone else values
+    result = eqn.primitive.bind(*operands, **params)
+    results = result if eqn.primitive.multiple_results else (result,)
+    return lax.optimization_barrier(tuple(results)) if alone else results
 
 
 def _run_node(node: Node, values: Sequence[ArrayLike], bind: _Bind) -> list[ArrayLike]:

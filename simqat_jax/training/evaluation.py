@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
@@ -58,9 +59,10 @@ class Evaluation(Run):
         results = super().run_node(node, values)
         if node.effects or node.only_training or node in self.placement.weights:
             return results
+        exacts = replay.rounded(node, list(map(lax.stop_gradient, values)))
         return [
             straight_through(exact, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
-            for exact, x in zip(replay.rounded(node, values), results, strict=True)
+            for exact, x in zip(exacts, results, strict=True)
         ]
 
     # Ranges -----------------------------------------------------------------------------------

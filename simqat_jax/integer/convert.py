@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 
 import flax.errors
@@ -69,30 +70,42 @@ def convert(
     """
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
-    metadata: dict[str, object] = {
-        "simqat_jax": version("simqat-jax"),
-        "config": dataclasses.asdict(config),
-    }
-    if call.keywords:
-        metadata[KEYWORDS] = call.keywords
-    compiled: Compiled = {}
-
-    def lowered(captured: Capture, free_batch: bool) -> tuple[ProgramBuilder, Program]:
-        placement = place_quantizers(captured.graph, config)
-        ranges = _ranges(placement, variables.get(COLLECTION, {}))
-        builder = ProgramBuilder(captured.graph, captured.inputs, free_batch)
-        program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
-        return builder, program
-
+    metadata, compiled = _metadata(config, call), Compiled()
+    stats, lowered = variables.get(COLLECTION, {}), partial(_lowered, config, metadata, compiled)
     sample = call.captured(None)
-    builder, program = lowered(sample, free_batch=False)
+    builder, program = lowered(sample, stats, free_batch=False)
     free = call.captured_with_free_batch(sample.graph)
     if free is None or call.size is None:
         return IntegerModel(program)
-    free_builder, free_program = lowered(free, free_batch=True)
+    free_builder, free_program = lowered(free, stats, free_batch=True)
     held = builder.float_constants, free_builder.float_constants
     same = same_programs(program, free_program, call.size) and same_values(*held)
     return IntegerModel(free_program if same else program)
+
+
+def _metadata(config: SimQATConfig, call: "_Call") -> dict[str, object]:
+    known: dict[str, object] = {"simqat_jax": version("simqat-jax")}
+    known["config"] = dataclasses.asdict(config)
+    if call.keywords:
+        known[KEYWORDS] = call.keywords
+    return known
+
+
+def _lowered(
+    config: SimQATConfig,
+    metadata: Mapping[str, object],
+    compiled: Compiled,
+    captured: Capture,
+    stats: Stats,
+    *,
+    free_batch: bool,
+) -> tuple[ProgramBuilder, Program]:
+    """Plan a captured call, and lower it."""
+    placement = place_quantizers(captured.graph, config)
+    ranges = _ranges(placement, stats)
+    builder = ProgramBuilder(captured.graph, captured.inputs, free_batch)
+    program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
+    return builder, program
 
 
 def _checked(

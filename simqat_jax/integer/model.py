@@ -102,7 +102,7 @@ class IntegerModel:
           TypeError: what is no array.
           ValueError: an array of another shape or kind; other keywords than the sample's.
         """
-        leaves = self._leaves(args, kwargs)
+        leaves = _leaves(self.metadata, args, kwargs)
         results = self._dequantize(self._codes(self._quantized(leaves)))
         raw = dict(zip(self.inputs, leaves, strict=True))
         values = [raw.get(i, r) for i, r in zip(self.outputs, results, strict=True)]
@@ -111,15 +111,9 @@ class IntegerModel:
     def quantize(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Map inputs to their codes; what has none stays as it is. One array: itself, else a list.
 
-        Args:
-          args: as of a call.
-          kwargs: as of a call; their codes are behind the others, sorted by keyword.
-
-        Raises:
-          TypeError: what is no array.
-          ValueError: an array of another shape or kind; other keywords than the sample's.
+        Takes and raises what a call does; codes by keyword are the last, sorted.
         """
-        codes = self._quantized(self._leaves(args, kwargs))
+        codes = self._quantized(_leaves(self.metadata, args, kwargs))
         return codes[0] if len(codes) == 1 else codes
 
     def run_codes(self, *codes: PyTree) -> PyTree:
@@ -144,19 +138,6 @@ class IntegerModel:
         leaves, tree = jax.tree.flatten(codes)
         checked = arguments.codes(self._results, leaves, "Pass what run_codes returned.")
         return jax.tree.unflatten(tree, self._dequantize(checked))
-
-    def _leaves(self, args: tuple, kwargs: Mapping[str, PyTree]) -> list[Any]:
-        """Return the arrays of a call in the order of the inputs: keywords last, sorted."""
-        known = self.metadata.get(KEYWORDS, {})
-        assert isinstance(known, Mapping)
-        given = {k: len(jax.tree.leaves(v)) for k, v in kwargs.items() if v is not None}
-        if given != dict(known):
-            takes = f"arrays by keyword for {', '.join(known)}" if known else "no keyword arguments"
-            raise ValueError(
-                f"the model was converted from a call with {takes}, got {sorted(kwargs)}. Pass the "
-                "arrays as in that call, and nothing else."
-            )
-        return jax.tree.leaves((args, dict(kwargs)))
 
     def _quantized(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
         return self._quantize(arguments.real_values(self._arguments, leaves))
@@ -226,6 +207,20 @@ class IntegerModel:
             altered.
         """
         return cls(file.load(path))
+
+
+def _leaves(metadata: Mapping[str, object], args: tuple, kwargs: Mapping[str, PyTree]) -> list[Any]:
+    """Return the arrays of a call in the order of the inputs: keywords last, sorted."""
+    known = metadata.get(KEYWORDS, {})
+    assert isinstance(known, Mapping)
+    given = {k: len(jax.tree.leaves(v)) for k, v in kwargs.items() if v is not None}
+    if given != dict(known):
+        takes = f"arrays by keyword for {', '.join(known)}" if known else "no keyword arguments"
+        raise ValueError(
+            f"the model was converted from a call with {takes}, got {sorted(kwargs)}. Pass the "
+            "arrays as in that call, and nothing else."
+        )
+    return jax.tree.leaves((args, dict(kwargs)))
 
 
 def _structured(structure: Structure, values: Sequence[ArrayLike]) -> PyTree:

@@ -30,7 +30,7 @@ from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
-from simqat_jax.targets.tflite.subgraph import Codes, stored
+from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -265,13 +265,13 @@ def _ones(
 
 def _add(w: Writer, op: Sum, a: Codes, b: Codes, y: Codes) -> None:
     ratios = [np.float32(v.grid.scale) / np.float32(y.grid.scale) for v in (a, b)]
-    w.check_ratio(op, ratios, 2.0**-10)
+    check_ratio(op, ratios, 2.0**-10)
     name = "SUB" if op.multipliers[1] < 0 else "ADD"
     w.clamped(op, name, [a.index, b.index], y, op.clamp)
 
 
 def _mul(w: Writer, op: Multiply, a: Codes, b: Codes, y: Codes) -> None:
-    w.check_ratio(op, op.arrays["multiplier"], 2.0**-16)
+    check_ratio(op, op.arrays["multiplier"], 2.0**-16)
     w.clamped(op, "MUL", [a.index, b.index], y, op.clamp)
 
 

@@ -129,17 +129,6 @@ class Subgraph:
             self.constant(bias, np.int32, scale=unit),
         ]
 
-    def check_ratio(self, op: Op, ratios: ArrayLike, least: float, most: float = 256.0) -> None:
-        """Refuse ratios of scales beyond those that XNNPACK takes: `least <= ratio < most`."""
-        for ratio in np.ravel(ratios):
-            if not least <= ratio < most:
-                refuse(
-                    op,
-                    f"an input's scale is {ratio:.3g} times its output's, and XNNPACK takes "
-                    f"{least:.3g} to {most:.3g}",
-                    OTHER_FILE,
-                )
-
     # Operators -------------------------------------------------------------------------------
 
     def emit(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> None:
@@ -242,6 +231,18 @@ class Subgraph:
         self.emit("QUANTIZE", [real], target.index)
         if not free:
             self.limit(target, limits, codes)
+
+
+def check_ratio(op: Op, ratios: ArrayLike, least: float, most: float = 256.0) -> None:
+    """Refuse ratios of scales beyond those that XNNPACK takes: `least <= ratio < most`."""
+    for ratio in np.ravel(ratios):
+        if not least <= ratio < most:
+            refuse(
+                op,
+                f"an input's scale is {ratio:.3g} times its output's, and XNNPACK takes "
+                f"{least:.3g} to {most:.3g}",
+                OTHER_FILE,
+            )
 
 
 def stored(clamp: Sequence[int], grid: Grid) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-from models import assert_same
 from public_models import MODELS
 from public_models.measures import Measured
 
@@ -64,7 +63,3 @@ def test_state_is_that_of_the_float_model(measured):
 @each("codes")
 def test_the_integer_model_has_the_codes_of_evaluation(measured):
     assert measured.differing_codes() == 0
-    model = measured.integer
-    codes = model.quantize(*measured.samples)
-    results = model.run_codes(*codes) if isinstance(codes, list) else model.run_codes(codes)
-    assert_same(model.dequantize(results), measured.evaluated)

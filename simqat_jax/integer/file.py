@@ -21,7 +21,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.floats import FloatOp, MoveOp
 from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
-FORMAT = 1
+FORMAT = 2
 _MAGIC = "simqat_jax integer model"
 
 Arrays = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +218,6 @@ def _lower_conv(at: LoweredStep, node: Product, arrays: dict[str, np.ndarray]) -
     fields = {
         "strides": tuple(params["window_strides"]),
         "padding": _padding(node),
-        "pad_mode": "constant",
         "input_dilation": tuple(params["lhs_dilation"]),
         "kernel_dilation": tuple(params["rhs_dilation"]),
         "groups": int(params["feature_group_count"]),
@@ -320,7 +319,6 @@ def _lower_groups(
     fields = {
         "strides": (1, 1),
         "padding": ((0, 0), (0, 0)),
-        "pad_mode": "constant",
         "input_dilation": (1, 1),
         "kernel_dilation": (1, 1),
         "groups": groups,
@@ -351,7 +349,6 @@ class Conv(Op):
     kinds = ("conv",)
     strides: tuple[int, ...]
     padding: Pads
-    pad_mode: Literal["constant", "wrap", "reflect"]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     groups: int
@@ -375,8 +372,6 @@ class Conv(Op):
         return (requantize(c, acc + on_last_axis(bias, acc), self.clamp),)
 
     def _padded(self, x: jax.Array, grid: Grid) -> jax.Array:
-        if self.pad_mode != "constant":
-            return jnp.pad(x, [(0, 0), *self.padding, (0, 0)], mode=self.pad_mode)
         zero = np.asarray(grid.stored_zero, x.dtype)
         steps = [d - 1 for d in self.input_dilation]
         inner = [(lo, hi, s) for (lo, hi), s in zip(self.padding, steps, strict=True)]

@@ -87,7 +87,7 @@ def _rows_first(op: Op, tensors: list[Tensor], most: int) -> list[Op] | None:
 
 
 def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[Op] | None:
-    if not isinstance(op, Conv) or len(op.strides) != 2 or op.pad_mode != "constant":
+    if not isinstance(op, Conv) or len(op.strides) != 2:
         return None
     if {op.groups, *op.kernel_dilation, *op.input_dilation} != {1}:
         return None

@@ -141,7 +141,6 @@ def test_convolutions(backend, folder, x, y, seed, channels, window, padding, ti
     attributes = {
         "strides": list(strides),
         "padding": pads,
-        "pad_mode": "constant",
         "input_dilation": [1, 1],
         "kernel_dilation": list(dilation),
         "groups": groups,

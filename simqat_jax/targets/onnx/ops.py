@@ -96,11 +96,11 @@ def _conv_padding(w: Writer, op: Conv, x: str, tensor: Tensor) -> tuple[str, lis
         bounds = [w.ints(v, op.path) for v in ([0] * len(ends), ends, axes)]
         x = w.node("Slice", [x, *bounds], op.path)
     flat = [p[end] for end in (0, 1) for p in padding]
-    if op.pad_mode == "constant" and min(flat) >= 0:
+    if min(flat) >= 0:
         return x, flat
     half = len(flat) // 2
     pads = w.ints([0, 0, *flat[:half], 0, 0, *flat[half:]], op.path)
-    return w.node("Pad", [x, pads, zero], op.path, mode=op.pad_mode), [0] * len(flat)
+    return w.node("Pad", [x, pads, zero], op.path), [0] * len(flat)
 
 
 def _weights(

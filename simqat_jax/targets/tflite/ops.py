@@ -55,7 +55,6 @@ VERSIONS = {
     "MAXIMUM": ("MaximumMinimumOptions", 2),
     "MAX_POOL_2D": ("Pool2DOptions", 2),
     "MINIMUM": ("MaximumMinimumOptions", 2),
-    "MIRROR_PAD": ("MirrorPadOptions", 2),
     "MUL": ("MulOptions", 2),
     "PAD": ("PadOptions", 2),
     "PADV2": ("PadV2Options", 2),
@@ -118,7 +117,7 @@ def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
             f"TFLite has no convolution with input_dilation={op.input_dilation}",
             OTHER_FILE,
         )
-    window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation, op.pad_mode)
+    window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
 
 

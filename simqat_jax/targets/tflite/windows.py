@@ -20,7 +20,6 @@ class Window:
     strides: Sequence[int]
     padding: Sequence[Sequence[int]]
     dilation: Sequence[int]
-    mode: str = "constant"
 
     def planar(self) -> "Window":
         """Add an axis of length 1 in front of a single one."""
@@ -31,13 +30,12 @@ class Window:
             (1, *self.strides),
             ((0, 0), *self.padding),
             (1, *self.dilation),
-            self.mode,
         )
 
     def is_same(self, sizes: Sequence[int]) -> bool:
         """Whether TFLite's padding SAME pads as much; a negative size is not known."""
         axes = zip(sizes, self.lengths, self.strides, self.padding, self.dilation, strict=True)
-        return self.mode == "constant" and all(self._is_same(*axis) for axis in axes)
+        return all(self._is_same(*axis) for axis in axes)
 
     @staticmethod
     def _is_same(size: int, length: int, stride: int, padding: Sequence[int], step: int) -> bool:
@@ -149,16 +147,10 @@ def _runs(values: np.ndarray, axis: int) -> list[tuple[int, int]]:
 
 def padded(w: Writer, op: Op, x: Codes, window: Window) -> Codes:
     """Pad as a convolution does."""
-    if window.mode == "wrap":
-        return _wrapped(w, op, x, window.padding)
     padding = [(0, 0), *window.padding, (0, 0)]
-    check_padding(op, x, padding, window.mode)
+    check_padding(op, x, padding)
     y = w.codes(f"{op.path}/padded", grown(x.shape, padding), x.grid)
-    if window.mode == "reflect":
-        options = {"mode": w.schema.MirrorPadMode.REFLECT}
-        w.emit("MIRROR_PAD", [x.index, w.constant(padding)], y.index, **options)
-    else:
-        pad_codes(w, x, padding, y)
+    pad_codes(w, x, padding, y)
     return y
 
 
@@ -188,35 +180,8 @@ def pad_codes(
     w.reshape(padded, y.shape, y)
 
 
-def check_padding(
-    op: Op, x: Codes, padding: Sequence[Sequence[int]], mode: str = "constant"
-) -> None:
-    """Refuse negative padding, and values of an axis repeated that has not so many."""
+def check_padding(op: Op, x: Codes, padding: Sequence[Sequence[int]]) -> None:
+    """Refuse negative padding."""
     for size, pads in zip(x.shape, padding, strict=True):
-        if min(pads) < 0 or (mode != "constant" and max(pads) >= abs(size)):
-            refuse(
-                op,
-                f"TFLite cannot pad a length of {abs(size)} by {tuple(pads)} with {mode} padding",
-                OTHER_FILE,
-            )
-
-
-def _wrapped(w: Writer, op: Op, x: Codes, padding: Sequence[Sequence[int]]) -> Codes:
-    """Pad with the values of the other end."""
-    check_padding(op, x, [(0, 0), *padding, (0, 0)], "wrap")
-    for axis, (lo, hi) in enumerate(padding, 1):
-        parts = [x]
-        for length, end in ((lo, True), (hi, False)):
-            if length:
-                start, limit = [0] * 4, list[int | None]([None] * 4)
-                start[axis], limit[axis] = (-length, None) if end else (0, length)
-                shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
-                part = w.codes(f"{op.path}/wrapped", shape, x.grid)
-                w.strided_slice(x, start, limit, [1] * 4, part)
-                parts.insert(0 if end else len(parts), part)
-        if len(parts) > 1:
-            grown = x.shape[axis] + (lo + hi) * (-1 if x.shape[axis] < 0 else 1)
-            shape = (*x.shape[:axis], grown, *x.shape[axis + 1 :])
-            x = w.codes(f"{op.path}/wrapped", shape, x.grid)
-            w.emit("CONCATENATION", [p.index for p in parts], x.index, axis=axis)
-    return x
+        if min(pads) < 0:
+            refuse(op, f"TFLite cannot pad a length of {abs(size)} by {tuple(pads)}", OTHER_FILE)

@@ -16,7 +16,7 @@ from jax.extend import core
 from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
-from simqat_jax.capture.passes import dependent, prune, share, simplify
+from simqat_jax.capture.passes import dependent, name_random, prune, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
 from simqat_jax.capture.state import separate_state
@@ -172,7 +172,7 @@ def _understood(graph: Graph, recorder: Recorder) -> Graph:
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed))
     graph = simplify(separate_state(graph))
-    return keep_exact(keep_norms_float(graph))
+    return keep_exact(keep_norms_float(name_random(graph)))
 
 
 def _looked_at(restore: Restore, count: int) -> list[int]:

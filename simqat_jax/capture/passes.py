@@ -225,6 +225,35 @@ def merge_elementwise(graph: Graph) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
+def name_random(graph: Graph) -> Graph:
+    """Name operations with random numbers apart: dropout, stochastic depth, noise.
+
+    Only training computes them, and evaluation numbers its operations without them. What scales by
+    a constant next to one belongs to it.
+    """
+    readers = graph.readers()
+    drawn = graph.data - dependent(graph.nodes, graph.arguments)
+    random = {n for n in graph.nodes if not drawn.isdisjoint(n.data_inputs(graph.data))}
+    made = {v for n in random for v in n.outputs}
+    for node in graph.nodes:
+        only = readers[node.outputs[0]] if node.outputs[0] not in graph.outputs else []
+        follows = not made.isdisjoint(node.inputs)
+        if _scales(node) and (follows or (len(only) == 1 and only[0] in random)):
+            random.add(node)
+            made.update(node.outputs)
+    nodes = [
+        dataclasses.replace(n, op=f"random_{n.op}") if n in random and n.layer is None else n
+        for n in graph.nodes
+    ]
+    return dataclasses.replace(graph, nodes=tuple(nodes))
+
+
+def _scales(node: Node) -> bool:
+    """Whether it multiplies one tensor by constants."""
+    parts = {part.primitive for part in node.parts or (node,)}
+    return isinstance(node, Elementwise) and parts <= {"mul", "div"}
+
+
 def simplify(graph: Graph) -> Graph:
     """Drop what nobody reads, then merge means and elementwise functions."""
     return merge_elementwise(merge_means(prune(graph)))

@@ -459,14 +459,18 @@ class OwnNoise(nn.Module):
             x = x + 0.1 * jax.random.normal(self.make_rng("dropout"), x.shape)
         if train and self.where == "dropout":
             x = x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape) * 2.0
+        if train and self.where == "scaled first":
+            x = x / 0.5 * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+        if train and self.where == "selected":
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+            x = jnp.where(keep, x / 0.5, 0.0)
         y = x + nn.Dense(8)(x)
         if self.where == "drop path":
             y = x + OwnDropPath()(y, train)
         return nn.Dense(3)(y * x + y)
 
 
-@pytest.mark.xfail(strict=True, reason="numbers of operations count what only training computes")
-@pytest.mark.parametrize("where", ["noise", "dropout"])
+@pytest.mark.parametrize("where", ["noise", "dropout", "scaled first", "selected"])
 def test_names_do_not_depend_on_what_only_training_computes(where):
     qmodel = sq.SimQAT().apply(OwnNoise(where))
     x = jax.random.normal(KEY, (4, 6))

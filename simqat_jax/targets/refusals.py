@@ -44,7 +44,9 @@ def refuse(op: Op, problem: str, remedy: str) -> NoReturn:
 def refuse_float(program: Program, op: Op) -> NoReturn:
     """Raise RefusedError for what has no form in integers, with a remedy for where it stands."""
     where = place(program, op)
-    what = "moves codes in a way that no file holds" if isinstance(op, MoveOp) else "is float"
+    what = (
+        "moves codes in a way that no file holds" if isinstance(op, MoveOp) else "computed in float"
+    )
     refuse(op, f"{what}, {where}", _REMEDIES[where])
 
 

@@ -48,8 +48,6 @@ def test_what_is_not_a_trained_model():
         sq.convert(qmodel, {"params": variables["params"]}, X)
     with pytest.raises(ValueError, match=r"backend must be one of"):
         sq.convert(qmodel, variables, X, backend="onxx")
-    with pytest.raises(ValueError, match="positional"):
-        sq.convert(qmodel, variables, x=X)
 
 
 def test_weights_that_are_not_finite():

@@ -52,9 +52,13 @@ class Transformer(nn.Module):
 @pytest.mark.parametrize("backend", EXPORTS)
 def test_all_of_a_kind_in_one_line(backend, tmp_path):
     text = refusal(converted(Transformer(), X, backend=backend), backend, tmp_path / "file")
-    assert "LayerNorm 5x, is float, between layers: norm_0, norm_1, norm_2 and 2 more" in text
+    assert (
+        "LayerNorm 5x, computed in float, between layers: norm_0, norm_1, norm_2 and 2 more" in text
+    )
     attention = next(line for line in text.splitlines() if line.startswith("  attention ("))
-    assert " 5x, is float, between layers: attention_0, attention_1, attention_2" in attention
+    assert (
+        " 5x, computed in float, between layers: attention_0, attention_1, attention_2" in attention
+    )
     assert "behind the layers: the model" in text
     assert text.count("between layers: norm") == 1
 

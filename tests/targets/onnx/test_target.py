@@ -16,7 +16,7 @@ import simqat_jax as sq
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates
 
 CONFIG = sq.SimQATConfig(backend="onnx")
-FLOAT_PARTS = ("softmax", "attention", "preprocessing", "avg_pool without padding")
+FLOAT_PARTS = ("softmax", "attention", "preprocessing")
 TRAINING = ("batch norm train", "dropout train")
 
 
@@ -73,7 +73,7 @@ def test_every_construct(name, tmp_path):
 
 @pytest.mark.parametrize("name", FLOAT_PARTS)
 def test_float_parts_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match="float has no form in ONNX integers"):
+    with pytest.raises(ValueError, match="computed in float"):
         sq.export_onnx(converted(CASES[name], CONFIG), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -113,13 +113,13 @@ def test_narrow_widths(num_bits, symmetric, tmp_path):
 
 def test_additions_of_another_runtime(tmp_path):
     model = converted(CASES["residual"], sq.SimQATConfig(backend="tflite"))
-    with pytest.raises(ValueError, match=r'add rounds as in tflite.*backend="onnx"'):
+    with pytest.raises(ValueError, match=r'add: it rounds as in tflite.*backend="onnx"'):
         sq.export_onnx(model, tmp_path / "m.onnx")
 
 
 def test_widths_that_onnx_files_are_not_written_with(tmp_path):
     wide = sq.SimQATConfig(activation=sq.QuantSpec(num_bits=12))
-    with pytest.raises(ValueError, match=r"input has codes of type uint16.*num_bits=8"):
+    with pytest.raises(ValueError, match=r"(?s)activations have more than 8 bits.*num_bits=8"):
         sq.export_onnx(converted(CASES["relu"], wide), tmp_path / "m.onnx")
 
 

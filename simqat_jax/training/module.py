@@ -13,6 +13,7 @@ from simqat_jax.capture.capture import Filter
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
+from simqat_jax.numerics.arguments import check_mapping
 from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
 from simqat_jax.training.plan_table import Plan
@@ -26,6 +27,7 @@ Kwargs = Mapping[str, PyTree]
 """Keyword arguments of a call."""
 Rngs = Mapping[str, jax.Array | LazyRng]
 """A key for each random stream."""
+_VARIABLES = "Pass what init returned, or a trained version of it."
 
 
 class SimQAT:
@@ -78,6 +80,8 @@ class SimQAT:
             )
         if isinstance(module, QuantizedModule):
             raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")
+        if not isinstance(name, str | None):
+            raise TypeError(f"name must be a string or None, got {name!r}.")
         if module.scope is not None:
             raise ValueError(
                 f"SimQAT.apply takes an unbound module, and this {type(module).__name__} is bound "
@@ -132,6 +136,7 @@ class QuantizedModule(nn.Module):
         as the quantized call computes them. What is fused with the layer behind it is there as it
         would be alone, not rounded.
         """
+        check_mapping("variables", variables, _VARIABLES)
         called = _quantized(method, capture_intermediates)
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
@@ -246,6 +251,7 @@ class QuantizedModule(nn.Module):
         Raises:
           ValueError: what the call itself would raise.
         """
+        check_mapping("variables", variables, _VARIABLES)
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)

@@ -1,5 +1,7 @@
 """SimQAT as a user meets it: one call, training, delays, and every wrong input."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -325,6 +327,17 @@ def test_integers_into_a_dense():
     y, _ = step(qmodel, variables, x)
     want = TwoLayers().apply({"params": variables["params"]}, x)
     np.testing.assert_allclose(y, want, atol=0.1)
+
+
+@pytest.mark.parametrize("variables", [None, [1], 3.0, "params"])
+def test_variables_that_are_none(variables, x):
+    qmodel = sq.SimQAT().apply(TwoLayers())
+    for call in (qmodel.apply, qmodel.plan):
+        with pytest.raises(TypeError, match=r"variables must be a dictionary.*what init returned"):
+            call(variables, x)
+    unnamed: Any = 3
+    with pytest.raises(TypeError, match="name must be a string"):
+        sq.SimQAT().apply(TwoLayers(), name=unnamed)
 
 
 def test_applied_twice(x):

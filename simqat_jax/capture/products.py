@@ -26,6 +26,7 @@ from simqat_jax.ir.graph import (
     Node,
     Operand,
     Product,
+    Unquantizable,
     as_kind,
     shape_of,
 )
@@ -39,10 +40,16 @@ def find_products(graph: Graph) -> Graph:
     A kernel whose output channels are not its last axes is transposed first.
     """
     finder = _Finder(graph)
+    missed = []
     for node in graph.nodes:
-        if isinstance(node, Contraction) and finder.is_product(node):
+        if not isinstance(node, Contraction) or not finder.has_kernel(node):
+            continue
+        if node.convolves and not finder.is_plain(node):
+            missed.append(Unquantizable(node.path, "its kernel is what the data slides over"))
+        else:
             finder.add(node)
-    return finder.draft.finished()
+    unquantizable = (*graph.unquantizable, *missed)
+    return dataclasses.replace(finder.draft.finished(), unquantizable=unquantizable)
 
 
 class _Name(NamedTuple):
@@ -86,14 +93,15 @@ class _Finder:
     def is_fed(self, v: Operand) -> bool:
         return isinstance(v, int) and v in self.fed
 
-    def is_product(self, node: Contraction) -> bool:
-        """Whether it multiplies data by what is none."""
-        if [self.is_fed(v) for v in node.inputs].count(True) != 1:
-            return False
-        # The gradient of a convolution may be one whose kernel comes first.
-        plain = self.is_fed(node.inputs[0]) and node.eqn.params.get("batch_group_count") == 1
+    def has_kernel(self, node: Contraction) -> bool:
+        """Whether it multiplies data by what is none, both real numbers."""
         dtypes = (shape_of(v).dtype for v in (*node.eqn.invars, *node.eqn.outvars))
-        return (plain or not node.convolves) and all(map(_is_float, dtypes))
+        one = [self.is_fed(v) for v in node.inputs].count(True) == 1
+        return one and all(map(_is_float, dtypes))
+
+    def is_plain(self, node: Contraction) -> bool:
+        """Whether a convolution slides its kernel over data, as gradients may not."""
+        return self.is_fed(node.inputs[0]) and node.eqn.params["batch_group_count"] == 1
 
     # One product ------------------------------------------------------------------------------
 

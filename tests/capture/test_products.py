@@ -279,3 +279,14 @@ def test_noise_on_a_kernel_leaves_it_a_kernel():
     rngs = {"noise": KEY}
     y, _ = qmodel.apply(variables, ROWS, train=True, rngs=rngs, mutable=["quant_stats"])
     np.testing.assert_allclose(y, Noisy().apply({"params": variables["params"]}, ROWS), atol=0.2)
+
+
+def test_a_convolution_of_a_kernel_with_data_is_named():
+    def body(x, param):
+        kernel = param("k", 1, 8, 8, 4)
+        y = lax.conv(kernel.transpose(0, 3, 1, 2), x.transpose(0, 3, 1, 2)[:, :4], (1, 1), "SAME")
+        return x.mean((1, 2)) + y.mean()
+
+    with pytest.raises(ValueError, match=r"the model: its kernel is what the data slides over"):
+        initialized(Written(body), IMAGES)
+    initialized(Written(body), IMAGES, strict=False)

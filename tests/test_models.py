@@ -53,7 +53,7 @@ class Subject:
         return model.init(RNGS, *self.case.args, **self.case.kwargs)
 
     def call(self, model: Any, variables: Any) -> Any:
-        """The output in evaluation; of cases in training, in training."""
+        """The output of one call; what it updates is dropped."""
         args, kwargs = self.case.args, self.case.kwargs
         if kwargs.get("train"):
             return model.apply(variables, *args, **kwargs, mutable=["batch_stats"])[0]
@@ -86,6 +86,8 @@ class Subject:
     @functools.cached_property
     def evaluated(self) -> Results:
         """In evaluation, compiled as users do."""
+        if self.case.kwargs.get("train"):
+            pytest.skip("a call that takes batch statistics is none of evaluation")
         run = jax.jit(lambda v: with_gradients(lambda v: (self.call(self.qmodel, v), v), v))
         trained = self.trained
         with optimized():
@@ -145,10 +147,11 @@ def test_one_quantizer_for_each_tensor(subject):
 
 
 def test_evaluation_has_the_same_bits_with_and_without_jit(subject):
+    compiled = subject.evaluated.output
     case, qmodel, trained = subject.case, subject.qmodel, subject.trained
     eager = subject.call(qmodel, trained)
     floats = qmodel.plan(trained, *case.args, **case.kwargs).floats
-    pairs = zip(jax.tree.leaves(eager), jax.tree.leaves(subject.evaluated.output), strict=True)
+    pairs = zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True)
     for a, b in pairs:
         rounding = 1e-6 if floats else 0.0
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rounding)

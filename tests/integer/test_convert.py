@@ -37,7 +37,7 @@ def test_backends_differ_in_additions_alone():
 
 def test_what_is_not_a_trained_model():
     qmodel, variables, _ = dense()
-    with pytest.raises(TypeError, match=r"what SimQAT.apply returned, got Dense"):
+    with pytest.raises(TypeError, match=r"must be a QuantizedModule, got Dense"):
         sq.convert(nn.Dense(3), variables, X)
     with pytest.raises(TypeError, match="outside of jit"):
         jax.jit(lambda v: sq.convert(qmodel, v, X))(variables)

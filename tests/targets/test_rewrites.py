@@ -65,7 +65,6 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
         (nn.Conv(6, (3, 3), (3, 3)), (33, 36, 3), ["conv"]),
         (nn.Conv(6, (3, 3), kernel_dilation=2), (32, 32, 3), ["conv"]),
         (nn.Conv(6, (3, 3), feature_group_count=3), (32, 32, 3), ["conv"]),
-        (nn.Conv(6, (3, 3), padding="CIRCULAR"), (32, 32, 3), ["conv"]),
         (nn.Conv(6, (3,)), (32, 3), ["conv"]),
     ],
 )

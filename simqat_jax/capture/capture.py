@@ -145,13 +145,12 @@ def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
     arguments = _flattened(call)
     operands = (call.variables, arguments.arrays, call.rngs)
     closed, restore = _trace(call, arguments, operands, recorder, forget=forget)
-    _check_patterns(recorder, call.module)
     returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
     graph = _graph(call, arguments, closed, recorder, count)
     inputs = jax.tree.leaves(operands)
     if not call.intermediates:
-        return Capture(_understood(graph, recorder), inputs, restore)
+        return Capture(_understood(call, graph, recorder), inputs, restore)
     looked_at = _looked_at(restore, len(graph.outputs))
     order = [*(i for i in range(len(graph.outputs)) if i not in looked_at), *looked_at]
     outputs = [graph.outputs[i] for i in order]
@@ -163,14 +162,15 @@ def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
         at = dict(zip(order, values, strict=True))
         return restore([at[i] for i in range(len(order))])
 
-    return Capture(_understood(rest, recorder), inputs, reordered, seen)
+    return Capture(_understood(call, rest, recorder), inputs, reordered, seen)
 
 
-def _understood(graph: Graph, recorder: Recorder) -> Graph:
+def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     """Find in a graph, as it was traced, what a plan is made of."""
     graph = share(prune(graph))
     missed = unreachable_products(graph, recorder)
-    graph = find_products(dataclasses.replace(graph, unquantizable=missed))
+    graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
+    _check_patterns(recorder, call.module)
     graph = simplify(separate_state(graph))
     return keep_exact(keep_norms_float(name_random(graph)))
 
@@ -295,7 +295,7 @@ def _check_patterns(recorder: Recorder, module: nn.Module) -> None:
     if unmatched:
         raise ValueError(
             f"SimQATConfig.exclude holds {unmatched[0]!r}, which matches no module of "
-            f"{type(module).__name__}. Its modules: {recorder.module_names()}."
+            f"{type(module).__name__}. Its modules and products: {recorder.module_names()}."
         )
 
 

@@ -48,7 +48,7 @@ def _exact(graph: Graph) -> frozenset[int]:
 
 def _is_exact(node: Node, exact: set[int] | frozenset[int], graph: Graph) -> bool:
     """Whether what a node makes is no real number, or must be exact itself."""
-    counts = not any(_is_float(graph, v) for v in node.outputs)
+    counts = not node.effects and not any(_is_float(graph, v) for v in node.outputs)
     return counts or not exact.isdisjoint(node.outputs)
 
 

@@ -106,7 +106,7 @@ class Recorder:
       forbidden: a module class that must not occur inside.
       dry: nothing is computed: a BatchNorm whose mapped axis is not there takes statistics alone.
       calls: of layers; the number in a layer's mark is its place here.
-      modules: the paths of all modules that were called.
+      modules: the paths of all modules that were called, and of products outside of Flax's layers.
       scopes: the methods called; the number in a path's mark is its place here.
       traces: closes when traces made outside of captures may be used again.
       number: of the capture; a part of its marks.

@@ -15,11 +15,13 @@ from jax.typing import DTypeLike
 from simqat_jax.capture.contractions import Axes, Form, form_of, identity, transposition
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
+from simqat_jax.capture.interception import Recorder, excluded
 from simqat_jax.capture.passes import chain, dependent
 from simqat_jax.ir.graph import (
     Add,
     Constant,
     Contraction,
+    Float,
     Graph,
     Layer,
     Move,
@@ -34,12 +36,17 @@ from simqat_jax.ir.graph import (
 _SPREADS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type")
 
 
-def find_products(graph: Graph) -> Graph:
+def find_products(graph: Graph, recorder: Recorder) -> Graph:
     """Make every product of data and a kernel one node, with the bias behind it.
 
     A kernel whose output channels are not its last axes is transposed first.
+
+    Args:
+      graph: as it was traced.
+      recorder: notes down the names of products beside those of modules, and knows which to leave
+        float.
     """
-    finder = _Finder(graph)
+    finder = _Finder(graph, recorder)
     missed = []
     for node in graph.nodes:
         if not isinstance(node, Contraction) or not finder.has_kernel(node):
@@ -84,8 +91,9 @@ class _Tail:
 class _Finder:
     """Collects products, and what is left of a graph around them."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Graph, recorder: Recorder):
         self.graph = graph
+        self.recorder = recorder
         self.draft = Draft(graph)
         self.fed = dependent(graph.nodes, graph.arguments)
         self.parameters = _parameters(graph)
@@ -110,6 +118,11 @@ class _Finder:
         swapped = self.is_fed(node.inputs[1])
         x, kernel = reversed(node.inputs) if swapped else node.inputs
         assert isinstance(x, int)
+        name = self.name(node, kernel)
+        self.recorder.modules.append(name.path)
+        if excluded(name.path, self.recorder.exclude):
+            self.draft.instead[node] = [as_kind(Float, node, why="excluded")]
+            return
         form = form_of(node.eqn, swapped)
         self.draft.instead[node] = []
         before: list[Node] = []
@@ -130,7 +143,7 @@ class _Finder:
         self.follow(node, form._replace(channel_axes=channels), tail, before)
         parts = (*before, *casts, contraction, *tail.nodes)
         inputs = (x, kernel) if tail.bias is None else (x, kernel, tail.bias)
-        product = self.product(node, form, parts, inputs, tail)
+        product = self.product(name, node, form, parts, inputs, tail)
         self.draft.instead.setdefault(tail.last, []).append(product)
 
     def before(self, node: Contraction, x: int) -> tuple[int, list[Node]]:
@@ -165,8 +178,6 @@ class _Finder:
         if isinstance(v, int) and order == identity(order):
             return v, casts
         kernel = self.draft.turned(node, v, order)
-        if isinstance(v, int) and v in self.parameters:
-            self.parameters[kernel] = self.parameters[v]
         if casts:
             casts = [self.draft.converted(node, kernel, shape_of(casts[0].eqn.outvars[0]).dtype)]
         return kernel, casts
@@ -243,16 +254,19 @@ class _Finder:
             nodes = [dataclasses.replace(n, inputs=(root,)) for n in nodes[:1]] + nodes[1:]
         return root, nodes, _last(nodes, root)
 
+    def name(self, node: Contraction, kernel: Operand) -> _Name:
+        made_of = self.parameters.get(kernel, ()) if isinstance(kernel, int) else ()
+        return _name(node, {self.graph.parameters[v] for v in made_of})
+
     def product(
         self,
+        name: _Name,
         node: Contraction,
         form: Form,
         parts: tuple[Node, ...],
         inputs: tuple[int, ...],
         tail: _Tail,
     ) -> Product:
-        sources = self.parameters.get(inputs[1], frozenset())
-        name = _name(node, {self.graph.parameters[v] for v in sources})
         kind = "conv" if node.convolves else "dense"
         module = node.module if name.path == node.path else None
         op = type(module).__name__ if module else {"dense": "matmul"}.get(kind, kind)

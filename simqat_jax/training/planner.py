@@ -6,7 +6,21 @@ import jax.numpy as jnp
 
 from simqat_jax.capture.interception import excluded
 from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, N, Node, Operand, Product
+from simqat_jax.ir.graph import (
+    Add,
+    BatchNorm,
+    Clamp,
+    Concat,
+    Elementwise,
+    Graph,
+    Mean,
+    Move,
+    Mul,
+    N,
+    Node,
+    Operand,
+    Product,
+)
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import Operation, Situation
@@ -144,7 +158,9 @@ class _Planner:
 
     def finished(self, step: Step) -> Step:
         """Add how its BatchNorm is folded, and why it stays float."""
-        reason = self.unquantizable.get("/".join(step.node.path), "")
+        # Of what else stands in the module of a product out of reach, nothing is said.
+        blamed = not isinstance(step.node, Add | Mul | Move | Mean | Elementwise | Clamp | Concat)
+        reason = self.unquantizable.get("/".join(step.node.path), "") if blamed else ""
         if not reason and excluded(step.node.path, self.config.exclude):
             reason = "excluded"
         fold = "none"

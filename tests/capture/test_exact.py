@@ -68,3 +68,12 @@ def test_a_feature_that_is_compared_as_well_has_a_grid_behind():
     notes = [row.note for row in qmodel.plan(variables, X).rows if row.path.endswith("copy")]
     assert len(notes) == 1 and "quantized for an integer operation" in notes[0]
     assert np.isfinite(qmodel.apply(variables, X)).all()
+
+
+def test_an_input_that_is_printed_is_no_id():
+    def body(x):
+        jax.debug.print("{}", x[0, 0])
+        return nn.Dense(3)(x)
+
+    _, variables, _ = observed(Model(body), X)
+    assert "input" in variables["quant_stats"]

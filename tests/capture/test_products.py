@@ -290,3 +290,13 @@ def test_a_convolution_of_a_kernel_with_data_is_named():
     with pytest.raises(ValueError, match=r"the model: its kernel is what the data slides over"):
         initialized(Written(body), IMAGES)
     initialized(Written(body), IMAGES, strict=False)
+
+
+def test_a_product_is_excluded_by_the_name_in_the_plan():
+    def body(x, param):
+        return nn.relu(x @ param("w", 6, 4) + param("b", 4)) @ param("v", 4, 4)
+
+    _, variables = initialized(Written(body), ROWS, exclude=("w",))
+    assert set(variables["quant_stats"]) == {"add/output", "v/output", "last/output", "step"}
+    with pytest.raises(ValueError, match=r"'u', which matches no .*\['last', 'w', 'v'\]"):
+        initialized(Written(body), ROWS, exclude=("u",))

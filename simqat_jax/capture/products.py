@@ -231,22 +231,10 @@ class _Finder:
 
         None where the operand is anything else than a constant for each channel.
         """
-        nodes: list[Node] = []
-        found: tuple[Operand, int] | None = None
-        while not self.is_fed(v):
-            if self.draft.aval(v).size == math.prod(form.features) and _is_float(
-                self.draft.aval(v).dtype
-            ):
-                found = v, len(nodes)
-            producer = self.draft.producers.get(v) if isinstance(v, int) else None
-            if producer is None or producer.primitive not in _SPREADS or len(producer.inputs) != 1:
-                break
-            nodes.append(producer)
-            v = producer.inputs[0]
+        found = _one_each_channel(self.draft, self.fed, v, math.prod(form.features))
         if found is None:
             return None
-        root, count = found
-        nodes = nodes[:count][::-1]
+        root, nodes = found
         if not _is_spread_over_channels(self.draft.aval(root).shape, nodes, shape, form):
             return None
         if isinstance(root, Constant):
@@ -295,6 +283,23 @@ class _Finder:
             contraction=contraction,
             shape=shape,
         )
+
+
+def _one_each_channel(
+    draft: Draft, fed: frozenset[int], v: Operand, count: int
+) -> tuple[Operand, list[Node]] | None:
+    """Return the first tensor of as many numbers that an operand is spread from, and how it is."""
+    nodes: list[Node] = []
+    found: tuple[Operand, list[Node]] | None = None
+    while not isinstance(v, int) or v not in fed:
+        if draft.aval(v).size == count and _is_float(draft.aval(v).dtype):
+            found = v, nodes[::-1]
+        producer = draft.producers.get(v) if isinstance(v, int) else None
+        if producer is None or producer.primitive not in _SPREADS or len(producer.inputs) != 1:
+            break
+        nodes.append(producer)
+        v = producer.inputs[0]
+    return found
 
 
 def _prepares(producer: Node, node: Contraction, fed: frozenset[int]) -> bool:

@@ -253,7 +253,7 @@ def test_a_layer_called_on_a_constant_is_folded_and_its_other_calls_are_quantize
         def __call__(self, x):
             cell = nn.GRUCell(4)
             carry = jnp.zeros((x.shape[0], 4))
-            for t in range(3):
+            for t in range(2):
                 carry, _ = cell(carry, x[:, t])
             return nn.Dense(2)(carry)
 

@@ -13,6 +13,7 @@ from models import converted
 from zoo import CASES
 
 import simqat_jax as sq
+from simqat_jax.integer import file
 
 
 @pytest.fixture
@@ -54,7 +55,9 @@ def test_a_file_of_a_later_format(saved):
     with zipfile.ZipFile(saved) as archive:
         header, body = archive.read("header.json"), archive.read("model.npz")
     with zipfile.ZipFile(saved, "w") as archive:
-        archive.writestr("header.json", header.replace(b'"format": 1', b'"format": 99'))
+        archive.writestr(
+            "header.json", header.replace(b'"format": %d' % file.FORMAT, b'"format": 99')
+        )
         archive.writestr("model.npz", body)
     with pytest.raises(ValueError, match="has format 99"):
         sq.IntegerModel.load(saved)

@@ -201,8 +201,8 @@ def test_other_parts_than_two(saved):
 
 def test_a_large_file_that_is_no_model_is_not_read(tmp_path):
     path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(4 << 30)
+    with path.open("wb") as sparse:
+        sparse.truncate(4 << 30)
     refused(path, "no integer model")
 
 

@@ -100,6 +100,8 @@ def test_an_affine_of_channels_has_127_for_every_slope():
     np.testing.assert_array_equal(
         scales[:3], [np.float32(0.5) / np.float32(127), np.float32(2) / np.float32(127), 1]
     )
+    weight, scale = requantize.channel_affine(f32(1.0), f32(0.0), jnp.float32(0.1))
+    np.testing.assert_array_equal([*weight, *scale], [127, np.float32(1) / np.float32(127)])
     assert weights[3] == 0  # far below what the bias leaves room for
     assert abs(int(requantize.integer_bias(shift, scales * 0.1)[3])) <= 2**29 + 64
 

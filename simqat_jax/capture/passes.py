@@ -45,15 +45,26 @@ def chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., t
     return run
 
 
+def leading_to(graph: Graph, targets: Iterable[Operand], *, effects: bool = False) -> set[Node]:
+    """Return the nodes on which any of `targets` depends.
+
+    Args:
+      graph: the graph.
+      targets: operands.
+      effects: nodes with an effect count as well.
+    """
+    needed, found = {v for v in targets if isinstance(v, int)}, set()
+    for node in reversed(graph.nodes):
+        if (effects and node.effects) or not needed.isdisjoint(node.outputs):
+            needed.update(v for v in node.inputs if isinstance(v, int))
+            found.add(node)
+    return found
+
+
 def prune(graph: Graph) -> Graph:
     """Leave out nodes whose results nobody reads, unless they have an effect."""
-    needed = {v for v in graph.outputs if isinstance(v, int)}
-    kept = []
-    for node in reversed(graph.nodes):
-        if node.effects or not needed.isdisjoint(node.outputs):
-            needed.update(v for v in node.inputs if isinstance(v, int))
-            kept.append(node)
-    return dataclasses.replace(graph, nodes=tuple(reversed(kept)))
+    kept = leading_to(graph, graph.outputs, effects=True)
+    return dataclasses.replace(graph, nodes=tuple(n for n in graph.nodes if n in kept))
 
 
 def share(graph: Graph) -> Graph:

@@ -139,8 +139,9 @@ class _Finder:
             eqn=form.eqn,
             run=bound(form.eqn),
         )
-        channels = tuple(map(tail.order.index, form.channel_axes))
-        self.follow(node, form._replace(channel_axes=channels), tail, before)
+        # From here on the channels are where the result has them.
+        form = form._replace(channel_axes=tuple(map(tail.order.index, form.channel_axes)))
+        self.follow(node, form, tail, before)
         parts = (*before, *casts, contraction, *tail.nodes)
         inputs = (x, kernel) if tail.bias is None else (x, kernel, tail.bias)
         product = self.product(name, node, form, parts, inputs, tail)
@@ -258,7 +259,6 @@ class _Finder:
         kind = "conv" if node.convolves else "dense"
         module = node.module if name.path == node.path else None
         op = type(module).__name__ if module else {"dense": "matmul"}.get(kind, kind)
-        channels = tuple(map(tail.order.index, form.channel_axes))
         (at,) = (k for k, part in enumerate(parts) if isinstance(part, Contraction))
         contraction, shape = parts[at], self.draft.avals[tail.output].shape
         assert isinstance(contraction, Contraction)
@@ -276,7 +276,7 @@ class _Finder:
             layer=Layer(module, name.path, ("kernel", "bias")[: len(inputs) - 1]),
             kernel_name=name.kernel,
             counted=name.counted,
-            channel_axes=channels if same_rank else (len(shape) - 1,),
+            channel_axes=form.channel_axes if same_rank else (len(shape) - 1,),
             order=tail.order,
             features=form.features,
             before=tuple(n for n in parts[:at] if n.primitive in ("reshape", "pad")),

@@ -3,7 +3,7 @@
 import dataclasses
 
 from simqat_jax.capture.draft import Draft
-from simqat_jax.capture.passes import reading
+from simqat_jax.capture.passes import leading_to, reading
 from simqat_jax.ir.graph import Contraction, Graph, Node, Product
 
 
@@ -23,8 +23,8 @@ def separate_state(graph: Graph) -> Graph:
         plain = not layer and node.data_inputs(graph.data) and not node.effects
         return bool(plain) and all(batch not in graph.avals[v].shape for v in node.outputs)
 
-    shown = _leading_to(graph, {v for v in graph.outputs[: graph.returned] if isinstance(v, int)})
-    both = _leading_to(graph, kept) & shown
+    shown = leading_to(graph, graph.outputs[: graph.returned])
+    both = leading_to(graph, kept) & shown
     draft, twins = Draft(graph), dict[int, int]()
     for node in graph.nodes:
         if node in both and is_statistic(node):
@@ -39,13 +39,3 @@ def separate_state(graph: Graph) -> Graph:
         for n, v in enumerate(graph.outputs)
     ]
     return dataclasses.replace(draft.finished(), outputs=tuple(outputs))
-
-
-def _leading_to(graph: Graph, targets: set[int]) -> set[Node]:
-    """Return the nodes on which any of `targets` depends."""
-    needed, found = set(targets), set()
-    for node in reversed(graph.nodes):
-        if not needed.isdisjoint(node.outputs):
-            needed.update(v for v in node.inputs if isinstance(v, int))
-            found.add(node)
-    return found

@@ -13,6 +13,7 @@ from flax.core.scope import CollectionFilter, LazyRng
 from flax.typing import VariableDict
 from jax.extend import core
 
+from simqat_jax.capture.compound import find_compound
 from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
@@ -171,7 +172,7 @@ def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)
-    graph = simplify(separate_state(graph))
+    graph = simplify(separate_state(find_compound(graph)))
     return keep_exact(keep_norms_float(name_random(graph)))
 
 

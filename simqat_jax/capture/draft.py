@@ -24,6 +24,7 @@ class Draft:
       avals: shape and dtype of every tensor, the new ones included.
       producers: the node that makes each tensor of the graph.
       instead: what comes in the place of a node; of others, themselves.
+      readers: the nodes of the graph that read each tensor.
     """
 
     def __init__(self, graph: Graph):
@@ -31,7 +32,7 @@ class Draft:
         self.avals = dict(graph.avals)
         self.producers: Mapping[int, Node] = {v: n for n in graph.nodes for v in n.outputs}
         self.instead: dict[Node, list[Node]] = {}
-        self._readers = graph.readers()
+        self.readers = graph.readers()
         self._turned: dict[object, int] = {}
 
     def finished(self) -> Graph:
@@ -54,7 +55,7 @@ class Draft:
 
     def only_reader(self, v: int, node: Node) -> Node | None:
         """Return the one node that reads a tensor, if it is inside the same `nn.remat`."""
-        users = self._readers[v]
+        users = self.readers[v]
         alone = len(users) == 1 and v not in self.graph.outputs and users[0].remat == node.remat
         return users[0] if alone else None
 

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.passes import reading
+from simqat_jax.ir.compound import Lookup, MatMul
 from simqat_jax.ir.graph import Contraction, Graph, Move, Node, Product
+
+_LAYERS = (Contraction, Product, MatMul, Lookup)
 
 
 def keep_exact(graph: Graph) -> Graph:
@@ -34,7 +37,7 @@ def _exact(graph: Graph) -> frozenset[int]:
     """Return the tensors that nothing but the input led to and that must stay as they are."""
     raw = set(graph.arguments)
     for node in graph.nodes:
-        layer = node.layer is not None or isinstance(node, Contraction | Product)
+        layer = node.layer is not None or isinstance(node, _LAYERS)
         inputs = node.data_inputs(graph.data)
         if inputs and not layer and raw.issuperset(inputs):
             raw.update(node.outputs)

@@ -16,6 +16,8 @@ from flax.linen.module import InterceptorContext
 from flax.typing import VariableDict
 from jax.extend import core
 
+from simqat_jax.capture.norms import norm_form
+from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.graph import (
     BatchNorm,
     Dropout,
@@ -278,17 +280,23 @@ def _call_dropout(recorder: Recorder, call: _ModuleCall) -> object:
     return recorder.bind(layer, make, "dropout", fn, given["inputs"], rng)[0]
 
 
-def _call_float(recorder: Recorder, call: _ModuleCall) -> object:
+def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:
     params = _own_variables(call.module, "params", ("scale", "bias"))
-    layer = call.layer(params)
+    layer, given = call.layer(params), dict(call.kwargs)
+    x, *rest = call.args if call.args else (given.pop("x"),)
     count = len(params)
 
-    def fn(*values: jax.Array) -> Sequence[jax.Array]:
+    def fn(x: jax.Array, *values: jax.Array) -> Sequence[jax.Array]:
         variables = {"params": layer.named(values[:count])}
-        return _applied(layer, variables, *values[count:], **call.kwargs)
+        return _applied(layer, variables, x, *values[count:], **given)
 
-    make = functools.partial(Float, layer=layer)
-    operands = (*params.values(), *call.args)
+    def make(**common: Any) -> Node:
+        special = bool(rest) or any(v is not None for v in given.values())
+        if special or layer.module.axis_name is not None:
+            return Float(layer=layer, **common)
+        return Norm(layer=layer, **norm_form(layer.module, jnp.shape(x)), **common)
+
+    operands = (x, *params.values(), *rest)
     return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]
 
 
@@ -301,7 +309,7 @@ _PRODUCT_LAYERS: tuple[type[nn.Module], ...] = (
 _MADE_BY_FLAX = {"setup", "scope", "_state", "_parent_ref", "_compact_name_scope_methods"}
 # In this order: the first whose `__call__` it is tells what a module is.
 _HANDLERS: dict[type[nn.Module], Callable[[Recorder, _ModuleCall], object]] = {
-    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm), _call_float),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm), _call_norm),
     nn.BatchNorm: _call_batch_norm,
     nn.Dropout: _call_dropout,
 }

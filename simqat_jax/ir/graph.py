@@ -122,6 +122,10 @@ class Node:
         """The tensors among the inputs that depend on the model's inputs."""
         return tuple(v for v in self.inputs if isinstance(v, int) and v in data)
 
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """Those among them that are computed with, not masks or indices."""
+        return self.data_inputs(data)
+
 
 N = TypeVar("N", bound=Node)
 

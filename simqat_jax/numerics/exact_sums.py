@@ -32,7 +32,7 @@ def _digits(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
 
 
 def linear(
-    layer: Linear, x: Codes, kernel: Codes, fan_in: int
+    layer: Linear, x: Codes, kernel: Codes, fan_in: int, kernel_bits: int | None = None
 ) -> tuple[jax.Array, jax.Array | None] | None:
     """Convolve or multiply centered codes exactly.
 
@@ -43,12 +43,14 @@ def linear(
       x: the input.
       kernel: the kernel.
       fan_in: how many products a sum adds up.
+      kernel_bits: of a code of the kernel besides its sign; by default those of a symmetric grid.
 
     Returns:
       Sums modulo 2^32, int32; and where they may pass 2^30 the sums in float32, rounded. None
       where digits of one bit pass 2^24.
     """
-    weight_bits, largest = kernel.grid.num_bits - 1, x.grid.largest
+    weight_bits = kernel.grid.num_bits - 1 if kernel_bits is None else kernel_bits
+    largest = x.grid.largest
     width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
     if width < 1:
         return None

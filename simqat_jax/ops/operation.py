@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import BatchNorm, Graph, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
@@ -245,6 +246,14 @@ class LoweredStep:
         array = np.asarray(codes).astype(grid.dtype)
         return self.builder.constant(quantizer.name, array, "float32", grid)
 
+    def mask(self, position: int) -> int:
+        """Return the tensor of an input that is no number; a constant is as short as it may be."""
+        v = self.node.inputs[position]
+        if self.builder.is_data(v):
+            return self.builder.number(v)
+        value = thin(self.builder.value(v))
+        return self.builder.constant(f"{self.path}/mask", value, str(value.dtype), None)
+
     def layer_values(self) -> list[dict[str, jax.Array]]:
         """Return the parameters and statistics of each layer of the step, by name.
 
@@ -307,12 +316,20 @@ class LoweredStep:
         common = {"path": self.path, "inputs": tuple(inputs), "outputs": outputs, "arrays": held}
         self.builder.ops.append(op(**common, **fields))
 
-    def between(self, op: type[Op], source: int, shape: Shape, grid: Grid, /, **fields: Any) -> int:
-        """Add an operation on one tensor whose output is none of the graph; return its number."""
+    def between(
+        self,
+        op: type[Op],
+        source: int | tuple[int, ...],
+        shape: Shape,
+        grid: Grid,
+        /,
+        **fields: Any,
+    ) -> int:
+        """Add an operation whose output is none of the graph; return that output's number."""
         dtype = str(self.builder.graph.avals[self.step.output].dtype)
         target = self.builder.add("/".join(self.node.path), shape, dtype, grid)
-        path = "/".join(self.node.path)
-        self.builder.ops.append(op(path=path, inputs=(source,), outputs=(target,), **fields))
+        path, inputs = "/".join(self.node.path), (source,) if isinstance(source, int) else source
+        self.builder.ops.append(op(path=path, inputs=inputs, outputs=(target,), **fields))
         return target
 
     def shape_of(self, number: int) -> Shape:
@@ -339,3 +356,13 @@ def requantize(c: Context, sums: jax.Array, clamp: Sequence[int]) -> jax.Array:
 def on_last_axis(v: jax.Array, x: jax.Array) -> jax.Array:
     """Reshape `(C,)` so that it broadcasts along the last axis of `x`."""
     return along_channel(v, x.ndim, -1)
+
+
+def thin(value: ArrayLike) -> np.ndarray:
+    """Return an array of length 1 along the axes that it is the same along, such as the batch."""
+    array = np.asarray(value)
+    for axis, stride in enumerate(array.strides):
+        first = array.take([0], axis)
+        if array.shape[axis] > 1 and (stride == 0 or bool(np.all(array == first))):
+            array = first
+    return array

@@ -2,10 +2,24 @@
 
 from simqat_jax.ir.graph import Node
 from simqat_jax.ir.program import Op
-from simqat_jax.ops import arithmetic, batch_norm, floats, functions, moves, products, sums
+from simqat_jax.ops import (
+    arithmetic,
+    batch_norm,
+    floats,
+    functions,
+    matmul,
+    moves,
+    norms,
+    products,
+    softmax,
+    sums,
+)
 from simqat_jax.ops.operation import Operation
 
-_FAMILIES = (products, batch_norm, arithmetic, sums, functions, moves, floats)
+_FAMILIES = (
+    *(products, matmul, batch_norm, norms, softmax),
+    *(arithmetic, sums, functions, moves, floats),
+)
 
 OPERATIONS: dict[type[Node], Operation] = {
     kind: operation for family in _FAMILIES for kind, operation in family.OPERATIONS.items()

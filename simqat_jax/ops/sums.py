@@ -26,6 +26,7 @@ from simqat_jax.ops.operation import (
     IntegerOperation,
     LoweredStep,
     requantize,
+    thin,
 )
 
 
@@ -46,16 +47,6 @@ def _divisor(divisor: ArrayLike) -> jax.Array:
     """Return what sums are divided by: a number, or an array that broadcasts to them."""
     array = jnp.asarray(divisor, jnp.float32)
     return array.reshape(()) if array.size == 1 else array
-
-
-def _thin(divisor: ArrayLike) -> np.ndarray:
-    """Return an array of length 1 along the axes that it is the same along, such as the batch."""
-    array = np.asarray(divisor)
-    for axis, stride in enumerate(array.strides):
-        first = array.take([0], axis)
-        if array.shape[axis] > 1 and (stride == 0 or np.array_equal(array, first + 0 * array)):
-            array = first
-    return array
 
 
 class MeanOperation(IntegerOperation):
@@ -87,7 +78,7 @@ class MeanOperation(IntegerOperation):
         count = _count(node, at.builder.graph.avals[node.inputs[0]].shape)
         if not _fits(count, grid):
             return False
-        divisor = _divisor(_thin(divisor))
+        divisor = _divisor(thin(divisor))
         multiplier = mean_multiplier(grid.scale, at.out_grid.scale, divisor)
         one = divisor.item() if divisor.size == 1 else 0.0
         given = {"clamp": at.clamp, "count": one, "arrays": {"multiplier": multiplier}}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from simqat_jax.capture.interception import excluded
 from simqat_jax.config import SimQATConfig
+from simqat_jax.ir.compound import Softmax
 from simqat_jax.ir.graph import (
     Add,
     BatchNorm,
@@ -131,7 +132,8 @@ class _Planner:
             needed = not outs.isdisjoint(self.needed)
             wanted = needed or not outs.isdisjoint(self.wanted)
             operation = operation_of(step.node)
-            demand = operation.demand(self.data(step), needed=needed, wanted=wanted)
+            tensors = step.node.tensors(self.graph.data)
+            demand = operation.demand(tensors, needed=needed, wanted=wanted)
             self.needed.update(set(demand.needed) - self.graph.exact)
             self.wanted.update(demand.wanted)
 
@@ -152,7 +154,9 @@ class _Planner:
         for v in (step.output, *node.outputs[1:]):
             if (quantized and v == step.output) or (v in self.needed and self.floating(v)):
                 last = step.nodes[-1]
-                nonnegative = isinstance(last, Clamp) and last.bounds[0] >= 0
+                nonnegative = isinstance(last, Softmax) or (
+                    isinstance(last, Clamp) and last.bounds[0] >= 0
+                )
                 self.place(v, self.output_name(step), nonnegative and v == step.output)
         return dataclasses.replace(step, quantized=quantized)
 
@@ -184,15 +188,16 @@ class _Planner:
         if isinstance(node, Product):
             self.place_kernel(node)
             return True
-        if not data or not self.floating(step.output) or not all(map(self.floating, data)):
+        tensors = node.tensors(self.graph.data)
+        if not data or not all(map(self.floating, (step.output, *tensors))):
             return False
         refusal = operation.refusal(node)
         if refusal is not None:
             self.unquantizable["/".join(node.path)] = refusal
             return False
         situation = Situation(
-            inputs=len(data),
-            on_grid=all(v in self.grids for v in data),
+            inputs=len(tensors),
+            on_grid=all(v in self.grids for v in tensors),
             needed=step.output in self.needed,
             wanted=step.output in self.wanted,
             per_channel=self.config.activation.per_channel,

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
-from simqat_jax.numerics.rounding.rounding import Product, Rounding, Sum
+from simqat_jax.numerics.rounding.rounding import Norm, Product, Rounding, Sum
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 
 Backend = Literal["tflite", "onnx"]
@@ -11,4 +11,4 @@ Backend = Literal["tflite", "onnx"]
 
 ROUNDINGS: dict[str, Rounding] = {rounding.name: rounding for rounding in (XNNPACK, ONNXRUNTIME)}
 
-__all__ = ["ROUNDINGS", "Backend", "Product", "Rounding", "Sum"]
+__all__ = ["ROUNDINGS", "Backend", "Norm", "Product", "Rounding", "Sum"]

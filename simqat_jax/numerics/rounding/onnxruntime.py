@@ -1,4 +1,7 @@
-"""ONNX Runtime: sums and products in float32, the zero point added before rounding."""
+"""ONNX Runtime: sums and products in float32, the zero point added before rounding.
+
+Its square root is correctly rounded.
+"""
 
 from collections.abc import Sequence
 
@@ -6,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from simqat_jax.numerics.affine import rounded_product, true_divide
+from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.numerics.rounding.rounding import Grids, Product, Rounding, Sum
+from simqat_jax.numerics.rounding.rounding import Grids, Norm, Product, Rounding, Sum
 
 
 def _fused_multiply_add(x: ArrayLike, y: ArrayLike, addend: ArrayLike) -> jax.Array:
@@ -88,4 +91,5 @@ ONNXRUNTIME = Rounding(
     add=Sum("add_onnx", sum_multipliers, fused_sum),
     subtract=Sum("sub_onnx", lambda grids: (), real_difference),
     multiply=Product("mul_onnx", product),
+    norm=Norm("norm_onnx", lambda v, epsilon: own_rounding(jnp.sqrt(v))),
 )

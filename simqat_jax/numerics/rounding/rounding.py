@@ -1,4 +1,4 @@
-"""The interface: how a runtime rounds sums and products of two tensors."""
+"""The interface: how a runtime rounds sums and products of two tensors, and square roots."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.norms import Root
 
 Grids = tuple[Grid, Grid, Grid]
 """Those of both operands and of the output."""
@@ -44,6 +45,19 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Norm:
+    """A norm, with a runtime's square root.
+
+    Attributes:
+      kind: the name of its operation in an integer model.
+      root: computes the square root.
+    """
+
+    kind: str
+    root: Root
+
+
+@dataclasses.dataclass(frozen=True)
 class Rounding:
     """How one runtime rounds: evaluation and the integer model both compute with it.
 
@@ -55,3 +69,4 @@ class Rounding:
     add: Sum
     subtract: Sum
     multiply: Product
+    norm: Norm

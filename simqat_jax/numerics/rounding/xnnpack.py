@@ -1,4 +1,7 @@
-"""XNNPACK, which LiteRT computes with: sums in fixed point, rounding half up."""
+"""XNNPACK, which LiteRT computes with: sums in fixed point, rounding half up.
+
+Its square root is not correctly rounded, and is made of other operations.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,8 +12,9 @@ from jax.typing import ArrayLike
 
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.norms import heron
 from simqat_jax.numerics.requantize import scaled
-from simqat_jax.numerics.rounding.rounding import Grids, Product, Rounding, Sum
+from simqat_jax.numerics.rounding.rounding import Grids, Norm, Product, Rounding, Sum
 
 
 def sum_multipliers(grids: Grids, sign: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -55,4 +59,5 @@ XNNPACK = Rounding(
     add=Sum("add", sum_multipliers, fixed_point_sum),
     subtract=Sum("add", partial(sum_multipliers, sign=-1), fixed_point_sum),
     multiply=Product("mul", product),
+    norm=Norm("norm", heron),
 )

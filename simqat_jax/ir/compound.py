@@ -1,0 +1,71 @@
+"""Nodes that stand for several operations of a model: norms, softmax, products of two tensors."""
+
+import dataclasses
+
+from simqat_jax.ir.graph import Contraction, Layer, Node
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Norm(Node):
+    """A norm of one tensor, scaled and shifted: LayerNorm, RMSNorm, GroupNorm, InstanceNorm.
+
+    Attributes:
+      axes: over which axes of the tensor statistics are taken; its last axis, where it is in
+        groups, counts as two: groups and what is in them.
+      groups: of the last axis; None: it is one.
+      feature_axes: the axes of the tensor, in order, that scale and shift have.
+      centered: the mean is subtracted.
+      epsilon: added to the variance, squared real units.
+    """
+
+    layer: Layer = dataclasses.field()
+    axes: tuple[int, ...]
+    groups: int | None
+    feature_axes: tuple[int, ...]
+    centered: bool
+    epsilon: float
+    kind: str = "norm"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Softmax(Node):
+    """A softmax along an axis; a second input, if any, is a mask.
+
+    Attributes:
+      axis: along which.
+      keeps: the value of the mask where a number stays; elsewhere it counts as the lowest.
+    """
+
+    axis: int
+    keeps: bool = True
+    kind: str = "softmax"
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The first input: a mask has no codes."""
+        return self.data_inputs(data)[:1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class MatMul(Node):
+    """A matrix product of two tensors that both depend on the data, times numbers.
+
+    Attributes:
+      contraction: the product itself; its operands are the first two inputs.
+      divides: for each further input, a number, whether the product is divided by it.
+    """
+
+    contraction: Contraction
+    divides: tuple[bool, ...]
+    kind: str = "matmul"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Lookup(Node):
+    """Rows of a table, its first input, that integers, its second, pick."""
+
+    kind: str = "lookup"
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """None: indices have no codes."""
+        del data
+        return ()

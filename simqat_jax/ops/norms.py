@@ -1,0 +1,142 @@
+"""Norms: LayerNorm, RMSNorm, GroupNorm and InstanceNorm on codes, see `numerics.norms`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from simqat_jax.ir.compound import Norm
+from simqat_jax.ir.plan import Step
+from simqat_jax.ir.program import Context, Op
+from simqat_jax.numerics.affine import true_divide
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized, scaled_and_shifted
+from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
+from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep
+
+
+class NormOperation(IntegerOperation):
+    """What a norm is on integers."""
+
+    fuses_clamp = True
+
+    def joins(self, inputs: int) -> bool:
+        return True
+
+    def form(self, step: Step) -> str:
+        return "normalized from its codes"
+
+    def codes(self, at: ExactStep) -> jax.Array | None:
+        x, node = at.inputs[0], at.step.node
+        assert isinstance(node, Norm)
+        if x is None or not _fits(node, x.codes.shape, x.grid):
+            return None
+        statistics = Statistics(node.axes, node.centered)
+        grouped = _grouped(x.codes.shape, node.groups)
+        epsilon = _epsilon(node, x.grid)
+        y = normalized(x.codes.reshape(grouped), statistics, epsilon, at.rounding.norm.root)
+        scale, shift = _affine(node, at.layers[0], x.codes.shape, at.grid)
+        return at.clamped(scaled_and_shifted(y.reshape(x.codes.shape), scale, shift))
+
+    def lower(self, at: LoweredStep) -> bool:
+        node, x = at.node, at.input()
+        assert isinstance(node, Norm) and isinstance(node.inputs[0], int)
+        shape, grid = at.builder.graph.avals[node.inputs[0]].shape, at.in_grid()
+        if not _fits(node, shape, grid):
+            return False
+        scale, shift = _affine(node, at.layer_values()[0], shape, at.out_grid)
+        arrays = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
+        at.emit(
+            Normalize,
+            (x,),
+            kind=at.placement.rounding.norm.kind,
+            axes=node.axes,
+            groups=node.groups or 0,
+            centered=node.centered,
+            epsilon=float(_epsilon(node, grid)),
+            clamp=at.clamp,
+            arrays=arrays,
+        )
+        return True
+
+
+def _fits(node: Norm, shape: Sequence[int], x: Grid) -> bool:
+    """Whether sums of codes and of their squares are exact."""
+    grouped = _grouped(shape, node.groups)
+    count = math.prod(grouped[a] for a in node.axes)
+    return x.num_bits <= 8 and 0 < count <= MOST_ELEMENTS
+
+
+def _grouped(shape: Sequence[int], groups: int | None) -> tuple[int, ...]:
+    """Return a shape with its last axis in groups."""
+    if not groups:
+        return tuple(shape)
+    return (*shape[:-1], groups, shape[-1] // groups)
+
+
+def _epsilon(node: Norm, x: Grid) -> jax.Array:
+    """Return what is added to a variance in squared codes."""
+    scale = x.params.scale
+    return true_divide(true_divide(jnp.float32(node.epsilon), scale), scale)
+
+
+def _affine(
+    node: Norm, layer: dict[str, jax.Array], shape: Sequence[int], y: Grid
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return scale and shift in codes of the output, in shapes that broadcast to the input."""
+    features = [n if axis in node.feature_axes else 1 for axis, n in enumerate(shape)]
+
+    def in_codes(value: jax.Array) -> jax.Array:
+        return true_divide(value.astype(jnp.float32), y.params.scale)
+
+    def named(name: str) -> jax.Array | None:
+        return in_codes(layer[name].reshape(features)) if name in layer else None
+
+    scale = named("scale")
+    return in_codes(jnp.ones((1,) * len(shape))) if scale is None else scale, named("bias")
+
+
+_NORMS = {r.norm.kind: r.norm for r in ROUNDINGS.values()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalize(Op):
+    """A norm; its kind names the runtime whose square root it takes.
+
+    Arrays: "scale" and maybe "shift", in codes of the output; they broadcast to the input.
+
+    Attributes:
+      axes: over which statistics are taken, of the input with its last axis in groups.
+      groups: of the last axis; 0: it is one.
+      centered: the mean is subtracted.
+      epsilon: added to the variance, in squared codes.
+      clamp: lowest and highest code of the output.
+    """
+
+    kinds = tuple(_NORMS)
+    axes: tuple[int, ...]
+    groups: int
+    centered: bool
+    epsilon: float
+    clamp: Clamp
+
+    def rounds_as(self, rounding: Rounding) -> bool:
+        return self.kind == rounding.norm.kind
+
+    def grouped(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the input's shape with its last axis in groups."""
+        return _grouped(shape, self.groups)
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        x = c.in_grid().centered(inputs[0]).astype(jnp.float32)
+        root, epsilon = _NORMS[self.kind].root, jnp.float32(self.epsilon)
+        statistics = Statistics(self.axes, self.centered)
+        y = normalized(x.reshape(self.grouped(x.shape)), statistics, epsilon, root)
+        codes = scaled_and_shifted(y.reshape(x.shape), c.arrays["scale"], c.arrays.get("shift"))
+        return (c.grid.from_float(codes, self.clamp),)
+
+
+OPERATIONS = {Norm: NormOperation()}
+PROGRAM_OPERATIONS = (Normalize,)

@@ -1,0 +1,82 @@
+"""Softmax on codes, see `numerics.softmax`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simqat_jax.ir.compound import Softmax
+from simqat_jax.ir.plan import Step
+from simqat_jax.ir.program import Context, Op
+from simqat_jax.numerics import softmax
+from simqat_jax.numerics.grid import Grid
+from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
+
+
+class SoftmaxOperation(IntegerOperation):
+    """What a softmax is on integers."""
+
+    def joins(self, inputs: int) -> bool:
+        return True
+
+    def form(self, step: Step) -> str:
+        return "of its codes"
+
+    def codes(self, at: ExactStep) -> jax.Array | None:
+        x, node = at.inputs[0], at.step.node
+        assert isinstance(node, Softmax)
+        if x is None or not _fits(node, x.codes.shape, x.grid):
+            return None
+        codes, scale = x.codes, x.grid.params.scale
+        if len(at.reals) > 1:
+            masked = jnp.where(at.reals[1] == node.keeps, codes, softmax.lowest(scale))
+            codes = jnp.where(scale >= softmax.LEAST_SCALE, masked, jnp.nan)
+        return at.clamped(softmax.softmax(codes, scale, node.axis, at.grid.params.scale))
+
+    def lower(self, at: LoweredStep) -> bool:
+        node = at.node
+        assert isinstance(node, Softmax) and isinstance(node.inputs[0], int)
+        shape = at.builder.graph.avals[node.inputs[0]].shape
+        if not _fits(node, shape, at.in_grid()):
+            return False
+        inputs = [at.input()]
+        if len(node.inputs) > 1:
+            if at.in_grid().scale < softmax.LEAST_SCALE:
+                return False
+            inputs.append(at.mask(1))
+        fields = {"axis": node.axis, "keeps": node.keeps}
+        at.emit(SoftmaxOfCodes, inputs, **fields)
+        return True
+
+
+def _fits(node: Softmax, shape: Sequence[int], x: Grid) -> bool:
+    """Whether the sums are exact."""
+    return x.num_bits <= 8 and 0 < shape[node.axis] <= softmax.MOST_TERMS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxOfCodes(Op):
+    """A softmax along an axis; a second input, if any, is a mask.
+
+    Attributes:
+      axis: along which.
+      keeps: the value of the mask where a code stays; elsewhere it counts as the lowest.
+    """
+
+    kinds = ("softmax",)
+    axis: int
+    keeps: bool
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        grid = c.in_grid()
+        codes, scale = grid.centered(inputs[0]).astype(jnp.float32), grid.params.scale
+        if len(inputs) > 1:
+            mask = inputs[1] == np.asarray(self.keeps)
+            codes = jnp.where(mask, codes, softmax.lowest(scale))
+        return (c.grid.from_float(softmax.softmax(codes, scale, self.axis, c.grid.params.scale)),)
+
+
+OPERATIONS = {Softmax: SoftmaxOperation()}
+PROGRAM_OPERATIONS = (SoftmaxOfCodes,)

@@ -3,7 +3,9 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
+from models import export
 
 import simqat_jax as sq
 from simqat_jax.ir.program import Op, Program, Tensor
@@ -14,6 +16,7 @@ points = st.integers(0, 255)
 ties = st.tuples(st.sampled_from([k / 64 for k in (1, 2, 3, 4, 6, 12)]), points)
 grids = st.one_of(st.tuples(st.floats(0.003, 0.3), points), ties)
 seeds = st.integers(0, 2**31)
+both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
 
 
 def operation(kind, inputs, outputs, attributes=None, arrays=None, path="layer"):
@@ -77,3 +80,19 @@ def random_codes(model, batch, seed=0):
         rng.integers(t.grid.qmin, t.grid.qmax, shape, endpoint=True).astype(t.grid.dtype)
         for t, shape in zip(inputs, shapes, strict=True)
     ]
+
+
+def compared(model, folder, codes):
+    """Write the model, run the file, and compare all codes."""
+    path = folder / f"single.{model.backend}"
+    export(model, path, integer_io=True)
+    file = sq.open_file(path, threads=1, isolated=False)
+    dtype = np.uint8 if model.backend == "onnx" else np.int8
+
+    def stored(values, i):
+        grid = model.tensors[i].grid
+        return (np.asarray(values, np.int32) + file.offset(grid)).astype(dtype)
+
+    got = file.run([stored(c, i) for c, i in zip(codes, model.inputs, strict=True)])
+    (want,) = [stored(model.run_codes(*codes), i) for i in model.outputs]
+    np.testing.assert_array_equal(got[0], want)

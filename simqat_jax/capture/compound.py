@@ -78,9 +78,18 @@ class _Parts:
         )
 
     def merged(self, kind: type[Node], inputs: tuple[Operand, ...], **fields: Any) -> Node:
-        """Put one node in the place of all, where the last one is."""
+        """Put one node in the place of all, where the last one is.
+
+        Args:
+          kind: its class.
+          inputs: its first inputs; what else the parts read, without data, comes behind.
+          fields: others of its class.
+        """
         parts = self.ordered
         last = parts[-1]
+        made = {v for part in parts for v in part.outputs}.union(inputs)
+        read = dict.fromkeys(v for part in parts for v in part.inputs if isinstance(v, int))
+        inputs = (*inputs, *(v for v in read if v not in made))
         whole = {"inputs": inputs, "run": chain(parts, inputs), "parts": tuple(parts)}
         node = as_kind(kind, last, **whole, **fields)
         self.draft.instead.update((part, []) for part in parts[:-1])
@@ -130,7 +139,8 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
         masked = _masked(draft, selection)
         if masked is not None and parts.are_closed():
             x, keeps = masked
-            parts.merged(Softmax, (x, selection.inputs[0]), keeps=keeps, **fields)
+            mask = {"masked": True, "keeps": keeps}
+            parts.merged(Softmax, (x, selection.inputs[0]), **mask, **fields)
             return
         del parts.nodes[selection]
     parts.merged(Softmax, (x,), **fields)
@@ -180,24 +190,22 @@ def _merge_product(draft: Draft, product: Contraction) -> None:
     parts, numbers = _Parts(draft, product), []
     for position, v in enumerate(operands):
         scaling = draft.producers.get(v) if isinstance(v, int) else None
-        scaled = None if scaling is None else _scaled(draft, scaling)
-        if scaled is not None and _only_reads(draft, scaling, product):
+        if scaling is None or draft.only_reader(scaling.outputs[0], scaling) is not product:
+            continue
+        scaled = _scaled(draft, scaling)
+        if scaled is not None:
             parts.add(scaling)
             operands[position], *number = scaled
             numbers.append(number)
     behind = draft.only_reader(product.outputs[0], product)
     scaled = None if behind is None else _scaled(draft, behind)
-    if scaled is not None:
+    if behind is not None and scaled is not None:
         parts.add(behind)
         numbers.append(scaled[1:])
     inputs = (*operands, *(number for number, _ in numbers))
     divides = tuple(divides for _, divides in numbers)
-    op = {"op": product.op, "path": product.path}
-    parts.merged(MatMul, inputs, contraction=product, divides=divides, **op)
-
-
-def _only_reads(draft: Draft, node: Node, reader: Node) -> bool:
-    return draft.only_reader(node.outputs[0], node) is reader
+    named = {"op": product.op, "path": product.path}
+    parts.merged(MatMul, inputs, contraction=product, divides=divides, **named)
 
 
 def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
@@ -208,15 +216,20 @@ def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
     for v, number in pairs:
         free = not (isinstance(number, int) and number in draft.graph.data)
         if isinstance(v, int) and v in draft.graph.data and free:
-            source = _source_of_number(draft, number)
+            source = _repeated(draft, number)
             if source is not None:
                 return v, source, node.primitive == "div"
     return None
 
 
-def _source_of_number(draft: Draft, v: Operand) -> Operand | None:
+def _repeated(draft: Draft, v: Operand) -> Operand | None:
     """Return the one number that a tensor repeats; None: there are several."""
-    return v if draft.aval(v).size == 1 else None
+    while draft.aval(v).size > 1:
+        node = draft.producers.get(v) if isinstance(v, int) else None
+        if node is None or node.primitive != "broadcast_in_dim":
+            return None
+        v = node.inputs[0]
+    return v
 
 
 # Lookups -----------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def _call_dropout(recorder: Recorder, call: _ModuleCall) -> object:
 
 def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:
     params = _own_variables(call.module, "params", ("scale", "bias"))
-    layer, given = call.layer(params), dict(call.kwargs)
+    module, layer, given = call.module, call.layer(params), dict(call.kwargs)
     x, *rest = call.args if call.args else (given.pop("x"),)
     count = len(params)
 
@@ -292,9 +292,9 @@ def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:
 
     def make(**common: Any) -> Node:
         special = bool(rest) or any(v is not None for v in given.values())
-        if special or layer.module.axis_name is not None:
+        if special or module.axis_name is not None:
             return Float(layer=layer, **common)
-        return Norm(layer=layer, **norm_form(layer.module, jnp.shape(x)), **common)
+        return Norm(layer=layer, **norm_form(module, jnp.shape(x)), **common)
 
     operands = (x, *params.values(), *rest)
     return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]

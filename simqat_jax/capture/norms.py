@@ -16,7 +16,8 @@ def norm_form(module: Any, shape: Sequence[int]) -> dict[str, Any]:
     rank = len(shape)
     groups = None
     if isinstance(module, nn.GroupNorm):
-        groups = module.num_groups or shape[-1] // module.group_size
+        size = module.group_size
+        groups = module.num_groups if size is None else shape[-1] // size
         reduced = module.reduction_axes
         axes = range(1, rank) if reduced is None else _axes(reduced, rank)
         # Of the last axis what is in a group, which is the one behind it.

@@ -29,14 +29,16 @@ class Norm(Node):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Softmax(Node):
-    """A softmax along an axis; a second input, if any, is a mask.
+    """A softmax along an axis.
 
     Attributes:
       axis: along which.
+      masked: the second input is a mask.
       keeps: the value of the mask where a number stays; elsewhere it counts as the lowest.
     """
 
     axis: int
+    masked: bool = False
     keeps: bool = True
     kind: str = "softmax"
 
@@ -51,7 +53,7 @@ class MatMul(Node):
 
     Attributes:
       contraction: the product itself; its operands are the first two inputs.
-      divides: for each further input, a number, whether the product is divided by it.
+      divides: for each of the next inputs, a number, whether the product is divided by it.
     """
 
     contraction: Contraction

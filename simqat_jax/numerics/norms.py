@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
 
@@ -36,9 +37,9 @@ def reciprocal_count(count: int) -> np.float32:
     return np.float32(1) / np.float32(count)
 
 
-def heron_start(epsilon: jax.Array) -> jax.Array:
+def heron_start(epsilon: ArrayLike) -> jax.Array:
     """Return where Heron's iteration starts."""
-    return epsilon + np.float32(2)
+    return jnp.float32(epsilon) + np.float32(2)
 
 
 def heron(v: jax.Array, epsilon: jax.Array) -> jax.Array:

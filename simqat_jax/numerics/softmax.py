@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
 
@@ -38,9 +39,9 @@ def polynomial(terms: int) -> Polynomial:
     return Polynomial(np.float32(a0), np.float32(a0 / 2), np.float32(a0 / 6))
 
 
-def lowest(scale: jax.Array) -> jax.Array:
+def lowest(scale: ArrayLike) -> jax.Array:
     """Return the whole number that a masked one becomes: far enough below every code of 8 bits."""
-    return -jnp.ceil(true_divide(jnp.float32(FARTHEST), scale)) - 256
+    return -jnp.ceil(true_divide(jnp.float32(FARTHEST), scale)) - 256.0
 
 
 def exponentials(c: jax.Array, scale: jax.Array, axis: int) -> jax.Array:

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Lookup, MatMul
+from simqat_jax.ir.graph import Node
 from simqat_jax.ir.program import Context, Op
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.exact_sums import MOST, linear
@@ -37,7 +39,7 @@ class MatMulOperation(Operation):
     def demand(self, data: Sequence[int], *, needed: bool, wanted: bool) -> Demand:
         return Demand(needed=data)
 
-    def is_quantized(self, node: MatMul, situation: Situation) -> bool:
+    def is_quantized(self, node: Node, situation: Situation) -> bool:
         return situation.on_grid
 
     def codes(self, at: ExactStep) -> jax.Array | None:
@@ -55,7 +57,7 @@ class MatMulOperation(Operation):
         sums = linear(multiply, a, b, terms, b.grid.largest.bit_length())
         if sums is None:
             return None
-        factor = combined(node, at.reals[2:])
+        factor = combined(node, at.reals)
         return at.requantized(sums[0], _multiplier(a.grid, b.grid, at.grid, factor))
 
     def lower(self, at: LoweredStep) -> bool:
@@ -63,11 +65,12 @@ class MatMulOperation(Operation):
         assert isinstance(node, MatMul) and isinstance(node.inputs[0], int)
         if not _fits(node, at.builder.graph.avals[node.inputs[0]].shape, *grids):
             return False
-        factor = combined(node, [jnp.asarray(at.builder.value(v)) for v in node.inputs[2:]])
+        known = [at.builder.is_data(v) or at.builder.value(v) for v in node.inputs]
+        factor = combined(node, known)
         scaled = float(rounded_product(jnp.float32(grids[0].scale), factor))
         if not scaled > 0:
             return False
-        at.check_unit(scaled, np.float32(grids[1].scale))
+        at.check_unit(scaled, grids[1].params.scale)
         (sums_a, sums_b), (batch_a, batch_b) = node.contraction.eqn.params["dimension_numbers"]
         a = _side(at, at.input(0), tuple(batch_a), tuple(sums_a), last=True)
         b = _side(at, at.input(1), tuple(batch_b), tuple(sums_b), last=False)
@@ -83,10 +86,10 @@ class MatMulOperation(Operation):
         return True
 
 
-def combined(node: MatMul, numbers: Sequence[jax.Array]) -> jax.Array:
-    """Return the number that a product is scaled by."""
+def combined(node: MatMul, operands: Sequence[ArrayLike]) -> jax.Array:
+    """Return the number that a product is scaled by; `operands`: the values of its inputs."""
     factor = jnp.ones((), jnp.float32)
-    for number, divides in zip(numbers, node.divides, strict=True):
+    for number, divides in zip(operands[2:], node.divides, strict=False):
         v = jnp.asarray(number).astype(jnp.float32).reshape(())
         factor = true_divide(factor, v) if divides else rounded_product(factor, v)
     return factor
@@ -130,7 +133,7 @@ def _joined(lengths: Sequence[int]) -> int:
 class LookupOperation(Operation):
     """What a lookup is on integers: the table lies on the output's grid."""
 
-    def is_quantized(self, node: Lookup, situation: Situation) -> bool:
+    def is_quantized(self, node: Node, situation: Situation) -> bool:
         return situation.needed or situation.wanted
 
     def lower(self, at: LoweredStep) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized, scaled_and_shifted
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
 from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep
+
+_LEAST = 2.0**-40
+"""Squared codes that change no code: the variance of codes that differ is larger."""
 
 
 class NormOperation(IntegerOperation):
@@ -77,13 +80,13 @@ def _grouped(shape: Sequence[int], groups: int | None) -> tuple[int, ...]:
 
 
 def _epsilon(node: Norm, x: Grid) -> jax.Array:
-    """Return what is added to a variance in squared codes."""
+    """Return what is added to a variance in squared codes; no zero, by which nothing divides."""
     scale = x.params.scale
-    return true_divide(true_divide(jnp.float32(node.epsilon), scale), scale)
+    return jnp.maximum(true_divide(true_divide(jnp.float32(node.epsilon), scale), scale), _LEAST)
 
 
 def _affine(
-    node: Norm, layer: dict[str, jax.Array], shape: Sequence[int], y: Grid
+    node: Norm, layer: Mapping[str, jax.Array], shape: Sequence[int], y: Grid
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return scale and shift in codes of the output, in shapes that broadcast to the input."""
     features = [n if axis in node.feature_axes else 1 for axis, n in enumerate(shape)]

@@ -30,7 +30,7 @@ class SoftmaxOperation(IntegerOperation):
         if x is None or not _fits(node, x.codes.shape, x.grid):
             return None
         codes, scale = x.codes, x.grid.params.scale
-        if len(at.reals) > 1:
+        if node.masked:
             masked = jnp.where(at.reals[1] == node.keeps, codes, softmax.lowest(scale))
             codes = jnp.where(scale >= softmax.LEAST_SCALE, masked, jnp.nan)
         return at.clamped(softmax.softmax(codes, scale, node.axis, at.grid.params.scale))
@@ -42,7 +42,7 @@ class SoftmaxOperation(IntegerOperation):
         if not _fits(node, shape, at.in_grid()):
             return False
         inputs = [at.input()]
-        if len(node.inputs) > 1:
+        if node.masked:
             if at.in_grid().scale < softmax.LEAST_SCALE:
                 return False
             inputs.append(at.mask(1))

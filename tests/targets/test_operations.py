@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import export
 from single_operations import (
+    both,
+    compared,
     grids,
     integer_model,
     layer,
@@ -21,30 +22,6 @@ from simqat_jax.numerics.exact_sums import MOST
 from simqat_jax.numerics.rounding import ROUNDINGS
 
 pytestmark = pytest.mark.usefixtures("optimized")
-both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
-
-
-def compared(model, folder, codes):
-    """Write the model, run the file, and compare all codes."""
-    path = folder / f"single.{model.backend}"
-    export(model, path, integer_io=True)
-    file = sq.open_file(path, threads=1, isolated=False)
-    dtype = np.uint8 if model.backend == "onnx" else np.int8
-
-    def stored(values, i):
-        grid = model.tensors[i].grid
-        return (np.asarray(values, np.int32) + file.offset(grid)).astype(dtype)
-
-    got = file.run([stored(c, i) for c, i in zip(codes, model.inputs, strict=True)])
-    (want,) = [stored(model.run_codes(*codes), i) for i in model.outputs]
-    np.testing.assert_array_equal(got[0], want)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("single")
-
-
 # Sums and products of tensors --------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
+from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
     Clip,
@@ -25,8 +26,11 @@ from simqat_jax.ops.moves import (
     Take,
     Transpose,
 )
+from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.products import Conv, Dense
+from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
+from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
@@ -413,4 +417,8 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Take: _take,
     Pad: _pad,
     Quantize: _quantize,
+    Normalize: normalize,
+    SoftmaxOfCodes: softmax,
+    Multiplied: multiplied,
+    LookUp: look_up,
 }

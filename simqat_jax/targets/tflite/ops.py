@@ -13,6 +13,7 @@ from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
+from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
     Clip,
@@ -26,11 +27,14 @@ from simqat_jax.ops.moves import (
     Take,
     Transpose,
 )
+from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.products import Conv, Dense
+from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
+from simqat_jax.targets.tflite.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -44,12 +48,14 @@ from simqat_jax.targets.tflite.writer import Writer
 
 VERSIONS = {
     "ADD": ("AddOptions", 2),
+    "BATCH_MATMUL": ("BatchMatMulOptions", 1),
     "CAST": ("CastOptions", 1),
     "CONCATENATION": ("ConcatenationOptions", 2),
     "CONV_2D": ("Conv2DOptions", 3),
     "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", 3),
     "DEQUANTIZE": (None, 2),
     "DIV": ("DivOptions", 1),
+    "FLOOR": (None, 1),
     "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
     "GATHER": ("GatherOptions", 2),
     "MAXIMUM": ("MaximumMinimumOptions", 2),
@@ -64,16 +70,21 @@ VERSIONS = {
     "RESHAPE": ("ReshapeOptions", 1),
     "REVERSE_V2": ("ReverseV2Options", 1),
     "ROUND": (None, 1),
+    "SELECT_V2": (None, 1),
+    "SLICE": (None, 1),
     "STRIDED_SLICE": ("StridedSliceOptions", 2),
     "SUB": ("SubOptions", 2),
+    "SUM": ("ReducerOptions", 1),
     "TILE": ("TileOptions", 1),
     "TRANSPOSE": ("TransposeOptions", 2),
 }
 """The options and the version of each operator that is written."""
 
 
-def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
+def write_op(writer: Writer, op: Op, *tensors: Codes | None) -> Codes | None:
     """Write one operation of a program, from its inputs to its output, the last of `tensors`.
+
+    None stands for a tensor that is no code, or stays whole.
 
     Returns:
       What stands for the output, where that is another tensor.
@@ -339,10 +350,14 @@ def _concat(w: Writer, op: Concatenate, *tensors: Codes) -> None:
     w.emit("CONCATENATION", [x.index for x in xs], y.index, axis=op.axis)
 
 
-def _reshape(w: Writer, op: Reshape, x: Codes, y: Codes) -> None:
-    if sum(d < 0 for d in y.shape) > 1:
+def _reshape(w: Writer, op: Reshape, x: Codes, y: Codes | None) -> None:
+    shape = w.source.tensors[op.outputs[0]].shape
+    if sum(d < 0 for d in shape) > 1:
         refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
-    w.reshape(x, y.shape, y)
+    if y is None:
+        w.wholes[op.outputs[0]] = w.reshaped(w.whole(op.inputs[0]), shape)
+    else:
+        w.reshape(x, shape, y)
 
 
 def _transpose(w: Writer, op: Transpose, x: Codes, y: Codes) -> None:
@@ -425,4 +440,8 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Reverse: _reverse,
     Take: _take,
     Pad: _pad,
+    Normalize: normalize,
+    SoftmaxOfCodes: softmax,
+    Multiplied: multiplied,
+    LookUp: look_up,
 }

@@ -186,8 +186,20 @@ class Subgraph:
         if y is None and x.shape == tuple(shape):
             return x
         y = y or self.codes("reshaped", shape, x.grid)
-        target = np.maximum(np.asarray(shape, np.int32), -1)
-        self.emit("RESHAPE", [x.index], y.index, newShape=target)
+        self.emit("RESHAPE", [x.index], y.index, newShape=reshape_target(shape))
+        return y
+
+    def reshaped(self, real: int, shape: Sequence[int]) -> int:
+        """Return a tensor of real values in another shape."""
+        target = self.tensor(None, shape, np.float32)
+        self.emit("RESHAPE", [real], target, newShape=reshape_target(shape))
+        return target
+
+    def cast(self, x: int, shape: Sequence[int], target: DTypeLike) -> int:
+        """Return the values of a tensor in another type."""
+        y = self.tensor(None, shape, target)
+        types = {"inDataType": self.tensors[x].type, "outDataType": self.tensors[y].type}
+        self.emit("CAST", [x], y, **types)
         return y
 
     def strided_slice(
@@ -258,3 +270,8 @@ def activation_codes(activation: str, grid: Grid) -> tuple[int, int]:
         for b in _ACTIVATIONS[activation]
     )
     return int(lo), int(hi)
+
+
+def reshape_target(shape: Sequence[int]) -> np.ndarray:
+    """Return a shape as RESHAPE takes it: -1 for a length that depends on the batch size."""
+    return np.maximum(np.asarray(shape, np.int32), -1)

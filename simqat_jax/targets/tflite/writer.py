@@ -7,7 +7,8 @@ import numpy as np
 
 from simqat_jax.ir.program import Op, Program, Tensor, grid_of
 from simqat_jax.targets.refusals import each
-from simqat_jax.targets.tflite.subgraph import Codes, SchemaObject, Subgraph
+from simqat_jax.targets.tflite.staying_whole import staying_whole
+from simqat_jax.targets.tflite.subgraph import Codes, SchemaObject, Subgraph, reshape_target
 
 
 class Writer(Subgraph):
@@ -16,6 +17,8 @@ class Writer(Subgraph):
     Attributes:
       source: the program.
       values: what stands for each of its tensors that has been written.
+      wholes: the number of the tensor that holds codes less their zero point, as float32.
+      staying_whole: the tensors of which there is nothing else.
     """
 
     def __init__(
@@ -27,6 +30,8 @@ class Writer(Subgraph):
         super().__init__(schema, versions)
         self.source = program
         self.values: dict[int, Codes] = {}
+        self.wholes: dict[int, int] = {}
+        self.staying_whole = staying_whole(program)
 
     def model(self, integer_io: bool, write: Callable[..., Codes | None]) -> SchemaObject:
         """Return the model; `write` writes one operation on codes, and may return others."""
@@ -35,16 +40,29 @@ class Writer(Subgraph):
             if tensor.value is not None and tensor.grid is not None:
                 self.values[i] = self.code_constant(tensor.value, tensor.grid)
 
-        def written(op: Op) -> None:
+        def write_one(op: Op) -> None:
             tensor = self.source.tensors[op.outputs[0]]
-            target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
-            replaced = write(self, op, *(self.values[i] for i in op.inputs), target)
-            self.values[op.outputs[0]] = replaced or target
+            target = None
+            if op.outputs[0] not in self.staying_whole:
+                target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
+            written = write(self, op, *map(self.values.get, op.inputs), target) or target
+            if written is not None:
+                self.values[op.outputs[0]] = written
 
-        each(self.source.ops, written, "TFLite")
+        each(self.source.ops, write_one, "TFLite")
         names = self.source.output_names()
         outputs = [self.output(k, name, integer_io) for k, name in enumerate(names)]
         return self.packed(inputs, outputs)
+
+    def whole(self, i: int) -> int:
+        """Return the tensor of codes less their zero point, as float32."""
+        if i not in self.wholes:
+            x, target = self.values[i], self.tensor(None, self.values[i].shape, np.float32)
+            bytes_ = self.tensor(None, x.shape, np.int8, 1.0, x.grid.stored_zero)
+            self.emit("RESHAPE", [x.index], bytes_, newShape=reshape_target(x.shape))
+            self.emit("DEQUANTIZE", [bytes_], target)
+            self.wholes[i] = target
+        return self.wholes[i]
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""

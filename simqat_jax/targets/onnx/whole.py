@@ -1,0 +1,141 @@
+"""Operations on whole numbers in float, of ONNX operators with one result: norms, softmax.
+
+Codes less their zero point are whole numbers: dequantized with a scale of 1.
+"""
+
+import math
+
+import numpy as np
+
+from simqat_jax.numerics import softmax as numbers
+from simqat_jax.numerics.norms import reciprocal_count
+from simqat_jax.ops.matmul import LookUp, Multiplied
+from simqat_jax.ops.norms import Normalize
+from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.targets.onnx.writer import Writer
+
+_EXACT = 2**24
+
+
+class _Whole:
+    """Writes one operation, on whole numbers."""
+
+    def __init__(self, w: Writer, path: str):
+        self.w, self.path = w, path
+
+    def __call__(self, kind: str, *inputs: str | np.ndarray | np.generic, **attributes: int) -> str:
+        """Add a node; arrays among its inputs are constants."""
+        names = [
+            v if isinstance(v, str) else self.w.initializer(np.asarray(v), self.path)
+            for v in inputs
+        ]
+        return self.w.node(kind, names, self.path, **attributes)
+
+    def input(self, i: int) -> str:
+        """Return the codes of a tensor, less the zero point."""
+        return self("DequantizeLinear", self.w.get(i), np.float32(1), self.zero(i))
+
+    def zero(self, i: int) -> np.ndarray:
+        """Return the zero point of a tensor as it is stored."""
+        grid = self.w.grid(self.w.model.tensors[i])
+        return np.asarray(grid.zero_point + grid.unsigned_offset, np.uint8)
+
+    def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None) -> None:
+        """Round numbers in units of a code, add the zero point and clip them."""
+        codes, tensor = (
+            self("QuantizeLinear", x, np.float32(1), self.zero(i)),
+            self.w.model.tensors[i],
+        )
+        grid = self.w.grid(tensor)
+        self.w.put(i, self.w.clip(codes, tensor, clamp or (grid.qmin, grid.qmax)))
+
+    def sum(self, x: str, axes: tuple[int, ...]) -> str:
+        return self("ReduceSum", x, np.asarray(axes, np.int64), keepdims=1)
+
+    def sum_of_squares(self, x: str, axes: tuple[int, ...], largest: float) -> str:
+        """Add squares exactly, and round once; `largest`: what they may add up to."""
+        if largest <= _EXACT:
+            return self.sum(self("Mul", x, x), axes)
+        types = self.w.onnx.TensorProto
+        whole = self("Cast", x, to=types.INT32)
+        return self("Cast", self.sum(self("Mul", whole, whole), axes), to=types.FLOAT)
+
+
+def normalize(w: Writer, op: Normalize) -> None:
+    """Write a norm, see `numerics.norms`."""
+    at, tensor = _Whole(w, op.path), w.model.tensors[op.inputs[0]]
+    x, grouped = at.input(op.inputs[0]), op.grouped(tensor.shape)
+    if op.groups:
+        x = at("Reshape", x, np.asarray([max(d, -1) for d in grouped], np.int64))
+    count = math.prod(grouped[a] for a in op.axes)
+    part, rest = reciprocal_count(count), None
+    largest = w.grid(tensor).largest
+    if op.centered:
+        x = at("Sub", x, at("Round", at("Mul", at.sum(x, op.axes), part)))
+        rest = at("Mul", at.sum(x, op.axes), part)
+        largest = largest / 2 + 1
+    variance = at("Mul", at.sum_of_squares(x, op.axes, count * largest**2), part)
+    if rest is not None:
+        variance = at("Sub", variance, at("Mul", rest, rest))
+        x = at("Sub", x, rest)
+    deviation = at("Sqrt", at("Add", variance, np.float32(op.epsilon)))
+    x = at("Mul", x, at("Div", np.float32(1), deviation))
+    if op.groups:
+        x = at("Reshape", x, np.asarray([max(d, -1) for d in tensor.shape], np.int64))
+    x = at("Mul", x, op.arrays["scale"])
+    if "shift" in op.arrays:
+        x = at("Add", x, op.arrays["shift"])
+    at.finish(op.outputs[0], x, op.clamp)
+
+
+def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
+    """Write a softmax, see `numerics.softmax`."""
+    at, tensors = _Whole(w, op.path), w.model.tensors
+    source, target = tensors[op.inputs[0]], tensors[op.outputs[0]]
+    scale, axes = np.float32(w.grid(source).scale), (op.axis,)
+    x = at.input(op.inputs[0])
+    if len(op.inputs) > 1:
+        x = _masked(at, op, x, np.float32(numbers.lowest(scale)))
+    a0, a2, a3 = numbers.polynomial(source.shape[op.axis])
+    below = at("Sub", at("ReduceMax", x, np.asarray(axes, np.int64), keepdims=1), x)
+    part = np.float32(0.5**numbers.SQUARINGS)
+    x = at("Min", at("Mul", below, scale * part), np.float32(numbers.FARTHEST) * part)
+    h = at("Sub", a2, at("Mul", x, a3))
+    h = at("Sub", a0, at("Mul", x, h))
+    p = at("Sub", a0, at("Mul", x, h))
+    for _ in range(numbers.SQUARINGS):
+        p = at("Mul", p, p)
+    e = at("Round", p)
+    each = at("Div", np.float32(1) / np.float32(w.grid(target).scale), at.sum(e, axes))
+    at.finish(op.outputs[0], at("Mul", e, each))
+
+
+def _masked(at: _Whole, op: SoftmaxOfCodes, x: str, lowest: np.float32) -> str:
+    """Put the lowest number where a mask leaves none."""
+    mask = at.w.model.tensors[op.inputs[1]]
+    if mask.value is not None:  # every code is less than 256
+        return at("Min", x, np.where(mask.value == op.keeps, np.float32(256), lowest))
+    cases = (x, lowest) if op.keeps else (lowest, x)
+    return at("Where", at.w.get(op.inputs[1]), *cases)
+
+
+def multiplied(w: Writer, op: Multiplied) -> None:
+    """Write a product of two tensors, which ONNX Runtime fuses to QLinearMatMul."""
+    a, b = (w.model.tensors[i] for i in op.inputs)
+    zero = w.scale(a)[1]
+    scale = w.initializer(np.float32(op.scale), op.path)
+    left = w.node("DequantizeLinear", [w.get(op.inputs[0]), scale, zero], op.path)
+    right = w.dequantize(w.get(op.inputs[1]), b)
+    output = w.model.tensors[op.outputs[0]]
+    real = w.node("MatMul", [left, right], op.path)
+    codes = w.node("QuantizeLinear", [real, *w.scale(output)], output.name)
+    w.put(op.outputs[0], w.clip(codes, output, op.clamp))
+
+
+def look_up(w: Writer, op: LookUp) -> None:
+    """Gather rows of codes."""
+    output = w.model.tensors[op.outputs[0]]
+    offset = w.grid(output).unsigned_offset
+    table = (op.arrays["table"].astype(np.int32) + offset).astype(np.uint8)
+    picked = w.node("Squeeze", [w.get(op.inputs[0]), w.ints([-1], op.path)], op.path)
+    w.put(op.outputs[0], w.node("Gather", [w.initializer(table, op.path), picked], op.path))

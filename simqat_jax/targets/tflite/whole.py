@@ -1,0 +1,206 @@
+"""Operations on whole numbers in float, of TFLite operators with one result: norms, softmax.
+
+Codes less their zero point are whole numbers: the same bytes under a scale of 1, dequantized. They
+stay in float where nothing else reads them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from simqat_jax.ir.program import Op, grid_of
+from simqat_jax.numerics import softmax as numbers
+from simqat_jax.numerics.norms import STEPS, heron_start, reciprocal_count
+from simqat_jax.ops.matmul import LookUp, Multiplied
+from simqat_jax.ops.norms import Normalize
+from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.targets.tflite.subgraph import Codes, reshape_target
+from simqat_jax.targets.tflite.writer import Writer
+
+_EXACT = 2**24
+Shape = tuple[int, ...]
+
+
+class _Whole:
+    """Writes one operation, on whole numbers."""
+
+    def __init__(self, w: Writer, op: Op):
+        self.w, self.op = w, op
+
+    def __call__(
+        self, kind: str, shape: Sequence[int], *inputs: int | ArrayLike, **options: Any
+    ) -> int:
+        """Add an operator; what is no number of a tensor is a constant."""
+        numbers = [v if isinstance(v, int) else self.w.constant(v, np.float32) for v in inputs]
+        result = self.w.tensor(None, shape, np.float32)
+        self.w.emit(kind, numbers, result, **options)
+        return result
+
+    def sum(self, shape: Shape, x: int, axes: Sequence[int]) -> int:
+        kept = tuple(1 if a in axes else d for a, d in enumerate(shape))
+        return self("SUM", kept, x, self.w.constant(axes), keepDims=True)
+
+    def finish(self, x: int, clamp: Sequence[int], y: Codes | None) -> None:
+        """Round numbers in units of an output code, and clip them; `y` None: they stay whole."""
+        w, i = self.w, self.op.outputs[0]
+        tensor = w.source.tensors[i]
+        grid, shape = grid_of(tensor), tensor.shape
+        free = (grid.qmin, grid.qmax) if y else ()
+        if y is None or tuple(clamp) != free:
+            x = self("ROUND", shape, x)
+            for kind, end in zip(("MAXIMUM", "MINIMUM"), clamp, strict=True):
+                if end not in free:
+                    x = self(kind, shape, x, np.float32(end - grid.zero_point))
+        if y is None:
+            w.wholes[i] = x
+            return
+        codes = w.tensor(None, shape, np.int8, 1.0, grid.stored_zero)
+        w.emit("QUANTIZE", [x], codes)
+        w.emit("RESHAPE", [codes], y.index, newShape=reshape_target(shape))
+
+
+def normalize(w: Writer, op: Normalize, *tensors: Codes | None) -> None:
+    """Write a norm, see `numerics.norms`."""
+    at, tensor = _Whole(w, op), w.source.tensors[op.inputs[0]]
+    x, shape = w.whole(op.inputs[0]), op.grouped(tensor.shape)
+    if op.groups:
+        x = w.reshaped(x, shape)
+    axes, count = op.axes, math.prod(shape[a] for a in op.axes)
+    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
+    part, rest = reciprocal_count(count), None
+    largest = grid_of(tensor).largest
+    if op.centered:
+        near = at("ROUND", thin, at("MUL", thin, at.sum(shape, x, axes), part))
+        x = at("SUB", shape, x, near)
+        rest = at("MUL", thin, at.sum(shape, x, axes), part)
+        largest = largest / 2 + 1
+    variance = at("MUL", thin, _sum_of_squares(at, shape, x, axes, count * largest**2), part)
+    if rest is not None:
+        variance = at("SUB", thin, variance, at("MUL", thin, rest, rest))
+        x = at("SUB", shape, x, rest)
+    deviation = _root(at, thin, variance, np.float32(op.epsilon))
+    x = at("MUL", shape, x, at("DIV", thin, np.float32(1), deviation))
+    if op.groups:
+        x, shape = w.reshaped(x, tensor.shape), tensor.shape
+    x = at("MUL", shape, x, op.arrays["scale"])
+    if "shift" in op.arrays:
+        x = at("ADD", shape, x, op.arrays["shift"])
+    at.finish(x, op.clamp, tensors[-1])
+
+
+def _sum_of_squares(at: _Whole, shape: Shape, x: int, axes: Sequence[int], largest: float) -> int:
+    """Add squares exactly, and round once; `largest`: what they may add up to.
+
+    What float32 does not hold is added in two digits, each of which it holds.
+    """
+    squares = at("MUL", shape, x, x)
+    if largest <= _EXACT:
+        return at.sum(shape, squares, axes)
+    digit = np.float32(256)
+    high = at("FLOOR", shape, at("MUL", shape, squares, np.float32(1) / digit))
+    low = at("SUB", shape, squares, at("MUL", shape, high, digit))
+    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
+    upper = at("MUL", thin, at.sum(shape, high, axes), digit)
+    return at("ADD", thin, upper, at.sum(shape, low, axes))
+
+
+def _root(at: _Whole, shape: Shape, variance: int, epsilon: np.float32) -> int:
+    """Take a square root as `numerics.norms.heron` does."""
+    start = np.float32(heron_start(epsilon))
+    variance = at("ADD", shape, variance, epsilon)
+    root: int | np.float32 = start
+    for _ in range(STEPS):
+        quotient = at("DIV", shape, variance, root)
+        root = at("MUL", shape, at("ADD", shape, quotient, root), np.float32(0.5))
+    assert isinstance(root, int)
+    return root
+
+
+def softmax(w: Writer, op: SoftmaxOfCodes, *tensors: Codes | None) -> None:
+    """Write a softmax, see `numerics.softmax`."""
+    at, known = _Whole(w, op), w.source.tensors
+    source, target = known[op.inputs[0]], grid_of(known[op.outputs[0]])
+    shape, axes, scale = source.shape, (op.axis,), np.float32(grid_of(source).scale)
+    x = w.whole(op.inputs[0])
+    if len(op.inputs) > 1:
+        x = _masked(at, op, shape, x, np.float32(numbers.lowest(scale)))
+    a0, a2, a3 = numbers.polynomial(shape[op.axis])
+    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
+    highest = at("REDUCE_MAX", thin, x, w.constant(axes), keepDims=True)
+    part = np.float32(0.5**numbers.SQUARINGS)
+    x = at("MUL", shape, at("SUB", shape, highest, x), scale * part)
+    x = at("MINIMUM", shape, x, np.float32(numbers.FARTHEST) * part)
+    h = at("SUB", shape, a2, at("MUL", shape, x, a3))
+    h = at("SUB", shape, a0, at("MUL", shape, x, h))
+    p = at("SUB", shape, a0, at("MUL", shape, x, h))
+    for _ in range(numbers.SQUARINGS):
+        p = at("MUL", shape, p, p)
+    e = at("ROUND", shape, p)
+    each = at("DIV", thin, np.float32(1) / np.float32(target.scale), at.sum(shape, e, axes))
+    at.finish(at("MUL", shape, e, each), (target.qmin, target.qmax), tensors[-1])
+
+
+def _masked(at: _Whole, op: SoftmaxOfCodes, shape: Shape, x: int, lowest: np.float32) -> int:
+    """Put the lowest number where a mask leaves none."""
+    mask = at.w.source.tensors[op.inputs[1]].value
+    if mask is not None:  # every code is less than 256
+        return at("MINIMUM", shape, x, np.where(mask == op.keeps, np.float32(256), lowest))
+    cases = (x, lowest) if op.keeps else (lowest, x)
+    return at("SELECT_V2", shape, at.w.number(op.inputs[1]), *cases)
+
+
+def multiplied(w: Writer, op: Multiplied, *tensors: Codes | None) -> None:
+    """Write a product of two tensors as one of whole numbers, whose sums float32 holds.
+
+    Longer sums are taken in parts.
+    """
+    at = _Whole(w, op)
+    (a, b), (left, right) = map(w.whole, op.inputs), [w.source.tensors[i] for i in op.inputs]
+    terms, shape = left.shape[2], w.source.tensors[op.outputs[0]].shape
+    longest = _EXACT // (grid_of(left).largest * grid_of(right).largest)
+    starts = range(0, terms, longest)
+    sums = []
+    for start in starts:
+        end = min(start + longest, terms)
+        x, y = a, b
+        if len(starts) > 1:
+            x = _part(at, a, (*left.shape[:2], end - start), 2, start)
+            y = _part(at, b, (right.shape[0], end - start, right.shape[2]), 1, start)
+        sums.append(at("BATCH_MATMUL", shape, x, y, adjX=False, adjY=False))
+    real = _added(at, shape, sums)
+    at.finish(at("MUL", shape, real, np.float32(op.arrays["multiplier"])), op.clamp, tensors[-1])
+
+
+def _part(at: _Whole, x: int, shape: Shape, axis: int, start: int) -> int:
+    """Return a part of one axis of a tensor of three, of this shape."""
+    begin = [start if k == axis else 0 for k in range(3)]
+    sizes = [d if k == axis else -1 for k, d in enumerate(shape)]
+    return at("SLICE", shape, x, at.w.constant(begin), at.w.constant(sizes))
+
+
+def _added(at: _Whole, shape: Shape, sums: Sequence[int]) -> int:
+    """Add whole numbers, and round once: of more than two in int32."""
+    if len(sums) <= 2:
+        return sums[0] if len(sums) == 1 else at("ADD", shape, *sums)
+    w, total = at.w, None
+    for part in sums:
+        whole = w.cast(part, shape, np.int32)
+        if total is not None:
+            both = w.tensor(None, shape, np.int32)
+            w.emit("ADD", [total, whole], both)
+            whole = both
+        total = whole
+    assert total is not None
+    return w.cast(total, shape, np.float32)
+
+
+def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:
+    """Gather rows of codes."""
+    table = w.code_constant(op.arrays["table"], y.grid)
+    shape = w.source.tensors[op.inputs[0]].shape[:-1]
+    picked = w.tensor(None, shape, np.int32)
+    w.emit("RESHAPE", [w.number(op.inputs[0])], picked, newShape=reshape_target(shape))
+    w.emit("GATHER", [table.index, picked], y.index, axis=0, batchDims=0)

@@ -1,0 +1,200 @@
+"""Norms, softmax and products of two tensors alone: both runtimes compute the model's codes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from single_operations import both, compared, grids, integer_model, operation, seeds
+
+import simqat_jax as sq
+from simqat_jax.ir.program import Tensor
+from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized
+from simqat_jax.numerics.rounding import ROUNDINGS
+
+pytestmark = pytest.mark.usefixtures("optimized")
+
+
+def grid(pair):
+    scale, zero = pair
+    return sq.Grid(float(np.float32(scale)), zero, 0, 255)
+
+
+def model_of(backend, kind, shapes, grids, attributes, arrays=None, constants=()):
+    """An integer model of one operation; the last shape and grid are its output's."""
+    tensors = [
+        Tensor(f"t{n}", shape, "float32", g)
+        for n, (shape, g) in enumerate(zip(shapes, grids, strict=True))
+    ]
+    last = len(tensors) - 1
+    tensors += [Tensor("mask", m.shape, str(m.dtype), None, m) for m in constants]
+    read = (*range(last), *range(last + 1, len(tensors)))
+    op = operation(kind, read, (last,), attributes, arrays)
+    return integer_model(backend, tensors, [op], range(last), [last])
+
+
+def codes_of(rng, shape, kind):
+    """Codes of rows that differ much, little, in one place, or not at all."""
+    full = rng.integers(0, 256, shape)
+    near = np.clip(rng.integers(0, 256, (*shape[:-1], 1)) + rng.integers(-1, 2, shape), 0, 255)
+    one = np.broadcast_to(rng.integers(0, 256, (*shape[:-1], 1)), shape).copy()
+    if kind == "one":
+        one[..., 0] = 255 - one[..., 0]
+    return {"full": full, "near": near, "same": one, "one": one}[kind].astype(np.uint8)
+
+
+def norm(backend, shape, x, y, axes=(2,), groups=0, centered=True, epsilon=1e-3, seed=0):
+    rng = np.random.default_rng(seed)
+    features = (1,) * (len(shape) - 1) + shape[-1:]
+    arrays = {
+        "scale": (rng.normal(1, 0.5, features) / np.float32(y.scale)).astype(np.float32),
+        "shift": (rng.normal(0, 0.5, features) / np.float32(y.scale)).astype(np.float32),
+    }
+    attributes = {
+        "axes": axes,
+        "groups": groups,
+        "centered": centered,
+        "epsilon": float(np.float32(epsilon)),
+        "clamp": (seed % 90, 255),
+    }
+    kind = ROUNDINGS[backend].norm.kind
+    return model_of(backend, kind, (shape, shape), (x, y), attributes, arrays)
+
+
+kinds = st.sampled_from(["full", "near", "same", "one"])
+epsilons = st.sampled_from([2.0**-40, 1e-6, 3.0])
+
+
+@both
+@given(
+    grids,
+    grids,
+    seeds,
+    st.integers(1, 70),
+    kinds,
+    st.booleans(),
+    st.sampled_from([2.0**-40, 1e-6, 3]),
+)
+@settings(max_examples=8, deadline=None)
+def test_norms(backend, folder, a, b, seed, length, kind, centered, epsilon):
+    shape = (-1, 50, length)
+    model = norm(backend, shape, grid(a), grid(b), (2,), 0, centered, epsilon, seed)
+    compared(model, folder, [codes_of(np.random.default_rng(seed), (2, 50, length), kind)])
+
+
+@both
+@pytest.mark.parametrize(
+    ("shape", "axes", "groups", "centered"),
+    [
+        ((-1, 5, 1031), (2,), 0, True),
+        ((-1, 3, 4000), (2,), 0, True),
+        ((-1, 3, 4000), (2,), 0, False),
+        ((-1, 6, 5, 12), (1, 2, 4), 3, True),
+        ((-1, 40, 40, 8), (1, 2, 4), 2, True),
+        ((-1, 7, 6, 5), (1, 2), 0, True),
+        ((-1, 64), (2,), 8, True),
+        ((-1, 2, MOST_ELEMENTS), (2,), 0, True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["full", "one"])
+def test_norms_of_any_axes(backend, folder, shape, axes, groups, centered, kind):
+    x, y = grid((0.013, 77)), grid((0.021, 128))
+    model = norm(backend, shape, x, y, axes, groups, centered)
+    compared(model, folder, [codes_of(np.random.default_rng(1), (2, *shape[1:]), kind)])
+
+
+@given(grids, seeds, st.integers(2, 400), kinds, st.sampled_from(sorted(ROUNDINGS)))
+@settings(max_examples=15, deadline=None)
+def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
+    """Within a few units in the last place of float64."""
+    codes = codes_of(np.random.default_rng(seed), (20, length), kind)
+    c = codes.astype(np.float64) - a[1]
+    epsilon = 1e-6 / np.float64(np.float32(a[0])) ** 2
+    deviation = np.sqrt(c.var(-1, keepdims=True) + epsilon)
+    got = normalized(
+        jnp.asarray(c, jnp.float32),
+        Statistics((1,), True),
+        jnp.float32(epsilon),
+        ROUNDINGS[backend].norm.root,
+    )
+    np.testing.assert_allclose(got, (c - c.mean(-1, keepdims=True)) / deviation, 3e-6, 3e-6)
+
+
+# Softmax -----------------------------------------------------------------------------------------
+
+
+def softmax(backend, shape, x, y, mask=None, keeps=True, axis=2):
+    constants = () if mask is None else (mask,)
+    attributes = {"axis": axis, "keeps": keeps}
+    return model_of(backend, "softmax", (shape, shape), (x, y), attributes, None, constants)
+
+
+scores = st.tuples(st.floats(1e-4, 1.5), st.integers(0, 255))
+shares = st.tuples(st.floats(0.0005, 0.004), st.sampled_from([0, 3]))
+
+
+@both
+@given(scores, shares, seeds, st.integers(1, 70), kinds, st.booleans(), st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_softmax(backend, folder, a, b, seed, length, kind, masked, keeps):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((1, 30, length)) < 0.5
+    mask[:, 0], mask[:, 1] = True, False
+    given = (mask, keeps) if masked else ()
+    model = softmax(backend, (-1, 30, length), grid(a), grid(b), *given)
+    codes = codes_of(rng, (2, 30, length), kind)
+    compared(model, folder, [codes])
+    real = (codes.astype(np.float64) - a[1]) * np.float64(np.float32(a[0]))
+    if masked:
+        real = np.where(mask == keeps, real, -1e4)
+    want = np.asarray(jax.nn.softmax(real, -1), np.float64) / b[0] + b[1]
+    got = np.asarray(model.run_codes(codes), np.float64)
+    assert np.max(np.abs(got - np.clip(want, 0, 255))) <= 0.5 + 0.0005 / b[0]
+
+
+@both
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_softmax_along_any_axis(backend, folder, axis):
+    model = softmax(backend, (-1, 4, 5, 6), grid((0.05, 9)), grid((0.004, 0)), axis=axis)
+    compared(model, folder, [codes_of(np.random.default_rng(0), (2, 4, 5, 6), "full")])
+
+
+@both
+def test_softmax_of_many_terms(backend, folder):
+    """Of more than 4,096 equal numbers the sum still is exact."""
+    model = softmax(backend, (-1, 2, 9000), grid((0.001, 0)), grid((0.00001, 0)))
+    compared(model, folder, [codes_of(np.random.default_rng(0), (1, 2, 9000), "near")])
+
+
+# Products of two tensors -------------------------------------------------------------------------
+
+
+def product(backend, rows, terms, columns, a, b, y, clamp=(0, 255)):
+    shapes = ((-2, rows, terms), (-2, terms, columns), (-2, rows, columns))
+    scale = np.float32(a.scale) * np.float32(0.25)
+    multiplier = scale * np.float32(b.scale) / np.float32(y.scale)
+    attributes = {"scale": float(scale), "clamp": clamp}
+    arrays = {"multiplier": np.float32(multiplier)}
+    return model_of(backend, "matmul", shapes, (a, b, y), attributes, arrays)
+
+
+@both
+@given(grids, grids, grids, seeds, *[st.integers(1, 20)] * 3)
+@settings(max_examples=8, deadline=None)
+def test_products_of_two(backend, folder, a, b, y, seed, rows, terms, columns):
+    model = product(backend, rows, terms, columns, *map(grid, (a, b, y)), (seed % 100, 255))
+    rng = np.random.default_rng(seed)
+    codes = [rng.integers(0, 256, s) for s in ((4, rows, terms), (4, terms, columns))]
+    compared(model, folder, [c.astype(np.uint8) for c in codes])
+
+
+@both
+@pytest.mark.parametrize("terms", [258, 259, 700, 2000])
+def test_long_products_of_two(backend, folder, terms):
+    """All sums are as large as codes make them."""
+    a, b, y = grid((0.01, 0)), grid((0.01, 255)), grid((terms * 0.00006, 200))
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(250, 256, (2, 3, terms)), rng.integers(0, 6, (2, terms, 5))
+    model = product(backend, 3, terms, 5, a, b, y)
+    compared(model, folder, [left.astype(np.uint8), right.astype(np.uint8)])

@@ -2,10 +2,10 @@
 
 from simqat_jax.ir.graph import Node
 from simqat_jax.ir.program import Op
-from simqat_jax.ops import arithmetic, batch_norm, floats, functions, moves, products, sums
+from simqat_jax.ops import arithmetic, batch_norm, floats, functions, moves, primitives, products, sums
 from simqat_jax.ops.operation import Operation
 
-_FAMILIES = (products, batch_norm, arithmetic, sums, functions, moves, floats)
+_FAMILIES = (products, batch_norm, arithmetic, sums, functions, moves, floats, primitives)
 
 OPERATIONS: dict[type[Node], Operation] = {
     kind: operation for family in _FAMILIES for kind, operation in family.OPERATIONS.items()

@@ -80,7 +80,7 @@ def place(program: Program, op: Op) -> str:
 
 
 def _is_layer(op: Op) -> bool:
-    return not isinstance(op, FloatOp | Quantize)
+    return not isinstance(op, FloatOp | Quantize | Primitive)
 
 
 def each(ops: Sequence[Op], act: Callable[[Op], None], file: str) -> None:

@@ -10,8 +10,12 @@ import numpy as np
 
 from simqat_jax.ir.program import Op, Program
 from simqat_jax.ops.floats import FloatOp, MoveOp, Quantize
+from simqat_jax.ops.primitives import Primitive
 
 _MOST_KINDS, _MOST_PATHS = 8, 3
+_COMPUTED = ("float32", "int32", "bool")
+_HELD = (*_COMPUTED, "uint8", "int8")
+_ANY_TYPE = ("convert_element_type", "reshape", "broadcast_in_dim", "transpose", "slice")
 IN_FRONT, BETWEEN, BEHIND = "in front of the layers", "between layers", "behind the layers"
 OTHER_FILE = (
     'Write it for ONNX Runtime, with export_onnx(convert(..., backend="onnx"), path), or run the '
@@ -48,6 +52,20 @@ def refuse_float(program: Program, op: Op) -> NoReturn:
         "moves codes in a way that no file holds" if isinstance(op, MoveOp) else "computed in float"
     )
     refuse(op, f"{what}, {where}", _REMEDIES[where])
+
+
+def refuse_primitive(program: Program, op: Op, problem: str) -> NoReturn:
+    """Raise RefusedError for a primitive that a runtime lacks."""
+    refuse(op, problem, _REMEDIES[place(program, op)])
+
+
+def check_types(program: Program, op: Primitive) -> None:
+    """Raise RefusedError for a primitive on numbers of a type that no file computes with."""
+    known = _HELD if op.name in _ANY_TYPE else _COMPUTED
+    for i in (*op.inputs, *op.outputs):
+        dtype = program.tensors[i].dtype
+        if dtype not in known:
+            refuse_primitive(program, op, f"{op.name} of {dtype}, which no file computes with")
 
 
 def refuse_wide(program: Program, op: Op) -> None:

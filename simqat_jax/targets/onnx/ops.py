@@ -25,8 +25,10 @@ from simqat_jax.ops.moves import (
     Take,
     Transpose,
 )
+from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
+from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
@@ -57,6 +59,8 @@ def _check(program: Program, op: Op) -> None:
         )
     if type(op) not in _WRITERS:
         refuse_float(program, op)
+    if isinstance(op, Primitive):
+        primitives.check(program, op)
     refuse_wide(program, op)
 
 
@@ -389,7 +393,7 @@ def _pad(w: Writer, op: Pad) -> None:
 
 def _quantize(w: Writer, op: Quantize) -> None:
     output = w.model.tensors[op.outputs[0]]
-    w.put(op.outputs[0], w.quantize(w.get(op.inputs[0]), output))
+    w.put(op.outputs[0], w.quantize(w.real(op.inputs[0]), output))
 
 
 _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
@@ -413,4 +417,5 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Take: _take,
     Pad: _pad,
     Quantize: _quantize,
+    Primitive: primitives.write,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program
+from simqat_jax.ir.program import Op, Program, grid_of
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
@@ -26,10 +26,12 @@ from simqat_jax.ops.moves import (
     Take,
     Transpose,
 )
+from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
+from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
 from simqat_jax.targets.tflite.windows import (
     Window,
@@ -68,28 +70,35 @@ VERSIONS = {
     "SUB": ("SubOptions", 2),
     "TILE": ("TileOptions", 1),
     "TRANSPOSE": ("TransposeOptions", 2),
+    **primitives.VERSIONS,
 }
-"""The options and the version of each operator that is written."""
+"""The options and the version of each operator that is written.
+
+The functions of each operation write it from its inputs to its output, the last of their
+arguments, and return what stands for the output where that is another tensor.
+"""
 
 
-def write_op(writer: Writer, op: Op, *tensors: Codes) -> Codes | None:
-    """Write one operation of a program, from its inputs to its output, the last of `tensors`.
-
-    Returns:
-      What stands for the output, where that is another tensor.
-    """
-    return _WRITERS[type(op)](writer, op, *tensors)
+def write_op(writer: Writer, op: Op) -> None:
+    """Write one operation of a program."""
+    if isinstance(op, Primitive):
+        primitives.write(writer, op)
+        return
+    output = writer.source.tensors[op.outputs[0]]
+    target = writer.codes(output.name, output.shape, grid_of(output))
+    if isinstance(op, Quantize):
+        real = writer.real(op.inputs[0])
+        writer.quantize(real.index, real.shape, target)
+        replaced = None
+    else:
+        tensors = (writer.values[i] for i in op.inputs)
+        replaced = _WRITERS[type(op)](writer, op, *tensors, target)
+    writer.values[op.outputs[0]] = replaced or target
 
 
 def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
     check_each(program.ops, lambda op: _check(program, op), "TFLite")
-    for i in (*program.inputs, *program.outputs):
-        if program.tensors[i].grid is None:
-            raise ValueError(
-                f"{program.tensors[i].name} is an input or output of the model that is not "
-                "quantized, and TFLite's is on integers only. Compute with it outside."
-            )
 
 
 def _check(program: Program, op: Op) -> None:
@@ -99,7 +108,9 @@ def _check(program: Program, op: Op) -> None:
             "it rounds as ONNX Runtime does, which LiteRT does not",
             'Convert again with convert(..., backend="tflite").',
         )
-    if type(op) not in _WRITERS and not isinstance(op, Quantize):
+    if isinstance(op, Primitive):
+        primitives.check(program, op)
+    elif type(op) not in _WRITERS and not isinstance(op, Quantize):
         refuse_float(program, op)
     refuse_wide(program, op)
 

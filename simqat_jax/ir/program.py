@@ -54,9 +54,6 @@ class Op:
     kinds: ClassVar[tuple[str, ...]] = ()
     """The names that operations of this class may have in a file; the first is the default."""
 
-    rounds: ClassVar[bool] = False
-    """Whether it computes on real values, where these are its operands, and rounds them."""
-
     path: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -78,6 +75,11 @@ class Op:
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return sum(a.nbytes for a in self.arrays.values())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes with real values as such, where it reads any."""
+        return False
 
     def rounds_as(self, rounding: Rounding) -> bool:
         """Whether it gives the codes of a runtime that rounds so; most do in every runtime."""

@@ -22,7 +22,7 @@ _ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
 """What compilers contract with their neighbours, or reassociate with constants."""
 _MOVES = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy split concatenate pad "
-    "gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
+    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
 )
 """What computes nothing."""
 
@@ -132,7 +132,6 @@ def rounded(node: Node, values: Sequence[ArrayLike]) -> list[jax.Array]:
       node: any, without effects.
       values: one for each of its inputs.
     """
-
     return [jnp.asarray(x) for x in run_node(node, values, results)]
 
 

@@ -96,9 +96,7 @@ class _Flat:
         self.builder.ops.append(Primitive.of(name, self.path, numbers, tuple(outputs), params))
         return list(map(_Made, outputs))
 
-    def operands(
-        self, eqn: core.JaxprEqn, operands: Sequence[Any], *, spread: bool
-    ) -> list[_Made]:
+    def operands(self, eqn: core.JaxprEqn, operands: Sequence[Any], *, spread: bool) -> list[_Made]:
         """Return operands as tensors of the program.
 
         Args:

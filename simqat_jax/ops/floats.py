@@ -32,10 +32,13 @@ class FloatOp(Op):
     """
 
     kinds = ("float",)
-    rounds = True
     constant_bytes: int = 0
     why: str = ""
     function: Function
+
+    @property
+    def rounds(self) -> bool:
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +54,10 @@ class MoveOp(FloatOp):
     """What moves codes in a way that has no operation of its own: a function on centered codes."""
 
     kinds = ("move",)
-    rounds = False
+
+    @property
+    def rounds(self) -> bool:
+        return False
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         first, *rest = inputs

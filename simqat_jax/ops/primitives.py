@@ -61,7 +61,6 @@ class Primitive(Op):
 
     @property
     def rounds(self) -> bool:
-        """Whether it computes anything."""
         return not replay.moves(self.name)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
@@ -73,7 +72,8 @@ class Primitive(Op):
         def compute(*values: jax.Array) -> Any:
             return _COMPUTES[self.name](c, *values, **self.params)
 
-        return replay.alone(self.name, jnp.dtype(c.outputs[0].dtype), compute, values)
+        results = replay.alone(self.name, jnp.dtype(c.outputs[0].dtype), compute, values)
+        return list(map(jnp.asarray, results))
 
 
 def encoded(eqn: core.JaxprEqn, dims: Dims) -> tuple[str, Params]:
@@ -137,7 +137,7 @@ def _reduction(
 
 def _end(dtype: np.dtype, sign: int) -> Any:
     """Return the lowest (-1) or highest (1) value of a type."""
-    if dtype == bool:
+    if jnp.issubdtype(dtype, jnp.bool_):
         return sign > 0
     if jnp.issubdtype(dtype, jnp.floating):
         return sign * np.inf
@@ -157,19 +157,16 @@ def _dot_general(
 
 
 _COMPUTES: dict[str, Callable[..., Any]] = {
-    **{
-        name: lambda c, *values, f=function: f(*values) for name, function in _FUNCTIONS.items()
-    },
+    **{name: lambda c, *values, f=function: f(*values) for name, function in _FUNCTIONS.items()},
     "integer_pow": lambda c, x, y: lax.integer_pow(x, y),
     "round": _round,
-    "convert_element_type": lambda c, x: lax.convert_element_type(
-        x, jnp.dtype(c.outputs[0].dtype)
-    ),
+    "convert_element_type": lambda c, x: lax.convert_element_type(x, jnp.dtype(c.outputs[0].dtype)),
     # Moves
     "reshape": lambda c, x: lax.reshape(x, c.shape(c.outputs[0].shape)),
     "broadcast_in_dim": lambda c, x, dimensions: lax.broadcast_in_dim(
         x, c.shape(c.outputs[0].shape), dimensions
     ),
+    "tile": lambda c, x, repeats: jnp.tile(x, repeats),
     "transpose": lambda c, x, permutation: lax.transpose(x, permutation),
     "rev": lambda c, x, dimensions: lax.rev(x, dimensions),
     "slice": lambda c, x, start, limit, strides: lax.slice(x, start, c.shape(limit), strides),
@@ -233,7 +230,7 @@ def _gather_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
         raise UnknownPrimitive("gather along several axes")
     axis = int(axes[0])
     offset = (*range(axis), *range(axis + lead, len(x) - 1 + lead))
-    whole = all(n == d for k, (n, d) in enumerate(zip(params["slice_sizes"], x)) if k != axis)
+    whole = all(params["slice_sizes"][k] == d for k, d in enumerate(x) if k != axis)
     fills = mode == lax.GatherScatterMode.FILL_OR_DROP
     usual = not fills or params["fill_value"] is None or np.isnan(params["fill_value"])
     if numbers.offset_dims != offset or not whole or not usual:
@@ -263,12 +260,9 @@ def _dot_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
 
 _ENCODERS: dict[str, Callable[[core.JaxprEqn, Dims], Params]] = {
     "integer_pow": lambda eqn, dims: {"y": int(eqn.params["y"])},
-    "round": lambda eqn, dims: {
-        "method": lax.RoundingMethod(eqn.params["rounding_method"]).name
-    },
-    "broadcast_in_dim": lambda eqn, dims: {
-        "dimensions": _ints(eqn.params["broadcast_dimensions"])
-    },
+    "round": lambda eqn, dims: {"method": lax.RoundingMethod(eqn.params["rounding_method"]).name},
+    "broadcast_in_dim": lambda eqn, dims: {"dimensions": _ints(eqn.params["broadcast_dimensions"])},
+    "tile": lambda eqn, dims: {"repeats": _ints(eqn.params["reps"])},
     "transpose": lambda eqn, dims: {"permutation": _ints(eqn.params["permutation"])},
     "rev": lambda eqn, dims: {"dimensions": _ints(eqn.params["dimensions"])},
     "slice": _slice_params,

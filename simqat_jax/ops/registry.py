@@ -2,7 +2,16 @@
 
 from simqat_jax.ir.graph import Node
 from simqat_jax.ir.program import Op
-from simqat_jax.ops import arithmetic, batch_norm, floats, functions, moves, primitives, products, sums
+from simqat_jax.ops import (
+    arithmetic,
+    batch_norm,
+    floats,
+    functions,
+    moves,
+    primitives,
+    products,
+    sums,
+)
 from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (products, batch_norm, arithmetic, sums, functions, moves, floats, primitives)

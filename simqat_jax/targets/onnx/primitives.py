@@ -226,6 +226,10 @@ def _length(at: _At, dim: int) -> str:
     refuse(at.op, "no input of the model tells the batch size", "Repeat values outside of it.")
 
 
+def _tile(at: _At, x: str) -> str:
+    return at.node("Tile", x, at.ints(at.params["repeats"]))
+
+
 def _transpose(at: _At, x: str) -> str:
     return at.node("Transpose", x, perm=at.params["permutation"])
 
@@ -278,14 +282,13 @@ def _reduce(at: _At, x: str) -> str:
 def _truth(at: _At, x: str) -> str:
     if not at.is_bool:
         refuse_primitive(at.w.model, at.op, "it joins the bits of integers")
-    whole = at.node(
-        _TRUTH[at.op.name], at.cast(x, "int32"), at.ints(at.params["axes"]), keepdims=0
-    )
+    whole = at.node(_TRUTH[at.op.name], at.cast(x, "int32"), at.ints(at.params["axes"]), keepdims=0)
     return at.cast(whole, "bool")
 
 
 def _arg(at: _At, x: str) -> str:
     kind = "ArgMax" if at.op.name == "argmax" else "ArgMin"
+    x = at.cast(x, "int32") if at.is_bool else x
     return at.cast(at.node(kind, x, axis=at.params["axis"], keepdims=0), at.output.dtype)
 
 
@@ -360,6 +363,7 @@ _WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     "erfc": lambda at, x: at.node("Sub", at.number(1), at.node("Erf", x)),
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
+    "tile": _tile,
     "transpose": _transpose,
     "rev": _reverse,
     "slice": _slice,

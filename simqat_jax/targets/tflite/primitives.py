@@ -92,7 +92,9 @@ class _At:
         if x.dtype == dtype:
             return x
         made = self.w.plain(self.op.path, x.shape, dtype)
-        types = {k: self.w.tensors[v.index].type for k, v in (("inDataType", x), ("outDataType", made))}
+        types = {
+            k: self.w.tensors[v.index].type for k, v in (("inDataType", x), ("outDataType", made))
+        }
         self.w.emit("CAST", [x.index], made.index, **types)
         return made
 
@@ -220,6 +222,10 @@ def _broadcast(at: _At, x: Plain) -> Plain:
     return at.make("TILE", thin, repeats)
 
 
+def _tile(at: _At, x: Plain) -> Plain:
+    return at.make("TILE", x, at.ints(at.params["repeats"]))
+
+
 def _transpose(at: _At, x: Plain) -> Plain:
     return at.transposed(x, at.params["permutation"])
 
@@ -267,8 +273,8 @@ def _gather(at: _At, x: Plain, indices: Plain) -> Plain:
 
 
 def _reduce(at: _At, x: Plain) -> Plain:
-    if x.dtype == "bool" and at.op.name not in ("reduce_and", "reduce_or"):
-        _refuse(at, "TFLite has no such reduction of truth values")
+    if (x.dtype == "bool") != (at.op.name in ("reduce_and", "reduce_or")):
+        _refuse(at, f"TFLite has no such reduction of {x.dtype}")
     return at.make(_REDUCE[at.op.name], x, at.ints(at.params["axes"]), keepDims=False)
 
 
@@ -333,6 +339,8 @@ def _dot_general(at: _At, a: Plain, b: Plain) -> Plain:
     )
     left = at.reshaped(at.transposed(a, orders[0]), (*lead, rows, depth))
     right = at.reshaped(at.transposed(b, orders[1]), (*lead, depth, columns))
+    if rows < 0 and columns < 0:
+        _refuse(at, "it multiplies one batch by another")
     shape = (*lead, rows, columns)
     return at.reshaped(at.make("BATCH_MATMUL", left, right, shape=shape), at.output().shape)
 
@@ -368,6 +376,7 @@ _WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
     "tan": lambda at, x: at.make("DIV", at.make("SIN", x), at.make("COS", x)),
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,
+    "tile": _tile,
     "transpose": _transpose,
     "rev": _reverse,
     "slice": _slice,

@@ -156,6 +156,33 @@ def _dot_general(
     )
 
 
+def _conv(
+    c: Context,
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    layout: Any,
+    strides: Any,
+    padding: Any,
+    input_dilation: Any,
+    kernel_dilation: Any,
+    groups: int,
+    precision: Any,
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        input_dilation,
+        kernel_dilation,
+        lax.ConvDimensionNumbers(*layout),
+        groups,
+        precision=precision,
+        preferred_element_type=jnp.dtype(c.outputs[0].dtype),
+    )
+
+
 _COMPUTES: dict[str, Callable[..., Any]] = {
     **{name: lambda c, *values, f=function: f(*values) for name, function in _FUNCTIONS.items()},
     "integer_pow": lambda c, x, y: lax.integer_pow(x, y),
@@ -186,6 +213,7 @@ _COMPUTES: dict[str, Callable[..., Any]] = {
     "sort": lambda c, x, axis: lax.sort(x, dimension=axis),
     "top_k": lambda c, x, k, axis: lax.top_k(x, k, axis=axis),
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
 }
 ELEMENTWISE = frozenset((*_FUNCTIONS, "integer_pow", "round", "convert_element_type"))
 """Those that compute each element by itself; their operands broadcast."""
@@ -245,16 +273,36 @@ def _sort_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
     return {"axis": int(eqn.params["dimension"])}
 
 
+def _precision(eqn: core.JaxprEqn) -> tuple[str, ...] | None:
+    precision = eqn.params["precision"]
+    if precision is not None and not all(isinstance(p, lax.Precision) for p in precision):
+        raise UnknownPrimitive(f"{eqn.primitive.name} with an algorithm of its own")
+    return None if precision is None else tuple(p.name for p in precision)
+
+
 def _dot_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
     del dims
     contract, batch = eqn.params["dimension_numbers"]
-    precision = eqn.params["precision"]
-    if precision is not None and not all(isinstance(p, lax.Precision) for p in precision):
-        raise UnknownPrimitive("dot_general with an algorithm of its own")
     return {
         "contract": tuple(map(_ints, contract)),
         "batch": tuple(map(_ints, batch)),
-        "precision": None if precision is None else tuple(p.name for p in precision),
+        "precision": _precision(eqn),
+    }
+
+
+def _conv_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
+    del dims
+    params = eqn.params
+    if params["batch_group_count"] != 1:
+        raise UnknownPrimitive("conv_general_dilated with groups of the batch")
+    return {
+        "layout": tuple(map(_ints, params["dimension_numbers"])),
+        "strides": _ints(params["window_strides"]),
+        "padding": tuple(map(_ints, params["padding"])),
+        "input_dilation": _ints(params["lhs_dilation"]),
+        "kernel_dilation": _ints(params["rhs_dilation"]),
+        "groups": int(params["feature_group_count"]),
+        "precision": _precision(eqn),
     }
 
 
@@ -282,6 +330,7 @@ _ENCODERS: dict[str, Callable[[core.JaxprEqn, Dims], Params]] = {
         "axis": int(eqn.params.get("axis", len(shape_of(eqn.invars[0]).shape) - 1)),
     },
     "dot_general": _dot_params,
+    "conv_general_dilated": _conv_params,
 }
 
 # Every name is known once the table is.

@@ -336,6 +336,28 @@ def _dot_general(at: _At, a: str, b: str) -> str:
     return at.node("Einsum", a, b, equation=f"{','.join(terms)}->{''.join(batch + free)}")
 
 
+def _conv(at: _At, x: str, kernel: str) -> str:
+    given, (data, weights, result) = at.params, at.params["layout"]
+    padding = given["padding"]
+    if any(d != 1 for d in given["input_dilation"]) or any(v < 0 for p in padding for v in p):
+        refuse_primitive(at.w.model, at.op, "it dilates or cuts its input")
+    constant = at.inputs[1].value
+    if constant is None:
+        kernel = at.node("Transpose", kernel, perm=weights)
+    else:
+        kernel = at.number(constant.transpose(weights))
+    made = at.node(
+        "Conv",
+        at.node("Transpose", x, perm=data),
+        kernel,
+        pads=[p[end] for end in (0, 1) for p in padding],
+        strides=given["strides"],
+        dilations=given["kernel_dilation"],
+        group=given["groups"],
+    )
+    return at.node("Transpose", made, perm=list(map(int, np.argsort(result))))
+
+
 _WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_BINARY, _binary),
@@ -374,4 +396,5 @@ _WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     "sort": _sort,
     "top_k": _top_k,
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
 }

@@ -7,7 +7,7 @@ and sums along axes are not.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -112,7 +112,7 @@ def check(program: Program, op: Primitive) -> None:
     check_types(program, op)
 
 
-def _refuse(at: _At, problem: str) -> None:
+def _refuse(at: _At, problem: str) -> NoReturn:
     refuse_primitive(at.w.source, at.op, problem)
 
 
@@ -352,6 +352,47 @@ def _product(at: _At, lengths: Sequence[int]) -> int:
     return math.prod(lengths)
 
 
+def _kernel(at: _At, depthwise: bool) -> Plain:
+    """Return a convolution's kernel: (out, rows, columns, in), or (1, rows, columns, out)."""
+    _, weights, _ = at.params["layout"]
+    kernel = at.w.source.tensors[at.op.inputs[1]].value
+    if kernel is None:
+        _refuse(at, "TFLite convolves with constant kernels")
+    kernel = kernel.transpose(weights[0], *weights[2:], weights[1])
+    kernel = kernel.reshape(len(kernel), *(1,) * (4 - kernel.ndim), *kernel.shape[1:])
+    return at.number(kernel.transpose(3, 1, 2, 0) if depthwise else kernel)
+
+
+def _conv(at: _At, x: Plain, _: Plain) -> Plain:
+    """Convolve with channels last, and one axis as two."""
+    given, (data, _, result) = at.params, at.params["layout"]
+    strides, dilation, padding = (given[k] for k in ("strides", "kernel_dilation", "padding"))
+    if len(strides) > 2 or any(d != 1 for d in given["input_dilation"]):
+        _refuse(at, "TFLite convolves over one or two axes, and dilates no input")
+    if any(v < 0 for p in padding for v in p):
+        _refuse(at, "it cuts its input")
+    x = at.transposed(x, (data[0], *data[2:], data[1]))
+    if any(v for p in padding for v in p):
+        ends = ((0, 0), *padding, (0, 0))
+        shape = tuple(d + sum(p) if d >= 0 else d for d, p in zip(x.shape, ends, strict=True))
+        x = at.make("PAD", x, at.ints(ends), shape=shape)
+    if len(strides) < 2:
+        x = at.reshaped(x, (x.shape[0], 1, *x.shape[1:]))
+        strides, dilation = (1, *strides), (1, *dilation)
+    options = {"strideH": strides[0], "strideW": strides[1], "padding": at.w.schema.Padding.VALID}
+    options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
+    order = (result[0], *result[2:], result[1])
+    last = tuple(at.output().shape[k] for k in order)
+    planar = last if len(last) == 4 else (last[0], 1, *last[1:])
+    depthwise = 1 < given["groups"] == x.shape[-1]
+    name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+    if depthwise:
+        options["depthMultiplier"] = planar[-1] // given["groups"]
+    bias = at.number(np.zeros(planar[-1]))
+    made = at.make(name, x, _kernel(at, depthwise), bias, shape=planar, **options)
+    return at.transposed(at.reshaped(made, last), [int(k) for k in np.argsort(order)])
+
+
 _WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_BINARY, _binary),
@@ -387,4 +428,5 @@ _WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
     "sort": _sort,
     "top_k": _top_k,
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
 }

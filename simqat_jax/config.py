@@ -1,11 +1,14 @@
 """What to quantize and how, for a whole model: a frozen dataclass, validated at construction."""
 
 import dataclasses
-from typing import get_args
+from typing import Literal, get_args
 
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
+
+FloatParts = Literal["allow", "refuse"]
+"""What `convert` does with what has no exact integer form."""
 
 
 def _weight_spec() -> QuantSpec:
@@ -18,8 +21,8 @@ class SimQATConfig:
 
     Raises:
       TypeError: a field of the wrong type.
-      ValueError: an unknown `bn_fold`, a negative `freeze_bn`, asymmetric weights, an empty pattern
-        in `exclude`.
+      ValueError: an unknown `bn_fold`, `backend` or `float_parts`, a negative `freeze_bn`,
+        asymmetric weights, an empty pattern in `exclude`.
 
     Examples:
       >>> SimQATConfig(weight=QuantSpec(num_bits=4, symmetric=True, per_channel=True),
@@ -44,6 +47,9 @@ class SimQATConfig:
     backend: Backend = "tflite"
     """Whose rounding of sums and products of tensors evaluation mirrors, code for code: `tflite`
     (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both."""
+    float_parts: FloatParts = "allow"
+    """What has no exact integer form, LayerNorm or an input that is scaled: `allow`: integer
+    models and files compute it in float; `refuse`: `convert` raises, and lists all of it."""
     strict: bool = True
     """A Conv or Dense that cannot be quantized is an error; otherwise it stays float and the
     plan says why."""
@@ -56,6 +62,8 @@ class SimQATConfig:
         check_choice(self, "bn_fold", get_args(BatchNormFold))
         check_type(self, "backend", str)
         check_choice(self, "backend", get_args(Backend))
+        check_type(self, "float_parts", str)
+        check_choice(self, "float_parts", get_args(FloatParts))
         if self.freeze_bn is not None:
             check_type(self, "freeze_bn", int)
             if self.freeze_bn < 0:

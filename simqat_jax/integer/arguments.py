@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.integer.table import shape_text
@@ -22,7 +23,10 @@ def real_values(tensors: Sequence[Tensor], leaves: Sequence[ArrayLike]) -> list[
     for tensor, x in zip(tensors, arrays, strict=True):
         if tensor.grid is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{tensor.name} must be of a floating-point type, got {x.dtype}.")
-    return arrays
+        if tensor.grid is None and not np.can_cast(x.dtype, tensor.dtype, "same_kind"):
+            raise ValueError(f"{tensor.name} must be of type {tensor.dtype}, got {x.dtype}.")
+    pairs = zip(tensors, arrays, strict=True)
+    return [x if t.grid is not None else x.astype(t.dtype) for t, x in pairs]
 
 
 def codes(tensors: Sequence[Tensor], leaves: Sequence[ArrayLike], remedy: str) -> list[jax.Array]:

@@ -16,6 +16,7 @@ from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.batch_size import same_graphs, same_programs, same_values
 from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
 from simqat_jax.integer.model import KEYWORDS, IntegerModel
+from simqat_jax.integer.refusals import refuse_float_parts
 from simqat_jax.ir.graph import Graph
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree
@@ -57,7 +58,8 @@ def convert(
     Raises:
       TypeError: no QuantizedModule, no or traced variables.
       ValueError: no sample, no such method, unobserved ranges, another model's variables, weights
-        not finite, a `quant_delay` to come, per-channel activations, a layer of no integer form.
+        not finite, a `quant_delay` to come, per-channel activations, a layer of no integer form,
+        float parts under `SimQATConfig(float_parts="refuse")`.
 
     Examples:
       >>> qmodel = SimQAT().apply(nn.Dense(2))
@@ -74,6 +76,8 @@ def convert(
     stats, lowered = variables.get(COLLECTION, {}), partial(_lowered, config, metadata, compiled)
     sample = call.captured(None)
     builder, program = lowered(sample, stats, free_batch=False)
+    if config.float_parts == "refuse":
+        refuse_float_parts(program)
     free = call.captured_with_free_batch(sample.graph)
     if free is None or call.size is None:
         return IntegerModel(program)

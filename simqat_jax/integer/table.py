@@ -22,11 +22,11 @@ def table(program: Program) -> str:
     """Return one line for each input and operation, and a line that counts."""
     rows = [("operation", "where", "output", "shape", "scale", "zero", "bytes")]
     rows += [("input", "", *_cells(program.tensors[i]), "") for i in program.inputs]
-    floats = 0
+    floats = set(map(id, program.float_ops))
     for op in program.ops:
-        kind, size = op.kind, op.nbytes
-        if op.kind == "float":
-            kind, floats = "float (dequantized, computed, quantized again)", floats + 1
+        kind = f"{op.kind} (float)" if id(op) in floats else op.kind
+        constants = (program.tensors[i].value for i in op.inputs)
+        size = op.nbytes + sum(value.nbytes for value in constants if value is not None)
         cells = _cells(program.tensors[op.outputs[0]])
         rows.append((kind, op.path, *cells, f"{size:,}" if size else ""))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
@@ -35,7 +35,7 @@ def table(program: Program) -> str:
         for row in rows
     ]
     lines.append(
-        f"{len(program.ops)} operations, {floats} of them in float; {program.nbytes:,} bytes; "
+        f"{len(program.ops)} operations, {len(floats)} of them in float; {program.nbytes:,} bytes; "
         f"rounding as in {program.backend}."
     )
     return "\n".join(lines)

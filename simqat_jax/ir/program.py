@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.numerics.grid import Grid
@@ -74,6 +75,11 @@ class Op:
     def nbytes(self) -> int:
         """Bytes of its weights."""
         return sum(a.nbytes for a in self.arrays.values())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes with real values as such, where it reads any."""
+        return False
 
     def rounds_as(self, rounding: Rounding) -> bool:
         """Whether it gives the codes of a runtime that rounds so; most do in every runtime."""
@@ -157,6 +163,15 @@ class Program:
         """Bytes of all weights and constants."""
         constants = [t.value for t in self.tensors if t.value is not None]
         return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
+
+    @property
+    def float_ops(self) -> tuple[Op, ...]:
+        """The operations that compute on real values: they have no exact integer form."""
+
+        def is_real(i: int) -> bool:
+            return bool(jnp.issubdtype(jnp.dtype(self.tensors[i].dtype), jnp.floating))
+
+        return tuple(op for op in self.ops if op.rounds and any(map(is_real, op.inputs)))
 
     def output_names(self) -> tuple[str, ...]:
         """Return a name for each output, as the model returns it: the keys of a dictionary.

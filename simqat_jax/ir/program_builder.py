@@ -14,16 +14,6 @@ BATCH = 10_007
 """Stands for the batch size in a captured model: a prime that divides no other length."""
 
 
-def _broadcast(
-    value: ArrayLike, shape: Sequence[int], broadcast_dimensions: Sequence[int], **_: object
-) -> np.ndarray:
-    """Broadcast a constant without a copy: along the batch, it would have `BATCH` of them."""
-    array, lengths = np.asarray(value), [1] * len(shape)
-    for axis, length in zip(broadcast_dimensions, array.shape, strict=True):
-        lengths[axis] = length
-    return np.broadcast_to(array.reshape(lengths), tuple(shape))
-
-
 class ProgramBuilder:
     """Collects the tensors and operations of a graph's Program.
 
@@ -66,7 +56,9 @@ class ProgramBuilder:
         """Compute what does not depend on the data."""
         values = [self.value(v) for v in node.inputs]
         if node.primitive == "broadcast_in_dim" and not node.parts:
-            results = (_broadcast(values[0], **node.eqn.params),)
+            # Along the batch, a copy would have `BATCH` of them.
+            params = node.eqn.params
+            results = (replay.spread(values[0], params["shape"], params["broadcast_dimensions"]),)
         else:
             results = node.run(*values) if node.effects else replay.rounded(node, values)
         self.constants.update(zip(node.outputs, results, strict=True))

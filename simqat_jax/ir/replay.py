@@ -1,6 +1,8 @@
 """Run captured operations again: at other shapes, or with a rounding of its own for each."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from jax.typing import ArrayLike
 from simqat_jax.ir.graph import Constant, Node, shape_of
 from simqat_jax.numerics.affine import own_rounding, true_divide
 
-_Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
+Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
 INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
 """Calls that are nothing but what they call."""
 _CALLS = (*INLINED_CALLS, "custom_jvp_call", "custom_vjp_call")
@@ -20,13 +22,13 @@ _ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
 """What compilers contract with their neighbours, or reassociate with constants."""
 _MOVES = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy split concatenate pad "
-    "gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
+    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
 )
 """What computes nothing."""
 
 
 def _run(
-    jaxpr: core.Jaxpr, consts: Sequence[ArrayLike], values: Sequence[ArrayLike], bind: _Bind
+    jaxpr: core.Jaxpr, consts: Sequence[ArrayLike], values: Sequence[ArrayLike], bind: Bind
 ) -> list[ArrayLike]:
     env: dict[core.Var, ArrayLike] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
@@ -46,33 +48,71 @@ def _called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
     return next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
 
 
-def _run_eqn(eqn: core.JaxprEqn, values: Sequence[ArrayLike], bind: _Bind) -> Sequence[ArrayLike]:
+def _run_eqn(eqn: core.JaxprEqn, values: Sequence[ArrayLike], bind: Bind) -> Sequence[ArrayLike]:
     closed = _called(eqn)
     if closed is not None:
         return _run(closed.jaxpr, closed.consts, values, bind)
     return bind(eqn, values)
 
 
-def _results(
-    eqn: core.JaxprEqn, values: Sequence[ArrayLike], params: dict[str, object]
+def alone(
+    name: str,
+    dtype: np.dtype | None,
+    compute: Callable[..., Any],
+    values: Sequence[ArrayLike],
 ) -> Sequence[ArrayLike]:
-    """Run an equation; it rounds by itself, whatever is compiled around it."""
-    name, dtype = eqn.primitive.name, _dtype(eqn)
+    """Run a primitive so that it rounds by itself, whatever is compiled around it.
+
+    Args:
+      name: the primitive's.
+      dtype: of its first result; None: it has none.
+      compute: makes its result, or all of its results, of its operands.
+      values: its operands.
+    """
     if name in _ARITHMETIC and dtype is not None and jnp.issubdtype(dtype, jnp.floating):
         if name == "div":
             a, b = jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values))
             return (own_rounding(true_divide(a, b)),)
-        return (own_rounding(eqn.primitive.bind(*values, **params)),)
+        return (own_rounding(compute(*values)),)
     # In which order a sum is taken, or how a function is approximated, depends on what it is fused
     # with.
-    alone = name not in _MOVES
-    operands = lax.optimization_barrier(tuple(values)) if alone else values
-    result = eqn.primitive.bind(*operands, **params)
-    results = result if eqn.primitive.multiple_results else (result,)
-    return lax.optimization_barrier(tuple(results)) if alone else results
+    apart = not moves(name)
+    result = compute(*(lax.optimization_barrier(tuple(values)) if apart else values))
+    made = tuple(result) if isinstance(result, list | tuple) else (result,)
+    return lax.optimization_barrier(made) if apart else made
 
 
-def _run_node(node: Node, values: Sequence[ArrayLike], bind: _Bind) -> list[ArrayLike]:
+def moves(name: str) -> bool:
+    """Whether a primitive computes nothing."""
+    return name in _MOVES
+
+
+def results(
+    eqn: core.JaxprEqn, values: Sequence[ArrayLike], params: dict[str, object] | None = None
+) -> Sequence[ArrayLike]:
+    """Run an equation; it rounds by itself, whatever is compiled around it.
+
+    Args:
+      eqn: the equation.
+      values: its operands.
+      params: other parameters than its own, as `bind` takes them.
+    """
+    params = eqn.primitive.get_bind_params(eqn.params) if params is None else params
+    compute = partial(eqn.primitive.bind, **params)
+    return alone(eqn.primitive.name, _dtype(eqn), compute, values)
+
+
+def spread(
+    value: ArrayLike, shape: Sequence[int], broadcast_dimensions: Sequence[int]
+) -> np.ndarray:
+    """Broadcast a constant without a copy, as `broadcast_in_dim` does."""
+    array, lengths = np.asarray(value), [1] * len(shape)
+    for axis, length in zip(broadcast_dimensions, array.shape, strict=True):
+        lengths[axis] = length
+    return np.broadcast_to(array.reshape(lengths), tuple(shape))
+
+
+def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:
     """Run what a node was captured as, part by part."""
     env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
     for part in node.parts or (node,):
@@ -92,11 +132,7 @@ def rounded(node: Node, values: Sequence[ArrayLike]) -> list[jax.Array]:
       node: any, without effects.
       values: one for each of its inputs.
     """
-
-    def bind(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
-        return _results(eqn, values, eqn.primitive.get_bind_params(eqn.params))
-
-    return [jnp.asarray(x) for x in _run_node(node, values, bind)]
+    return [jnp.asarray(x) for x in run_node(node, values, results)]
 
 
 def _dtype(eqn: core.JaxprEqn) -> np.dtype | None:
@@ -113,8 +149,7 @@ def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
     arrays = [jnp.broadcast_to(a, shape) for a in arrays]
     # Nothing is rewritten as a pair, `exp(a) * exp(b)` for instance.
-    results = _results(eqn, arrays, eqn.primitive.get_bind_params(eqn.params))
-    return [lax.optimization_barrier(v) for v in results]
+    return [lax.optimization_barrier(v) for v in results(eqn, arrays)]
 
 
 def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:
@@ -128,7 +163,7 @@ def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:
     """
     first, *rest = values
     values = [first, *(jnp.ravel(x)[0] for x in rest)]
-    (result,) = _run_node(node, values, _bind_pointwise)
+    (result,) = run_node(node, values, _bind_pointwise)
     return jnp.asarray(result)
 
 
@@ -187,6 +222,6 @@ def at_batch(node: Node, values: Sequence[ArrayLike], old: int, new: int) -> Seq
 
     def bind(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
         params = eqn.primitive.get_bind_params(eqn.params)
-        return _results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
+        return results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
 
-    return _run_node(node, values, bind)
+    return run_node(node, values, bind)

@@ -1,4 +1,8 @@
-"""What runs on real values inside an integer model, and the ways there and back."""
+"""What runs on real values inside an integer model, and the ways there and back.
+
+A node becomes the primitives that it is made of; one with a primitive that no table knows becomes
+a function, which no file holds.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,9 +14,11 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Contraction, Float, Node
-from simqat_jax.ir.program import Context, Function, Op, Tensor
+from simqat_jax.ir.program import Context, Function, Op
 from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.ops.flat import as_primitives
 from simqat_jax.ops.operation import LoweredStep, Operation
+from simqat_jax.ops.primitives import UnknownPrimitive, real
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +27,18 @@ class FloatOp(Op):
 
     Attributes:
       constant_bytes: bytes of the constants that `function` holds.
+      why: what it is made of that is no Primitive.
       function: computes it.
     """
 
     kinds = ("float",)
     constant_bytes: int = 0
+    why: str = ""
     function: Function
+
+    @property
+    def rounds(self) -> bool:
+        return True
 
     @property
     def nbytes(self) -> int:
@@ -43,6 +55,10 @@ class MoveOp(FloatOp):
 
     kinds = ("move",)
 
+    @property
+    def rounds(self) -> bool:
+        return False
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         first, *rest = inputs
         moved = self.function((c.in_grid().centered(first), *rest), c.batch)
@@ -57,13 +73,6 @@ class Quantize(Op):
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         return (c.grid.stored(c.grid.quantize(real(c.inputs[0], inputs[0]))),)
-
-
-def real(tensor: Tensor, x: jax.Array) -> jax.Array:
-    """Return the real values of a tensor: of stored codes, or as they are."""
-    if tensor.grid is None:
-        return x
-    return tensor.grid.dequantize(tensor.grid.codes(x)).astype(tensor.dtype)
 
 
 class FloatOperation(Operation):
@@ -90,7 +99,7 @@ def _fixed(builder: ProgramBuilder, node: Node) -> list[ArrayLike | None]:
     return [None if builder.is_data(v) else builder.value(v) for v in node.inputs]
 
 
-def _append(builder: ProgramBuilder, node: Node, kind: type[FloatOp]) -> FloatOp:
+def _append(builder: ProgramBuilder, node: Node, kind: type[FloatOp], why: str) -> FloatOp:
     """Add an operation in float, with its results as tensors on no grid."""
     function, fixed = function_of(builder, node), _fixed(builder, node)
     inputs = tuple(builder.number(v) for v in node.inputs if builder.is_data(v))
@@ -103,27 +112,46 @@ def _append(builder: ProgramBuilder, node: Node, kind: type[FloatOp]) -> FloatOp
         inputs=inputs,
         outputs=outputs,
         constant_bytes=sum(x.nbytes for x in arrays),
+        why=why,
         function=function,
     )
     builder.ops.append(op)
     return op
 
 
+def _append_real(builder: ProgramBuilder, node: Node) -> None:
+    """Add a node on real values."""
+    try:
+        as_primitives(builder, node)
+    except UnknownPrimitive as unknown:
+        _append(builder, node, FloatOp, str(unknown))
+
+
 def emit_float(at: LoweredStep) -> None:
     """Compute a step on real values, and quantize what is read as codes."""
     for node in at.step.nodes:
-        _append(at.builder, node, FloatOp)
+        _append_real(at.builder, node)
     for v in (at.step.output, *at.step.node.outputs[1:]):
         if v in at.placement.at:
             at.emit(Quantize, (at.builder.number(v),), v)
 
 
 def emit_move(at: LoweredStep) -> None:
-    """Move codes by a function."""
-    op, tensors = _append(at.builder, at.node, MoveOp), at.builder.tensors
-    for v, i in zip(at.node.outputs, op.outputs, strict=True):
-        if v in at.placement.grids:
-            tensors[i] = dataclasses.replace(tensors[i], grid=at.out_grid)
+    """Move codes by primitives on their real values, whose codes are the same, or a function."""
+    builder, grids = at.builder, at.placement.grids
+    try:
+        if builder.tensors[at.input()].dtype != "float32":
+            raise UnknownPrimitive("a move of values of fewer digits than codes may have")
+        as_primitives(builder, at.node)
+    except UnknownPrimitive as unknown:
+        op, tensors = _append(builder, at.node, MoveOp, str(unknown)), builder.tensors
+        for v, i in zip(at.node.outputs, op.outputs, strict=True):
+            if v in grids:
+                tensors[i] = dataclasses.replace(tensors[i], grid=at.out_grid)
+        return
+    for v in at.node.outputs:
+        if v in grids:
+            at.emit(Quantize, (builder.number(v),), v)
 
 
 OPERATIONS = {Float: FloatOperation(), Contraction: FloatOperation()}

@@ -10,6 +10,7 @@ from simqat_jax.ops import (
     matmul,
     moves,
     norms,
+    primitives,
     products,
     softmax,
     sums,
@@ -18,7 +19,7 @@ from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (
     *(products, matmul, batch_norm, norms, softmax),
-    *(arithmetic, sums, functions, moves, floats),
+    *(arithmetic, sums, functions, moves, floats, primitives),
 )
 
 OPERATIONS: dict[type[Node], Operation] = {

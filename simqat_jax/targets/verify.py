@@ -5,8 +5,10 @@ import dataclasses
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from jax.typing import ArrayLike
 
 from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
-from simqat_jax.ir.program import grid_of
+from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_kind, check_real, check_whole
 from simqat_jax.targets.open_file import open_file, target_of
 from simqat_jax.targets.target import OpenFile
+
+_MOST_PARTS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Verification:
       codes: how many output codes were compared.
       differing: how many of them are not the model's.
       first_layer: path of the first operation whose codes differ, None where none does.
+      values: how many output values were compared that are no codes.
+      differing_values: how many of them are not the model's.
+      largest_difference: between two of them.
+      float_parts: what the model computes in float, by path with its operations: runtimes agree
+        about sums, products and quotients, and differ in the last digits of all else.
     """
 
     path: str
@@ -40,13 +49,27 @@ class Verification:
     codes: int
     differing: int
     first_layer: str | None
+    values: int = 0
+    differing_values: int = 0
+    largest_difference: float = 0.0
+    float_parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"; the first in {self.first_layer}" if self.first_layer else ""
-        return (
+        lines = [
             f"{self.path} in {self.runtime}: {self.differing:,} of {self.codes:,} codes differ "
             f"({self.examples:,} examples){where}."
-        )
+        ]
+        if self.values:
+            lines.append(
+                f"Of {self.values:,} values that are no codes {self.differing_values:,} differ, by "
+                f"{self.largest_difference:.3g} at most."
+            )
+        if self.float_parts:
+            shown, rest = self.float_parts[:_MOST_PARTS], len(self.float_parts) - _MOST_PARTS
+            more = f" and {rest} more" if rest > 0 else ""
+            lines.append(f"In float: {'; '.join(shown)}{more}.")
+        return "\n".join(lines)
 
 
 def verify(
@@ -70,8 +93,8 @@ def verify(
     Raises:
       TypeError: an argument of the wrong type.
       FileNotFoundError: no such file.
-      ValueError: a damaged file, one of another kind or another model, a model with outputs that
-        are no codes, data that hold no examples or NaN, a `batch_size` below 1.
+      ValueError: a damaged file, one of another kind or another model, data that hold no examples
+        or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
     check_kind("model", model, IntegerModel, "convert and IntegerModel.load return one.")
@@ -79,9 +102,6 @@ def verify(
     check_whole("batch_size", batch_size, 1)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
-    floats = [model.tensors[i].name for i in model.outputs if model.tensors[i].grid is None]
-    if floats:
-        raise ValueError(f"{', '.join(floats)}: an output that is no code cannot be counted.")
     runtime = open_file(path)
     if len(runtime.float_inputs) != len(model.inputs):
         raise ValueError(
@@ -91,14 +111,46 @@ def verify(
     for array in data:
         check_real("data", array)
     arrays = [np.asarray(a) for a in data]
-    codes = differing = 0
+    found: list[_Compared] = []
     first = None
     for batch in _batches(model, arrays, batch_size):
-        wrong = _differences(model, runtime, path, batch)
-        codes, differing = codes + sum(w.size for w in wrong), differing + sum(map(np.sum, wrong))
-        if differing and first is None:
+        found.append(_compared(model, runtime, path, batch))
+        if first is None and any(map(np.any, found[-1].codes)):
             first = _first_layer(model, path, batch)
-    return Verification(str(path), runtime.name, len(arrays[0]), codes, int(differing), first)
+    codes = [x for compared in found for x in compared.codes]
+    gaps = [x for compared in found for x in compared.gaps]
+    return Verification(
+        path=str(path),
+        runtime=runtime.name,
+        examples=len(arrays[0]),
+        codes=sum(x.size for x in codes),
+        differing=int(sum(map(np.sum, codes))),
+        first_layer=first,
+        values=sum(x.size for x in gaps),
+        differing_values=int(sum(map(np.count_nonzero, gaps))),
+        largest_difference=max((float(x.max(initial=0)) for x in gaps), default=0.0),
+        float_parts=_float_parts(model.program),
+    )
+
+
+class _Compared(NamedTuple):
+    """Outputs of a file next to the model's.
+
+    Attributes:
+      codes: for each output of codes which of them differ.
+      gaps: for each other output how far its values are apart.
+    """
+
+    codes: list[np.ndarray]
+    gaps: list[np.ndarray]
+
+
+def _float_parts(program: Program) -> tuple[str, ...]:
+    """Return each path with what is computed in float there."""
+    kinds: dict[str, dict[str, None]] = defaultdict(dict)
+    for op in program.float_ops:
+        kinds[op.path][op.kind] = None
+    return tuple(f"{path} ({', '.join(names)})" for path, names in kinds.items())
 
 
 def _batches(
@@ -120,10 +172,10 @@ def _batches(
     return [[a[start : start + size] for a in arrays] for start in starts]
 
 
-def _differences(
+def _compared(
     model: IntegerModel, runtime: OpenFile, path: Path, batch: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Return for each output which of its codes differ.
+) -> _Compared:
+    """Run the file and the model.
 
     Raises:
       ValueError: the file returns other outputs, or cannot run.
@@ -131,9 +183,13 @@ def _differences(
     codes = model._quantized(batch)
     arrays = []
     for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
-        shifted = np.asarray(code, np.int32) + runtime.offset(grid_of(model.tensors[i]))
-        arrays.append(np.asarray(x, np.float32) if real else shifted.astype(runtime.dtype))
-    wrong = []
+        grid = model.tensors[i].grid
+        if grid is None:
+            arrays.append(np.asarray(code))
+        elif real:
+            arrays.append(np.asarray(x, np.float32))
+        else:
+            arrays.append((np.asarray(code, np.int32) + runtime.offset(grid)).astype(runtime.dtype))
     want, found = jax.tree.leaves(model.run_codes(*codes)), runtime.run(arrays)
     shapes = [x.shape for x in want], [x.shape for x in found]
     if shapes[0] != shapes[1]:
@@ -141,14 +197,25 @@ def _differences(
             f"{path} returns arrays of shapes {shapes[1]} and the model {shapes[0]}: it is "
             "damaged, or written from another model. Export the model again."
         )
+    compared = _Compared([], [])
     for i, a, b in zip(model.outputs, want, found, strict=True):
-        grid = grid_of(model.tensors[i])
+        grid = model.tensors[i].grid
+        if grid is None:
+            compared.gaps.append(_gap(np.asarray(a, np.float64), np.asarray(b, np.float64)))
+            continue
         if np.issubdtype(b.dtype, np.floating):
             got = np.asarray(grid.quantize(jnp.asarray(b)), np.int32)  # exact: on the grid
         else:
             got = b.astype(np.int32) - runtime.offset(grid)
-        wrong.append(np.asarray(a, np.int32) != got)
-    return wrong
+        compared.codes.append(np.asarray(a, np.int32) != got)
+    return compared
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return how far values are apart: 0 where both are the same infinity or none a number."""
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    gap = np.abs(np.subtract(a, b, where=~same, out=np.zeros(a.shape)))
+    return np.where(np.isnan(gap), np.inf, gap)
 
 
 def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -> str:
@@ -161,7 +228,7 @@ def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{path.suffix}"
         whole.write_bytes(target_of(path).write(program, True))
-        wrong = _differences(IntegerModel(program), open_file(whole), whole, batch)
+        wrong = _compared(IntegerModel(program), open_file(whole), whole, batch).codes
     for op, differ in zip(ops, wrong, strict=True):
         if differ.any():
             return op.path

@@ -27,9 +27,11 @@ from simqat_jax.ops.moves import (
     Transpose,
 )
 from simqat_jax.ops.norms import Normalize
+from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
+from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
@@ -61,6 +63,8 @@ def _check(program: Program, op: Op) -> None:
         )
     if type(op) not in _WRITERS:
         refuse_float(program, op)
+    if isinstance(op, Primitive):
+        primitives.check(program, op)
     refuse_wide(program, op)
 
 
@@ -393,7 +397,7 @@ def _pad(w: Writer, op: Pad) -> None:
 
 def _quantize(w: Writer, op: Quantize) -> None:
     output = w.model.tensors[op.outputs[0]]
-    w.put(op.outputs[0], w.quantize(w.get(op.inputs[0]), output))
+    w.put(op.outputs[0], w.quantize(w.real(op.inputs[0]), output))
 
 
 _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
@@ -421,4 +425,5 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     SoftmaxOfCodes: softmax,
     Multiplied: multiplied,
     LookUp: look_up,
+    Primitive: primitives.write,
 }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program
+from simqat_jax.ir.program import Op, Program, grid_of
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
@@ -28,11 +28,13 @@ from simqat_jax.ops.moves import (
     Transpose,
 )
 from simqat_jax.ops.norms import Normalize
+from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
+from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
 from simqat_jax.targets.tflite.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.tflite.windows import (
@@ -77,30 +79,39 @@ VERSIONS = {
     "SUM": ("ReducerOptions", 1),
     "TILE": ("TileOptions", 1),
     "TRANSPOSE": ("TransposeOptions", 2),
+    **primitives.VERSIONS,
 }
-"""The options and the version of each operator that is written."""
+"""The options and the version of each operator that is written.
+
+The functions of each operation write it from its inputs to its output, the last of their
+arguments, and return what stands for the output where that is another tensor.
+"""
 
 
-def write_op(writer: Writer, op: Op, *tensors: Codes | None) -> Codes | None:
-    """Write one operation of a program, from its inputs to its output, the last of `tensors`.
-
-    None stands for a tensor that is no code, or stays whole.
-
-    Returns:
-      What stands for the output, where that is another tensor.
-    """
-    return _WRITERS[type(op)](writer, op, *tensors)
+def write_op(writer: Writer, op: Op) -> None:
+    """Write one operation of a program."""
+    if isinstance(op, Primitive):
+        primitives.write(writer, op)
+        return
+    number = op.outputs[0]
+    output, target = writer.source.tensors[number], None
+    if number not in writer.staying_whole:
+        target = writer.codes(output.name, output.shape, grid_of(output))
+    replaced = None
+    if isinstance(op, Quantize):
+        assert target is not None
+        real = writer.real(op.inputs[0])
+        writer.quantize(real.index, real.shape, target)
+    else:  # None stands for a tensor that is no code, or stays whole
+        replaced = _WRITERS[type(op)](writer, op, *map(writer.values.get, op.inputs), target)
+    written = replaced or target
+    if written is not None:
+        writer.values[number] = written
 
 
 def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
     check_each(program.ops, lambda op: _check(program, op), "TFLite")
-    for i in (*program.inputs, *program.outputs):
-        if program.tensors[i].grid is None:
-            raise ValueError(
-                f"{program.tensors[i].name} is an input or output of the model that is not "
-                "quantized, and TFLite's is on integers only. Compute with it outside."
-            )
 
 
 def _check(program: Program, op: Op) -> None:
@@ -110,7 +121,9 @@ def _check(program: Program, op: Op) -> None:
             "it rounds as ONNX Runtime does, which LiteRT does not",
             'Convert again with convert(..., backend="tflite").',
         )
-    if type(op) not in _WRITERS and not isinstance(op, Quantize):
+    if isinstance(op, Primitive):
+        primitives.check(program, op)
+    elif type(op) not in _WRITERS and not isinstance(op, Quantize):
         refuse_float(program, op)
     refuse_wide(program, op)
 

@@ -21,6 +21,7 @@ _ACTIVATIONS = {
 }
 _LARGEST = np.float32(255.75)
 _TYPES = {np.float32: "FLOAT32", np.int8: "INT8", np.uint8: "UINT8", np.int32: "INT32"}
+_TYPES |= {np.bool_: "BOOL"}
 
 
 SchemaObject = Any
@@ -34,6 +35,15 @@ class Codes:
     index: int
     shape: tuple[int, ...]
     grid: Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """A tensor of the file that has no grid: its number, its shape, its type."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Subgraph:
@@ -105,6 +115,10 @@ class Subgraph:
         index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
         return Codes(index, tuple(shape), grid)
 
+    def plain(self, name: str, shape: Sequence[int], dtype: str) -> Plain:
+        """Add a tensor of real values, integers or truth values."""
+        return Plain(self.tensor(name, shape, np.dtype(dtype)), tuple(shape), dtype)
+
     def code_constant(self, codes: ArrayLike, grid: Grid) -> Codes:
         """Add a constant of codes, given as the grid counts them; stored as int8."""
         value = np.asarray(codes, np.int32) - grid.offset
@@ -131,11 +145,14 @@ class Subgraph:
 
     # Operators -------------------------------------------------------------------------------
 
-    def emit(self, name: str, inputs: Sequence[int], output: int, **options: Any) -> None:
-        """Add an operator of one output; `options` are fields of its schema class."""
+    def emit(
+        self, name: str, inputs: Sequence[int], output: int | Sequence[int], **options: Any
+    ) -> None:
+        """Add an operator of one output or several; `options` are fields of its schema class."""
         s, operator = self.schema, self.schema.OperatorT()
         operator.opcodeIndex = self.opcodes.setdefault(name, len(self.opcodes))
-        operator.inputs, operator.outputs = list(inputs), [output]
+        operator.inputs = list(inputs)
+        operator.outputs = [output] if isinstance(output, int) else list(output)
         kind = self.versions[name][0]
         if kind is not None:
             operator.builtinOptionsType = getattr(s.BuiltinOptions, kind)
@@ -204,11 +221,11 @@ class Subgraph:
 
     def strided_slice(
         self,
-        x: Codes,
+        x: Codes | Plain,
         start: Sequence[int],
         limit: Sequence[int | None],
         strides: Sequence[int],
-        y: Codes,
+        y: Codes | Plain,
     ) -> None:
         """Slice each axis; a limit of None is its end."""
         bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]

@@ -149,7 +149,7 @@ def _masked(at: _Whole, op: SoftmaxOfCodes, shape: Shape, x: int, lowest: np.flo
     if mask is not None:  # every code is less than 256
         return at("MINIMUM", shape, x, np.where(mask == op.keeps, np.float32(256), lowest))
     cases = (x, lowest) if op.keeps else (lowest, x)
-    return at("SELECT_V2", shape, at.w.number(op.inputs[1]), *cases)
+    return at("SELECT_V2", shape, at.w.real(op.inputs[1]).index, *cases)
 
 
 def multiplied(w: Writer, op: Multiplied, *tensors: Codes | None) -> None:
@@ -202,5 +202,5 @@ def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:
     table = w.code_constant(op.arrays["table"], y.grid)
     shape = w.source.tensors[op.inputs[0]].shape[:-1]
     picked = w.tensor(None, shape, np.int32)
-    w.emit("RESHAPE", [w.number(op.inputs[0])], picked, newShape=reshape_target(shape))
+    w.emit("RESHAPE", [w.real(op.inputs[0]).index], picked, newShape=reshape_target(shape))
     w.emit("GATHER", [table.index, picked], y.index, axis=0, batchDims=0)

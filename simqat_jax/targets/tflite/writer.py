@@ -5,10 +5,16 @@ from types import ModuleType
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program, Tensor, grid_of
+from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.targets.refusals import each
 from simqat_jax.targets.tflite.staying_whole import staying_whole
-from simqat_jax.targets.tflite.subgraph import Codes, SchemaObject, Subgraph, reshape_target
+from simqat_jax.targets.tflite.subgraph import (
+    Codes,
+    Plain,
+    SchemaObject,
+    Subgraph,
+    reshape_target,
+)
 
 
 class Writer(Subgraph):
@@ -16,7 +22,8 @@ class Writer(Subgraph):
 
     Attributes:
       source: the program.
-      values: what stands for each of its tensors that has been written.
+      values: what stands for each of its tensors on a grid that has been written.
+      reals: likewise for each tensor in real values, integers or truth values.
       wholes: the number of the tensor that holds codes less their zero point, as float32.
       staying_whole: the tensors of which there is nothing else.
     """
@@ -32,24 +39,16 @@ class Writer(Subgraph):
         self.values: dict[int, Codes] = {}
         self.wholes: dict[int, int] = {}
         self.staying_whole = staying_whole(program)
+        self.reals: dict[int, Plain] = {}
 
-    def model(self, integer_io: bool, write: Callable[..., Codes | None]) -> SchemaObject:
-        """Return the model; `write` writes one operation on codes, and may return others."""
+    def model(self, integer_io: bool, write: Callable[["Writer", Op], None]) -> SchemaObject:
+        """Return the model; `write` writes one operation."""
         inputs = [self.input(self.source.tensors[i], i, integer_io) for i in self.source.inputs]
         for i, tensor in enumerate(self.source.tensors):
             if tensor.value is not None and tensor.grid is not None:
                 self.values[i] = self.code_constant(tensor.value, tensor.grid)
 
-        def write_one(op: Op) -> None:
-            tensor = self.source.tensors[op.outputs[0]]
-            target = None
-            if op.outputs[0] not in self.staying_whole:
-                target = self.codes(tensor.name, tensor.shape, grid_of(tensor))
-            written = write(self, op, *map(self.values.get, op.inputs), target) or target
-            if written is not None:
-                self.values[op.outputs[0]] = written
-
-        each(self.source.ops, write_one, "TFLite")
+        each(self.source.ops, lambda op: write(self, op), "TFLite")
         names = self.source.output_names()
         outputs = [self.output(k, name, integer_io) for k, name in enumerate(names)]
         return self.packed(inputs, outputs)
@@ -86,9 +85,24 @@ class Writer(Subgraph):
             entry.name, entry.tensorIndex = name, index
         return maps
 
+    def real(self, i: int) -> Plain:
+        """Return a tensor in real values; of what is on no grid, as it is."""
+        tensor = self.source.tensors[i]
+        if i not in self.reals and tensor.grid is not None:
+            self.reals[i] = self.plain(f"{tensor.name}/real", tensor.shape, "float32")
+            self.emit("DEQUANTIZE", [self.values[i].index], self.reals[i].index)
+        elif i not in self.reals:
+            assert tensor.value is not None
+            index = self.constant(tensor.value, tensor.value.dtype)
+            self.reals[i] = Plain(index, tensor.value.shape, tensor.dtype)
+        return self.reals[i]
+
     def input(self, tensor: Tensor, i: int, integer_io: bool) -> int:
         """Add an input of the file, quantized where it takes real values; return its number."""
-        codes = self.values[i] = self.codes(tensor.name, tensor.shape, grid_of(tensor))
+        if tensor.grid is None:
+            self.reals[i] = self.plain(tensor.name, tensor.shape, tensor.dtype)
+            return self.reals[i].index
+        codes = self.values[i] = self.codes(tensor.name, tensor.shape, tensor.grid)
         if integer_io:
             return codes.index
         real = self.tensor(f"{tensor.name}/real", tensor.shape, np.float32)
@@ -98,6 +112,12 @@ class Writer(Subgraph):
     def output(self, position: int, name: str, integer_io: bool) -> int:
         """Return the number of an output of the file, a copy where codes are one already."""
         i = self.source.outputs[position]
+        if self.source.tensors[i].grid is None:
+            x = self.real(i)
+            real = self.tensor(name, x.shape, np.dtype(x.dtype))
+            target = np.maximum(np.asarray(x.shape, np.int32), -1)
+            self.emit("RESHAPE", [x.index], real, newShape=target)
+            return real
         codes = self.values[i]
         if not integer_io:
             real = self.tensor(name, codes.shape, np.float32)

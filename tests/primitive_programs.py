@@ -1,0 +1,47 @@
+"""Integer models of functions of real values, integers and truth values: primitives alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from zoo import Model
+
+import simqat_jax as sq
+from simqat_jax.capture import capture
+from simqat_jax.capture.capture import Call
+from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.ops.flat import as_primitives
+
+
+class _Nowhere(nn.Module):
+    """A module that no model holds."""
+
+
+def primitives_of(function: Callable[..., Any], backend: str, *args: Any) -> sq.IntegerModel:
+    """Return the integer model of a function, for any length of the first axis of its arrays."""
+    shapes = [jax.ShapeDtypeStruct((BATCH, *x.shape[1:]), x.dtype) for x in args]
+    call = Call(Model(function), {}, tuple(shapes), {}, None, {}, mutable=[])
+    captured = capture(call, exclude=(), forbidden=_Nowhere)
+    graph = captured.graph
+    builder = ProgramBuilder(graph, captured.inputs, free_batch=True)
+    inputs = [builder.tensor(f"x{k}", v, None) for k, v in enumerate(graph.inputs)]
+    for node in graph.nodes:
+        if node.data_inputs(graph.data):
+            as_primitives(builder, node)
+        else:
+            builder.compute(node)
+    outputs = [builder.output(v) for v in graph.outputs]
+    numbers = list(range(len(outputs)))
+    return sq.IntegerModel(builder.program(inputs, outputs, numbers, backend, {}))
+
+
+def in_runtime(model: sq.IntegerModel, folder: Any, *args: Any) -> Sequence[np.ndarray]:
+    """Write a model, and run the file."""
+    export = {"onnx": sq.export_onnx, "tflite": sq.export_tflite}[model.backend]
+    path = folder / f"primitives.{model.backend}"
+    export(model, path)
+    run = sq.open_file(path, threads=1, isolated=False).run
+    results = [run([np.asarray(x[:size]) for x in args]) for size in (1, len(args[0]))]
+    return results[1]

@@ -52,7 +52,7 @@ _NAMED_FUNCTIONS = frozenset(
     "softplus log_sigmoid soft_sign mish squareplus sparse_plus".split()
 )
 # Kept whole and float: eight bits of what they are made of are too few.
-_FLOAT_FUNCTIONS = frozenset("log_softmax standardize _var _std norm".split())
+_FLOAT_FUNCTIONS = frozenset("log_softmax _var _std norm".split())
 CONTRACTIONS = ("dot_general", "conv_general_dilated")
 """What multiplies two tensors and sums: convolutions and matrix products."""
 _DISPLAY = {

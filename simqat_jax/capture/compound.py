@@ -1,17 +1,16 @@
 """Recognise what models make of several operations: softmax, products of two tensors, lookups."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.capture.draft import Draft
-from simqat_jax.capture.passes import chain
+from simqat_jax.capture.norms import find_norms
+from simqat_jax.capture.parts import SAME, Parts, maker, number
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
-    Clamp,
     Constant,
     Contraction,
     Elementwise,
@@ -24,82 +23,13 @@ from simqat_jax.ir.graph import (
     as_kind,
 )
 
-_SAME = frozenset("broadcast_in_dim reshape expand_dims squeeze stop_gradient copy".split())
 _MASKED = -1e4
 """What a mask puts in the place of a number is no higher."""
 
 
 def find_compound(graph: Graph) -> Graph:
-    """Find the softmaxes, the products of two tensors and the lookups of a graph."""
-    return find_lookups(find_products_of_two(find_softmax(graph)))
-
-
-class _Parts:
-    """Nodes of a graph that are to become one."""
-
-    def __init__(self, draft: Draft, last: Node):
-        self.draft = draft
-        self.nodes: dict[Node, None] = {last: None}
-
-    def add(self, *nodes: Node) -> None:
-        self.nodes.update(dict.fromkeys(nodes))
-
-    def behind(self, v: Operand, kinds: Iterable[str]) -> Operand:
-        """Step over operations of these kinds, which become parts; return what they read."""
-        while isinstance(v, int) and v in self.draft.producers:
-            node = self.draft.producers[v]
-            if node.primitive not in kinds and not _is_open(node):
-                return v
-            self.add(node)
-            v = next(x for x in node.inputs if isinstance(x, int))
-        return v
-
-    def made_by(self, v: Operand, primitive: str, kind: type[Node] = Node) -> Node | None:
-        """Return the node of this kind that makes a tensor."""
-        node = self.draft.producers.get(v) if isinstance(v, int) else None
-        return node if isinstance(node, kind) and node.primitive == primitive else None
-
-    @property
-    def ordered(self) -> list[Node]:
-        return [n for n in self.draft.graph.nodes if n in self.nodes]
-
-    def are_closed(self) -> bool:
-        """Whether nothing else reads what leaves any but the last, inside of one `nn.remat`."""
-        *inner, last = self.ordered
-        readers, outputs = self.draft.readers, set(self.draft.graph.outputs)
-        return all(
-            node.remat == last.remat
-            and not node.effects
-            and node not in self.draft.instead
-            and all(
-                v not in outputs and all(r in self.nodes for r in readers[v]) for v in node.outputs
-            )
-            for node in inner
-        )
-
-    def merged(self, kind: type[Node], inputs: tuple[Operand, ...], **fields: Any) -> Node:
-        """Put one node in the place of all, where the last one is.
-
-        Args:
-          kind: its class.
-          inputs: its first inputs; what else the parts read, without data, comes behind.
-          fields: others of its class.
-        """
-        parts = self.ordered
-        last = parts[-1]
-        made = {v for part in parts for v in part.outputs}.union(inputs)
-        read = dict.fromkeys(v for part in parts for v in part.inputs if isinstance(v, int))
-        inputs = (*inputs, *(v for v in read if v not in made))
-        whole = {"inputs": inputs, "run": chain(parts, inputs), "parts": tuple(parts)}
-        node = as_kind(kind, last, **whole, **fields)
-        self.draft.instead.update((part, []) for part in parts[:-1])
-        self.draft.instead[last] = [node]
-        return node
-
-
-def _is_open(node: Node) -> bool:
-    """Whether it clamps to no bound: `max(-inf, x)`."""
-    return isinstance(node, Clamp) and node.bounds == (-np.inf, np.inf)
+    """Find the norms, the softmaxes, the products of two tensors and the lookups of a graph."""
+    return find_lookups(find_products_of_two(find_softmax(find_norms(graph))))
 
 
 # Softmax -----------------------------------------------------------------------------------------
@@ -109,22 +39,22 @@ def find_softmax(graph: Graph) -> Graph:
     """Merge `exp(x - max(x)) / sum(exp(x - max(x)))` into one node, with a mask in front of it."""
     draft = Draft(graph)
     for node in graph.nodes:
-        if node.primitive == "div":
+        if node.primitive == "div" and not node.parts:
             _merge_softmax(draft, node)
     return draft.finished()
 
 
 def _merge_softmax(draft: Draft, division: Node) -> None:
-    parts = _Parts(draft, division)
+    parts = Parts(draft, division)
     exp = parts.made_by(division.inputs[0], "exp", Elementwise)
-    total = parts.made_by(parts.behind(division.inputs[1], _SAME), "reduce_sum", Mean)
+    total = parts.made_by(parts.behind(division.inputs[1], SAME), "reduce_sum", Mean)
     if exp is None or total is None or total.inputs[0] != exp.outputs[0]:
         return
     parts.add(exp, total)
     axes, x = total.eqn.params["axes"], exp.inputs[0]
     difference = parts.made_by(x, "sub")
     if difference is not None:
-        highest = parts.made_by(parts.behind(difference.inputs[1], _SAME), "reduce_max")
+        highest = parts.made_by(parts.behind(difference.inputs[1], SAME), "reduce_max")
         if highest is not None and highest.inputs[0] == difference.inputs[0]:
             parts.add(difference, highest)
             x = difference.inputs[0]
@@ -149,22 +79,12 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
 def _masked(draft: Draft, selection: Node) -> tuple[int, bool] | None:
     """Return what a selection lets through, and for which value of its mask."""
     _, *cases = selection.inputs
-    lowest = [_number(draft, v) for v in cases]
+    lowest = [number(draft, v) for v in cases]
     for keeps, other in ((True, lowest[0]), (False, lowest[1])):
         v = cases[int(keeps)]
         if other is not None and other <= _MASKED and isinstance(v, int) and v in draft.graph.data:
             return v, keeps
     return None
-
-
-def _number(draft: Draft, v: Operand) -> float | None:
-    """Return the number that a tensor consists of; None: it is none, or not known."""
-    while isinstance(v, int):
-        node = draft.producers.get(v)
-        if node is None or node.primitive not in (*_SAME, "convert_element_type"):
-            return None
-        v = node.inputs[0]
-    return float(np.asarray(v.value)) if np.size(v.value) == 1 else None
 
 
 # Products of two tensors -------------------------------------------------------------------------
@@ -187,23 +107,23 @@ def _multiplies_two(graph: Graph, node: Contraction) -> bool:
 
 def _merge_product(draft: Draft, product: Contraction) -> None:
     operands: list[Operand] = list(product.inputs)
-    parts, numbers = _Parts(draft, product), []
+    parts, factors = Parts(draft, product), []
     for position, v in enumerate(operands):
-        scaling = draft.producers.get(v) if isinstance(v, int) else None
+        scaling = maker(draft, v)
         if scaling is None or draft.only_reader(scaling.outputs[0], scaling) is not product:
             continue
         scaled = _scaled(draft, scaling)
         if scaled is not None:
             parts.add(scaling)
-            operands[position], *number = scaled
-            numbers.append(number)
+            operands[position], *factor = scaled
+            factors.append(factor)
     behind = draft.only_reader(product.outputs[0], product)
     scaled = None if behind is None else _scaled(draft, behind)
     if behind is not None and scaled is not None:
         parts.add(behind)
-        numbers.append(scaled[1:])
-    inputs = (*operands, *(number for number, _ in numbers))
-    divides = tuple(divides for _, divides in numbers)
+        factors.append(scaled[1:])
+    inputs = (*operands, *(factor for factor, _ in factors))
+    divides = tuple(divides for _, divides in factors)
     named = {"op": product.op, "path": product.path}
     parts.merged(MatMul, inputs, contraction=product, divides=divides, **named)
 
@@ -213,10 +133,10 @@ def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
     if node.primitive not in ("mul", "div") or isinstance(node, Float) or node.parts:
         return None
     pairs = [node.inputs, node.inputs[::-1]] if node.primitive == "mul" else [node.inputs]
-    for v, number in pairs:
-        free = not (isinstance(number, int) and number in draft.graph.data)
+    for v, factor in pairs:
+        free = not (isinstance(factor, int) and factor in draft.graph.data)
         if isinstance(v, int) and v in draft.graph.data and free:
-            source = _repeated(draft, number)
+            source = _repeated(draft, factor)
             if source is not None:
                 return v, source, node.primitive == "div"
     return None
@@ -225,7 +145,7 @@ def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
 def _repeated(draft: Draft, v: Operand) -> Operand | None:
     """Return the one number that a tensor repeats; None: there are several."""
     while draft.aval(v).size > 1:
-        node = draft.producers.get(v) if isinstance(v, int) else None
+        node = maker(draft, v)
         if node is None or node.primitive != "broadcast_in_dim":
             return None
         v = node.inputs[0]

@@ -16,7 +16,7 @@ from flax.linen.module import InterceptorContext
 from flax.typing import VariableDict
 from jax.extend import core
 
-from simqat_jax.capture.norms import norm_form
+from simqat_jax.capture.flax_norms import norm_form
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.graph import (
     BatchNorm,
@@ -294,7 +294,7 @@ def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:
         special = bool(rest) or any(v is not None for v in given.values())
         if special or module.axis_name is not None:
             return Float(layer=layer, **common)
-        return Norm(layer=layer, **norm_form(module, jnp.shape(x)), **common)
+        return Norm(layer=layer, **norm_form(module, jnp.shape(x), tuple(params)), **common)
 
     operands = (x, *params.values(), *rest)
     return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]

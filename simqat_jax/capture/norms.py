@@ -1,42 +1,234 @@
-"""What Flax's norms compute, as a Norm needs to know it."""
+"""Norms that models write by hand."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import NamedTuple
 
-import flax.linen as nn
+from jax.extend import core
+
+from simqat_jax.capture.classify import function_name
+from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.ir.compound import Norm
+from simqat_jax.ir.graph import Add, Elementwise, Float, Graph, Mean, Node, Operand
 
 
-def norm_form(module: Any, shape: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a Norm for a layer of Flax on a tensor of this shape.
+class _Variance(NamedTuple):
+    """A variance or mean square.
 
-    Args:
-      module: an `nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm` or `nn.InstanceNorm`.
-      shape: of its input.
+    Attributes:
+      x: of which tensor.
+      axes: over which axes.
+      centered: the mean is subtracted.
     """
-    rank = len(shape)
-    groups = None
-    if isinstance(module, nn.GroupNorm):
-        size = module.group_size
-        groups = module.num_groups if size is None else shape[-1] // size
-        reduced = module.reduction_axes
-        axes = range(1, rank) if reduced is None else _axes(reduced, rank)
-        # Of the last axis what is in a group, which is the one behind it.
-        axes = sorted(a if a != rank - 1 else rank for a in {*axes, rank - 1})
-        features = (rank - 1,)
-    elif isinstance(module, nn.InstanceNorm):
-        features = _axes(module.feature_axes, rank)
-        axes = [a for a in range(1, rank) if a not in features]
-    else:
-        features = _axes(module.feature_axes, rank)
-        axes = _axes(module.reduction_axes, rank)
-    return {
-        "axes": tuple(axes),
-        "groups": groups,
-        "feature_axes": features,
-        "centered": not isinstance(module, nn.RMSNorm),
-        "epsilon": float(module.epsilon),
-    }
+
+    x: int
+    axes: tuple[int, ...]
+    centered: bool
 
 
-def _axes(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    return tuple(sorted(a % rank for a in ((axes,) if isinstance(axes, int) else axes)))
+def find_norms(graph: Graph) -> Graph:
+    """Merge what normalizes a tensor, scales and shifts it into one node.
+
+    That is a mean square or variance, as a sum of squares or as `mean(x^2) - mean(x)^2`, its
+    square root, a product or quotient, and what without data multiplies and is added behind.
+    """
+    draft = Draft(graph)
+    for node in graph.nodes:
+        if node.primitive in ("sqrt", "rsqrt") and isinstance(node, Elementwise):
+            _merge_norm(draft, node)
+    return draft.finished()
+
+
+def _merge_norm(draft: Draft, root: Node) -> None:
+    parts = Parts(draft, root)
+    variance, epsilon = _variance(parts, root)
+    if variance is None or 0 in variance.axes:
+        return
+    affine = _normalized(parts, root, variance)
+    if affine is None:
+        return
+    _add_affine(parts, affine)
+    if not parts.are_closed():
+        return
+    last = parts.ordered[-1]
+    inputs = (variance.x, *(v for v, _ in affine))
+    parts.merged(
+        Norm,
+        inputs,
+        op="norm",
+        layer=None,
+        path=last.path,
+        axes=variance.axes,
+        groups=None,
+        feature_axes=tuple(range(len(draft.avals[variance.x].shape))),
+        centered=variance.centered,
+        epsilon=epsilon,
+        affine=tuple(name for _, name in affine),
+    )
+
+
+def _variance(parts: Parts, root: Node) -> tuple[_Variance | None, float]:
+    """Return the variance whose root it is, and what is added to it."""
+    draft = parts.draft
+    v, epsilon = parts.behind(root.inputs[0], SAME), 0.0
+    added = parts.made_by(v, "add", Add)
+    if added is not None:
+        pair = [(a, number(draft, b)) for a, b in (added.inputs, added.inputs[::-1])]
+        v, known = next(((a, b) for a, b in pair if b is not None), (None, None))
+        if v is None or known is None:
+            return None, 0.0
+        parts.add(added)
+        epsilon = known
+    v = parts.behind(v, (*SAME, "max"))
+    difference = parts.made_by(v, "sub", Add)
+    if difference is not None:  # mean(x^2) - mean(x)^2
+        parts.add(difference)
+        return _fast_variance(parts, difference), epsilon
+    whole = _whole_variance(parts, v)
+    if whole is not None:
+        return whole, epsilon
+    mean = _mean(parts, v)
+    squared = None if mean is None else _squared(parts, mean.of)
+    if mean is None or squared is None:
+        return None, 0.0
+    difference = _difference(parts.draft, squared, mean.axes)
+    if difference is None:
+        return _Variance(squared, mean.axes, False), epsilon
+    parts.add(*difference.nodes)
+    x = difference.ordered[-1].inputs[0]
+    assert isinstance(x, int)
+    return _Variance(x, mean.axes, True), epsilon
+
+
+def _whole_variance(parts: Parts, v: Operand) -> _Variance | None:
+    """Return what `jnp.var` takes the variance of, divided by the number of elements."""
+    node = maker(parts.draft, v)
+    if node is None or function_name(node.eqn) != "_var":
+        return None
+    x, correction = node.inputs
+    (inner,) = core.jaxprs_in_params(node.eqn.params)
+    sums = {eqn.params["axes"] for eqn in inner.eqns if eqn.primitive.name == "reduce_sum"}
+    if not isinstance(x, int) or number(parts.draft, correction) != 0 or len(sums) != 1:
+        return None
+    parts.add(node)
+    return _Variance(x, tuple(map(int, sums.pop())), True)
+
+
+def _fast_variance(parts: Parts, difference: Node) -> _Variance | None:
+    mean = _mean(parts, parts.behind(difference.inputs[0], SAME))
+    x = None if mean is None else _squared(parts, mean.of)
+    of_mean = _squared(parts, parts.behind(difference.inputs[1], SAME))
+    other = None if of_mean is None else _mean(parts, parts.behind(of_mean, SAME))
+    if mean is None or x is None or other != _Mean(x, mean.axes):
+        return None
+    return _Variance(x, mean.axes, True)
+
+
+class _Mean(NamedTuple):
+    of: int
+    axes: tuple[int, ...]
+
+
+def _mean(parts: Parts, v: Operand) -> _Mean | None:
+    """Return what a tensor is the mean of, over which axes."""
+    division = parts.made_by(v, "div")
+    if division is None:
+        return None
+    total = parts.made_by(parts.behind(division.inputs[0], SAME), "reduce_sum", Mean)
+    if total is None or not isinstance(total.inputs[0], int):
+        return None
+    x, axes = total.inputs[0], tuple(map(int, total.eqn.params["axes"]))
+    shape = parts.draft.avals[x].shape
+    if number(parts.draft, division.inputs[1]) != math.prod(shape[a] for a in axes):
+        return None
+    parts.add(division, total)
+    return _Mean(x, axes)
+
+
+def _squared(parts: Parts, v: Operand) -> int | None:
+    """Return what a tensor is the square of."""
+    node = maker(parts.draft, v)
+    if node is None or isinstance(node, Float):
+        return None
+    name, params = node.primitive, node.eqn.params
+    twice = name == "mul" and node.inputs[0] == node.inputs[1]
+    power = name == "integer_pow" and params["y"] == 2
+    if not (twice or power or name == "square") or not isinstance(node.inputs[0], int):
+        return None
+    parts.add(node)
+    return node.inputs[0]
+
+
+def _difference(draft: Draft, v: Operand, axes: tuple[int, ...]) -> Parts | None:
+    """Return the nodes that subtract its mean from a tensor."""
+    node = maker(draft, v)
+    if node is None or node.primitive != "sub" or not isinstance(node.inputs[0], int):
+        return None
+    parts = Parts(draft, node)
+    mean = _mean(parts, parts.behind(node.inputs[1], SAME))
+    return parts if mean == _Mean(node.inputs[0], axes) else None
+
+
+_Affine = list[tuple[Operand, str]]
+"""What a norm is multiplied by, and what is added: operands with "scale" or "bias"."""
+
+
+def _normalized(parts: Parts, root: Node, variance: _Variance) -> _Affine | None:
+    """Follow the root to the product of what it normalizes; return the factors on the way."""
+    draft, node, inverse = parts.draft, root, root.primitive == "rsqrt"
+    affine: _Affine = []
+    while True:
+        v = node.outputs[0]
+        reader = draft.only_reader(v, node)
+        if reader is None or isinstance(reader, Float) or reader.parts:
+            return None
+        others = [x for x in reader.inputs if x != v]
+        free = [x for x in others if not (isinstance(x, int) and x in draft.graph.data)]
+        match reader.primitive:
+            case "mul" if inverse and free:
+                affine.append((free[0], "scale"))
+            case "mul" if inverse and others and _take_normalized(parts, others[0], variance):
+                parts.add(reader)
+                return affine
+            case "div" if not inverse and _take_normalized(parts, reader.inputs[0], variance):
+                parts.add(reader)
+                return affine
+            case "div" if not inverse and number(draft, reader.inputs[0]) == 1.0:
+                inverse = True
+            case name if name in SAME:
+                pass
+            case _:
+                return None
+        parts.add(reader)
+        node = reader
+
+
+def _take_normalized(parts: Parts, v: Operand, variance: _Variance) -> bool:
+    """Take along what a variance is to normalize; tell whether `v` is that."""
+    if not variance.centered:
+        return v == variance.x
+    difference = _difference(parts.draft, v, variance.axes)
+    if difference is None or difference.ordered[-1].inputs[0] != variance.x:
+        return False
+    parts.add(*difference.nodes)
+    return True
+
+
+def _add_affine(parts: Parts, affine: _Affine) -> None:
+    """Add what multiplies the normalized tensor and is added to it, without data."""
+    draft, node = parts.draft, parts.ordered[-1]
+    while True:
+        v = node.outputs[0]
+        reader = draft.only_reader(v, node)
+        if reader is None or isinstance(reader, Float) or reader.parts:
+            return
+        if reader.primitive not in ("mul", "add"):
+            return
+        others = [x for x in reader.inputs if x != v]
+        if len(others) != 1 or (isinstance(others[0], int) and others[0] in draft.graph.data):
+            return
+        parts.add(reader)
+        affine.append((others[0], "scale" if reader.primitive == "mul" else "bias"))
+        if reader.primitive == "add":
+            return
+        node = reader

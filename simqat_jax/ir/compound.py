@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from simqat_jax.ir.graph import Contraction, Layer, Node
+from simqat_jax.ir.graph import Contraction, Node
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -13,17 +13,18 @@ class Norm(Node):
       axes: over which axes of the tensor statistics are taken; its last axis, where it is in
         groups, counts as two: groups and what is in them.
       groups: of the last axis; None: it is one.
-      feature_axes: the axes of the tensor, in order, that scale and shift have.
+      feature_axes: the axes of the tensor, in order, that scale and bias have.
       centered: the mean is subtracted.
       epsilon: added to the variance, squared real units.
+      affine: what each of the next inputs is: a "scale", or a "bias" behind all of them.
     """
 
-    layer: Layer = dataclasses.field()
     axes: tuple[int, ...]
     groups: int | None
     feature_axes: tuple[int, ...]
     centered: bool
     epsilon: float
+    affine: tuple[str, ...]
     kind: str = "norm"
 
 

@@ -2,19 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context, Op
-from simqat_jax.numerics.affine import true_divide
+from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized, scaled_and_shifted
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
-from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep, thin
 
 _LEAST = 2.0**-40
 """Squared codes that change no code: the variance of codes that differ is larger."""
@@ -40,7 +41,7 @@ class NormOperation(IntegerOperation):
         grouped = _grouped(x.codes.shape, node.groups)
         epsilon = _epsilon(node, x.grid)
         y = normalized(x.codes.reshape(grouped), statistics, epsilon, at.rounding.norm.root)
-        scale, shift = _affine(node, at.layers[0], x.codes.shape, at.grid)
+        scale, shift = _affine(node, at.reals[1:], x.codes.shape, at.grid)
         return at.clamped(scaled_and_shifted(y.reshape(x.codes.shape), scale, shift))
 
     def lower(self, at: LoweredStep) -> bool:
@@ -49,7 +50,12 @@ class NormOperation(IntegerOperation):
         shape, grid = at.builder.graph.avals[node.inputs[0]].shape, at.in_grid()
         if not _fits(node, shape, grid):
             return False
-        scale, shift = _affine(node, at.layer_values()[0], shape, at.out_grid)
+        values = [at.builder.value(v) for v in node.inputs[1:]]
+        if node.layer is None:  # broadcast to the input
+            values = list(map(thin, values))
+        else:
+            at.layer_values()  # raises for what is not finite
+        scale, shift = _affine(node, values, shape, at.out_grid)
         arrays = {"scale": scale} if shift is None else {"scale": scale, "shift": shift}
         at.emit(
             Normalize,
@@ -86,19 +92,27 @@ def _epsilon(node: Norm, x: Grid) -> jax.Array:
 
 
 def _affine(
-    node: Norm, layer: Mapping[str, jax.Array], shape: Sequence[int], y: Grid
+    node: Norm, operands: Sequence[ArrayLike], shape: Sequence[int], y: Grid
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return scale and shift in codes of the output, in shapes that broadcast to the input."""
-    features = [n if axis in node.feature_axes else 1 for axis, n in enumerate(shape)]
+    """Return scale and shift in codes of the output, in shapes that broadcast to the input.
 
-    def in_codes(value: jax.Array) -> jax.Array:
-        return true_divide(value.astype(jnp.float32), y.params.scale)
-
-    def named(name: str) -> jax.Array | None:
-        return in_codes(layer[name].reshape(features)) if name in layer else None
-
-    scale = named("scale")
-    return in_codes(jnp.ones((1,) * len(shape))) if scale is None else scale, named("bias")
+    Args:
+      node: the norm.
+      operands: the values of its inputs behind the first.
+      shape: of the first.
+      y: the output's grid.
+    """
+    features = tuple(n if axis in node.feature_axes else 1 for axis, n in enumerate(shape))
+    scale, shift = jnp.ones((1,) * len(shape), jnp.float32), None
+    for value, name in zip(operands, node.affine, strict=False):
+        value = jnp.asarray(value, jnp.float32)
+        if node.layer is not None:
+            value = value.reshape(features)
+        if name == "scale":
+            scale = rounded_product(scale, value)
+        else:
+            shift = true_divide(value, y.params.scale)
+    return true_divide(scale, y.params.scale), shift
 
 
 _NORMS = {r.norm.kind: r.norm for r in ROUNDINGS.values()}

@@ -81,14 +81,14 @@ class _At:
 
 def write(w: Writer, op: Primitive) -> None:
     """Write one primitive."""
-    made = _WRITERS[op.name](_At(w, op), *map(w.real, op.inputs))
+    made = WRITERS[op.name](_At(w, op), *map(w.real, op.inputs))
     for i, name in zip(op.outputs, [made] if isinstance(made, str) else made, strict=True):
         w.put(i, name)
 
 
 def check(program: Program, op: Primitive) -> None:
     """Raise RefusedError for a primitive that ONNX Runtime does not compute."""
-    if op.name not in _WRITERS:
+    if op.name not in WRITERS:
         refuse_primitive(program, op, f"ONNX has no {op.name}")
     check_types(program, op)
 
@@ -358,7 +358,7 @@ def _conv(at: _At, x: str, kernel: str) -> str:
     return at.node("Transpose", made, perm=list(map(int, np.argsort(result))))
 
 
-_WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
+WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_LOGIC, _logic),
@@ -398,3 +398,4 @@ _WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
 }
+"""What writes each primitive that this runtime has."""

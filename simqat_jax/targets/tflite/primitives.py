@@ -35,6 +35,8 @@ VERSIONS = {
     "ARG_MAX": ("ArgMaxOptions", 1),
     "ARG_MIN": ("ArgMinOptions", 1),
     "BATCH_MATMUL": ("BatchMatMulOptions", 1),
+    "BROADCAST_TO": ("BroadcastToOptions", 2),
+    "SHAPE": ("ShapeOptions", 1),
     "CUMSUM": ("CumsumOptions", 1),
 }
 """The options and the version of each operator that only primitives need."""
@@ -101,13 +103,13 @@ class _At:
 
 def write(w: Writer, op: Primitive) -> None:
     """Write one primitive."""
-    made = _WRITERS[op.name](_At(w, op), *map(w.real, op.inputs))
+    made = WRITERS[op.name](_At(w, op), *map(w.real, op.inputs))
     w.reals.update(zip(op.outputs, [made] if isinstance(made, Plain) else made, strict=True))
 
 
 def check(program: Program, op: Primitive) -> None:
     """Raise RefusedError for a primitive that LiteRT does not compute."""
-    if op.name not in _WRITERS:
+    if op.name not in WRITERS:
         refuse_primitive(program, op, f"TFLite has no {op.name}")
     check_types(program, op)
 
@@ -214,12 +216,34 @@ def _broadcast(at: _At, x: Plain) -> Plain:
     lengths = dict(zip(at.params["dimensions"], x.shape, strict=True))
     thin = at.reshaped(x, [lengths.get(k, 1) for k in range(len(target))])
     pairs = list(zip(thin.shape, target, strict=True))
-    if any(a != b and b < 0 for a, b in pairs):
-        refuse(at.op, "it repeats values along the batch", "Repeat them outside of the model.")
     if thin.shape == target:
         return thin
+    if any(a != b and b < 0 for a, b in pairs):
+        return at.make("BROADCAST_TO", thin, _lengths(at, target))
     repeats = at.ints([1 if a == b else b for a, b in pairs])
     return at.make("TILE", thin, repeats)
+
+
+def _lengths(at: _At, shape: Shape) -> Plain:
+    """Return a shape as a tensor, with the batch size read off an input of the model."""
+    inputs = [at.w.source.tensors[i] for i in at.w.source.inputs]
+    places = (
+        (i, axis)
+        for i, t in zip(at.w.source.inputs, inputs, strict=True)
+        for axis, d in enumerate(t.shape)
+        if d == -1
+    )
+    i, axis = next(places, (None, 0))
+    if i is None or any(d < -1 for d in shape):
+        refuse(at.op, "no input of the model tells the batch size", "Repeat values outside of it.")
+    x = at.w.real(i)
+    whole = at.make(
+        "SHAPE", x, shape=(len(x.shape),), dtype="int32", outType=at.w.schema.TensorType.INT32
+    )
+    batch = at.w.plain(at.op.path, (1,), "int32")
+    at.w.strided_slice(whole, (axis,), (axis + 1,), (1,), batch)
+    parts = [batch if d < 0 else at.ints([d]) for d in shape]
+    return at.make("CONCATENATION", *parts, shape=(len(shape),), dtype="int32", axis=0)
 
 
 def _tile(at: _At, x: Plain) -> Plain:
@@ -393,7 +417,7 @@ def _conv(at: _At, x: Plain, _: Plain) -> Plain:
     return at.transposed(at.reshaped(made, last), [int(k) for k in np.argsort(order)])
 
 
-_WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
+WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_LOGIC, _logic),
@@ -430,3 +454,4 @@ _WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
 }
+"""What writes each primitive that this runtime has."""

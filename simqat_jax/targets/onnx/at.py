@@ -69,3 +69,22 @@ class At:
     def refuse(self, problem: str) -> NoReturn:
         """Raise RefusedError for what ONNX Runtime lacks."""
         refuse_primitive(self.w.model, self.op, problem)
+
+
+def real_values(w: Writer, i: int) -> str:
+    """Return the name of a tensor's real values, made of codes with plain nodes.
+
+    ONNX Runtime takes a DequantizeLinear, an operator and a QuantizeLinear for one operator on
+    integers, which rounds in another way.
+    """
+    tensor = w.model.tensors[i]
+    if tensor.grid is None:
+        return w.get(i)
+    if i not in w.reals:
+        grid = w.grid(tensor)
+        real = w.node("Cast", [w.get(i)], tensor.name, to=w.onnx.TensorProto.FLOAT)
+        ends = np.float32(grid.zero_point + grid.unsigned_offset), np.float32(grid.scale)
+        for kind, value in zip(("Sub", "Mul"), ends, strict=True):
+            real = w.node(kind, [real, w.initializer(value, tensor.name)], tensor.name)
+        w.reals[i] = real
+    return w.reals[i]

@@ -29,6 +29,7 @@ from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
+from simqat_jax.targets.onnx.at import real_values
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
@@ -393,7 +394,7 @@ def _pad(w: Writer, op: Pad) -> None:
 
 def _quantize(w: Writer, op: Quantize) -> None:
     output = w.model.tensors[op.outputs[0]]
-    w.put(op.outputs[0], w.quantize(w.real(op.inputs[0]), output))
+    w.put(op.outputs[0], w.quantize(real_values(w, op.inputs[0]), output))
 
 
 _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {

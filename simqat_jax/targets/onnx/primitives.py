@@ -1,8 +1,6 @@
 """Write primitives on real values as ONNX nodes.
 
-Sums, products, quotients, comparisons, moves and integers are exact. Codes are dequantized with
-plain nodes: ONNX Runtime takes a DequantizeLinear, an operator and a QuantizeLinear for one
-operator on integers, which rounds in another way.
+Sums, products, quotients, comparisons, moves and integers are exact in ONNX Runtime.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +10,7 @@ import numpy as np
 from simqat_jax.ir.program import Program
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.targets.onnx import along_axes
-from simqat_jax.targets.onnx.at import At
+from simqat_jax.targets.onnx.at import At, real_values
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.refusals import check_types, refuse, refuse_primitive
 
@@ -31,7 +29,7 @@ _LAST = np.iinfo(np.int64).max
 
 def write(w: Writer, op: Primitive) -> None:
     """Write one primitive."""
-    made = WRITERS[op.name](At(w, op), *map(w.real, op.inputs))
+    made = WRITERS[op.name](At(w, op), *(real_values(w, i) for i in op.inputs))
     for i, name in zip(op.outputs, [made] if isinstance(made, str) else made, strict=True):
         w.put(i, name)
 

@@ -173,6 +173,13 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
+def _reshape_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
+    del dims
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+        raise UnknownPrimitive("reshape in another order of axes")
+    return {}
+
+
 def _axes(eqn: core.JaxprEqn, dims: Dims) -> Params:
     del dims
     return {"axes": _ints(eqn.params["axes"])}
@@ -249,6 +256,7 @@ def _conv_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
 
 
 _ENCODERS: dict[str, Callable[[core.JaxprEqn, Dims], Params]] = {
+    "reshape": _reshape_params,
     "integer_pow": lambda eqn, dims: {"y": int(eqn.params["y"])},
     "round": lambda eqn, dims: {"method": lax.RoundingMethod(eqn.params["rounding_method"]).name},
     "broadcast_in_dim": lambda eqn, dims: {"dimensions": _ints(eqn.params["broadcast_dimensions"])},

@@ -146,6 +146,12 @@ INTEGERS_ALONE = {
     "to float32": lambda x: x.astype(jnp.float32),
     "to uint8": lambda x: x.astype(jnp.uint8),
     "taken": lambda x: jnp.take(TABLE, x + 9, axis=0),
+    "taken by bytes": lambda x: lax.gather(
+        TABLE,
+        (x + 9).astype(jnp.uint8)[..., None],
+        lax.GatherDimensionNumbers((3,), (0,), (0,)),
+        (1, 3),
+    ),
     "taken and clipped": lambda x: jnp.take(TABLE, x * 3, axis=0, mode="clip"),
     "one_hot": lambda x: jax.nn.one_hot(x, 5),
 }
@@ -154,6 +160,8 @@ TRUTH_ALONE = {
     "not": lax.bitwise_not,
     "any": lambda p: p.any(1),
     "all": lambda p: p.all(-1),
+    "max": lambda p: p.max(1),
+    "min": lambda p: p.min(-1),
     "argmax": lambda p: jnp.argmax(p, 1),
     "to float32": lambda p: p.astype(jnp.float32),
     "to int32": lambda p: p.astype(jnp.int32),

@@ -7,20 +7,19 @@ import numpy as np
 from simqat_jax.targets.onnx.at import At
 from simqat_jax.targets.refusals import refuse
 
-_REDUCE = {"reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd", "reduce_max": "ReduceMax"}
-_REDUCE |= {"reduce_min": "ReduceMin"}
-_TRUTH = {"reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}
+_REDUCE = {"reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd"}
+_EXTREME = {"reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
+_TRUTH = {"reduce_or": "ReduceMax", "reduce_and": "ReduceMin"}
 
 
 def _reduce(at: At, x: str) -> str:
-    return at.node(_REDUCE[at.op.name], x, at.ints(at.params["axes"]), keepdims=0)
-
-
-def _truth(at: At, x: str) -> str:
-    if not at.is_bool:
+    name = at.op.name
+    if name in _TRUTH and not at.is_bool:
         at.refuse("it joins the bits of integers")
-    whole = at.node(_TRUTH[at.op.name], at.cast(x, "int32"), at.ints(at.params["axes"]), keepdims=0)
-    return at.cast(whole, "bool")
+    x = at.cast(x, "int32") if at.is_bool else x
+    kind = (_REDUCE | _EXTREME | _TRUTH)[name]
+    whole = at.node(kind, x, at.ints(at.params["axes"]), keepdims=0)
+    return at.cast(whole, "bool") if at.is_bool else whole
 
 
 def _arg(at: At, x: str) -> str:
@@ -104,8 +103,7 @@ def _conv(at: At, x: str, kernel: str) -> str:
 
 
 WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
-    **dict.fromkeys(_REDUCE, _reduce),
-    **dict.fromkeys(_TRUTH, _truth),
+    **dict.fromkeys((*_REDUCE, *_EXTREME, *_TRUTH), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg),
     "cumsum": _cumsum,
     "sort": _sort,

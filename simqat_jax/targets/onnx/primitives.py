@@ -212,7 +212,7 @@ def _pad(at: At, x: str, value: str) -> str:
 
 
 def _gather(at: At, x: str, indices: str) -> str:
-    indices = at.node("Squeeze", indices, at.ints([-1]))
+    indices = at.node("Squeeze", at.cast(indices, "int32"), at.ints([-1]))
     axis = at.params["axis"]
     if at.params["mode"] == "CLIP":
         ends = (0, at.inputs[0].shape[axis] - 1)

@@ -9,8 +9,10 @@ from simqat_jax.targets.refusals import refuse
 from simqat_jax.targets.tflite.at import At
 from simqat_jax.targets.tflite.subgraph import Plain
 
-_REDUCE = {"reduce_sum": "SUM", "reduce_prod": "REDUCE_PROD", "reduce_max": "REDUCE_MAX"}
-_REDUCE |= {"reduce_min": "REDUCE_MIN", "reduce_and": "REDUCE_ALL", "reduce_or": "REDUCE_ANY"}
+_REDUCE = {"reduce_sum": "SUM", "reduce_prod": "REDUCE_PROD"}
+_REDUCE |= {"reduce_max": "REDUCE_MAX", "reduce_min": "REDUCE_MIN"}
+_TRUTH = {"reduce_or": "REDUCE_ANY", "reduce_max": "REDUCE_ANY"}
+_TRUTH |= {"reduce_and": "REDUCE_ALL", "reduce_min": "REDUCE_ALL"}
 
 VERSIONS = {
     **dict.fromkeys(("SUM", "REDUCE_PROD", "REDUCE_ALL", "REDUCE_ANY"), ("ReducerOptions", 1)),
@@ -24,9 +26,10 @@ VERSIONS = {
 
 
 def _reduce(at: At, x: Plain) -> Plain:
-    if (x.dtype == "bool") != (at.op.name in ("reduce_and", "reduce_or")):
-        at.refuse(f"TFLite has no such reduction of {x.dtype}")
-    return at.make(_REDUCE[at.op.name], x, at.ints(at.params["axes"]), keepDims=False)
+    kinds = _TRUTH if x.dtype == "bool" else _REDUCE
+    if at.op.name not in kinds:
+        at.refuse(f"TFLite has no {at.op.name} of {x.dtype}")
+    return at.make(kinds[at.op.name], x, at.ints(at.params["axes"]), keepDims=False)
 
 
 def _arg(at: At, x: Plain) -> Plain:
@@ -145,7 +148,7 @@ def _conv(at: At, x: Plain, _: Plain) -> Plain:
 
 
 WRITERS: Mapping[str, Callable[..., Plain | Sequence[Plain]]] = {
-    **dict.fromkeys(_REDUCE, _reduce),
+    **dict.fromkeys((*_REDUCE, *_TRUTH), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _arg),
     "cumsum": _cumsum,
     "sort": _sort,

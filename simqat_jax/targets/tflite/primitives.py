@@ -211,7 +211,7 @@ def _pad(at: At, x: Plain, value: Plain) -> Plain:
 
 
 def _gather(at: At, x: Plain, indices: Plain) -> Plain:
-    indices = at.reshaped(indices, indices.shape[:-1])
+    indices = at.cast(at.reshaped(indices, indices.shape[:-1]), "int32")
     axis = at.params["axis"]
     if at.params["mode"] == "CLIP":
         given = {"shape": indices.shape, "dtype": indices.dtype}

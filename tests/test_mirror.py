@@ -11,6 +11,7 @@ ROOMS = sorted(
 )
 STANDS_FOR_SEVERAL = {
     "targets/test_operations.py": ("targets/onnx/ops.py", "targets/tflite/ops.py"),
+    "targets/test_primitives.py": ("targets/onnx/primitives.py", "targets/tflite/primitives.py"),
 }
 """One table of operations for all targets, which each of them must pass."""
 
@@ -34,4 +35,6 @@ def test_exceptions_are_no_longer_than_they_must_be():
     for name in STANDS_FOR_SEVERAL:
         test = TESTS / name
         assert test.is_file()
-        assert not (PACKAGE / test.relative_to(TESTS).with_name("operations.py")).exists()
+        assert not (
+            PACKAGE / test.relative_to(TESTS).with_name(test.name.removeprefix("test_"))
+        ).exists()

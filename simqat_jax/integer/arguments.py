@@ -23,10 +23,17 @@ def real_values(tensors: Sequence[Tensor], leaves: Sequence[ArrayLike]) -> list[
     for tensor, x in zip(tensors, arrays, strict=True):
         if tensor.grid is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{tensor.name} must be of a floating-point type, got {x.dtype}.")
-        if tensor.grid is None and not np.can_cast(x.dtype, tensor.dtype, "same_kind"):
+        if tensor.grid is None and not _holds(jnp.dtype(tensor.dtype), x.dtype):
             raise ValueError(f"{tensor.name} must be of type {tensor.dtype}, got {x.dtype}.")
     pairs = zip(tensors, arrays, strict=True)
     return [x if t.grid is not None else x.astype(t.dtype) for t, x in pairs]
+
+
+def _holds(dtype: np.dtype, given: np.dtype) -> bool:
+    """Whether values of one type may be passed for those of another."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.issubdtype(given, jnp.floating):
+        return True
+    return np.can_cast(given, dtype, "same_kind")
 
 
 def codes(tensors: Sequence[Tensor], leaves: Sequence[ArrayLike], remedy: str) -> list[jax.Array]:

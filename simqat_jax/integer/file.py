@@ -21,7 +21,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.floats import FloatOp, MoveOp
 from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
-FORMAT = 2
+FORMAT = 3
 _MAGIC = "simqat_jax integer model"
 
 Arrays = dict[str, np.ndarray]
@@ -169,13 +169,12 @@ def _tensor_fields(tensor: Tensor, number: int, arrays: Arrays) -> Json:
 
 
 def _tensor(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Tensor:
-    return Tensor(
-        _text(fields["name"]),
-        _numbers(fields["shape"]),
-        jnp.dtype(_text(fields["dtype"])).name,
-        None if fields["grid"] is None else Grid(**fields["grid"]),
-        arrays[f"constant/{number}"] if fields["constant"] else None,
-    )
+    dtype = jnp.dtype(_text(fields["dtype"]))
+    value = arrays[f"constant/{number}"] if fields["constant"] else None
+    if value is not None and value.dtype.kind == "V":  # NumPy's files know no bfloat16
+        value = value.view(dtype)
+    grid = None if fields["grid"] is None else Grid(**fields["grid"])
+    return Tensor(_text(fields["name"]), _numbers(fields["shape"]), dtype.name, grid, value)
 
 
 def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> Json:

@@ -36,64 +36,6 @@ def real(tensor: Tensor, x: jax.Array) -> jax.Array:
     return tensor.grid.dequantize(tensor.grid.codes(x)).astype(tensor.dtype)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Primitive(Op):
-    """A primitive of JAX on real values, integers or truth values.
-
-    Attributes:
-      params: its parameters, as far as they are not told by its output.
-    """
-
-    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The primitive's name in JAX."""
-        return self.kind.removeprefix(_PREFIX)
-
-    @classmethod
-    def of(
-        cls, name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], params: Params
-    ) -> "Primitive":
-        """Return the primitive of a name in JAX."""
-        kind = _PREFIX + name
-        return cls(kind=kind, path=path, inputs=inputs, outputs=outputs, params=params)
-
-    @property
-    def rounds(self) -> bool:
-        return not replay.moves(self.name)
-
-    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
-        values = [real(tensor, x) for tensor, x in zip(c.inputs, inputs, strict=True)]
-        if self.name in ELEMENTWISE:
-            shape = c.shape(c.outputs[0].shape)
-            values = [jnp.broadcast_to(x, shape) for x in values]
-
-        def compute(*values: jax.Array) -> Any:
-            return _COMPUTES[self.name](c, *values, **self.params)
-
-        results = replay.alone(self.name, jnp.dtype(c.outputs[0].dtype), compute, values)
-        return list(map(jnp.asarray, results))
-
-
-def encoded(eqn: core.JaxprEqn, dims: Dims) -> tuple[str, Params]:
-    """Return the name and the parameters of the Primitive that an equation is.
-
-    Args:
-      eqn: an equation of a jaxpr.
-      dims: writes lengths of the program.
-
-    Raises:
-      UnknownPrimitive: there is none.
-    """
-    name = eqn.primitive.name
-    name = _SAME.get(name, name)
-    if name not in _COMPUTES:
-        raise UnknownPrimitive(name)
-    encode = _ENCODERS.get(name)
-    return name, encode(eqn, dims) if encode else {}
-
-
 # What each computes ------------------------------------------------------------------------------
 
 _FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
@@ -231,6 +173,13 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
+def _reshape_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
+    del dims
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+        raise UnknownPrimitive("reshape in another order of axes")
+    return {}
+
+
 def _axes(eqn: core.JaxprEqn, dims: Dims) -> Params:
     del dims
     return {"axes": _ints(eqn.params["axes"])}
@@ -307,6 +256,7 @@ def _conv_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
 
 
 _ENCODERS: dict[str, Callable[[core.JaxprEqn, Dims], Params]] = {
+    "reshape": _reshape_params,
     "integer_pow": lambda eqn, dims: {"y": int(eqn.params["y"])},
     "round": lambda eqn, dims: {"method": lax.RoundingMethod(eqn.params["rounding_method"]).name},
     "broadcast_in_dim": lambda eqn, dims: {"dimensions": _ints(eqn.params["broadcast_dimensions"])},
@@ -333,7 +283,68 @@ _ENCODERS: dict[str, Callable[[core.JaxprEqn, Dims], Params]] = {
     "conv_general_dilated": _conv_params,
 }
 
-# Every name is known once the table is.
-Primitive.kinds = tuple(_PREFIX + name for name in _COMPUTES)
+
+# The operation of a program ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Primitive(Op):
+    """A primitive of JAX on real values, integers or truth values.
+
+    Attributes:
+      params: its parameters, as far as they are not told by its output.
+    """
+
+    kinds = tuple(_PREFIX + name for name in _COMPUTES)
+    params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The primitive's name in JAX."""
+        return self.kind.removeprefix(_PREFIX)
+
+    @classmethod
+    def of(
+        cls, name: str, path: str, inputs: tuple[int, ...], outputs: tuple[int, ...], params: Params
+    ) -> "Primitive":
+        """Return the primitive of a name in JAX."""
+        kind = _PREFIX + name
+        return cls(kind=kind, path=path, inputs=inputs, outputs=outputs, params=params)
+
+    @property
+    def rounds(self) -> bool:
+        return not replay.moves(self.name)
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        values = [real(tensor, x) for tensor, x in zip(c.inputs, inputs, strict=True)]
+        if self.name in ELEMENTWISE:
+            shape = c.shape(c.outputs[0].shape)
+            values = [jnp.broadcast_to(x, shape) for x in values]
+
+        def compute(*values: jax.Array) -> Any:
+            return _COMPUTES[self.name](c, *values, **self.params)
+
+        results = replay.alone(self.name, jnp.dtype(c.outputs[0].dtype), compute, values)
+        return list(map(jnp.asarray, results))
+
+
+def encoded(eqn: core.JaxprEqn, dims: Dims) -> tuple[str, Params]:
+    """Return the name and the parameters of the Primitive that an equation is.
+
+    Args:
+      eqn: an equation of a jaxpr.
+      dims: writes lengths of the program.
+
+    Raises:
+      UnknownPrimitive: there is none.
+    """
+    name = eqn.primitive.name
+    name = _SAME.get(name, name)
+    if name not in _COMPUTES:
+        raise UnknownPrimitive(name)
+    encode = _ENCODERS.get(name)
+    return name, encode(eqn, dims) if encode else {}
+
+
 OPERATIONS: dict[type, Any] = {}
 PROGRAM_OPERATIONS = (Primitive,)

@@ -49,7 +49,8 @@ def check_types(program: Program, op: Primitive) -> None:
     for i in (*op.inputs, *op.outputs):
         dtype = program.tensors[i].dtype
         if dtype not in known:
-            refuse_primitive(program, op, f"{op.name} of {dtype}, which no file computes with")
+            remedy = "Compute it in float32 or int32 (`dtype` of a layer, `astype`)."
+            refuse(op, f"{op.name} of {dtype}, which no file computes with", remedy)
 
 
 def refuse_wide(program: Program, op: Op) -> None:

@@ -1,5 +1,6 @@
 """What quantization makes of a model: share of multiply-adds, error, gradients, codes, state."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +16,7 @@ from jax.extend import core
 import simqat_jax as sq
 from public_models.kinds import Public
 from simqat_jax.ir.graph import shape_of
-from simqat_jax.ir.program import Program, at_batch
-from simqat_jax.ops.floats import FloatOp
+from simqat_jax.ir.program import Context, Program, at_batch
 
 STEPS = 30
 """Batches that a model trains on, without changing parameters, before it is measured."""
@@ -102,18 +102,17 @@ def _multiply_adds(eqn: core.JaxprEqn) -> int:
 def float_multiply_adds(program: Program, batch: int) -> MultiplyAdds:
     """Count those that an integer model computes on real values."""
     totals = MultiplyAdds(0, 0)
-    for op in program.ops:
-        if isinstance(op, FloatOp):
-            tensors = [program.tensors[i] for i in op.inputs]
-            shapes = [jax.ShapeDtypeStruct(at_batch(t.shape, batch), t.dtype) for t in tensors]
-            run = functools.partial(_run, op, batch)
-            counted = multiply_adds(jax.make_jaxpr(run)(*shapes).jaxpr, [True] * len(shapes))
-            totals = MultiplyAdds(*(a + b for a, b in zip(totals, counted, strict=True)))
+    for op in program.float_ops:
+        inputs, outputs = (
+            [dataclasses.replace(program.tensors[i], grid=None) for i in ids]
+            for ids in (op.inputs, op.outputs)
+        )
+        shapes = [jax.ShapeDtypeStruct(at_batch(t.shape, batch), t.dtype) for t in inputs]
+        run = functools.partial(op.run, Context(inputs, outputs, op.arrays, batch))
+        data = [tensor.value is None for tensor in inputs]
+        counted = multiply_adds(jax.make_jaxpr(run)(*shapes).jaxpr, data)
+        totals = MultiplyAdds(*(a + b for a, b in zip(totals, counted, strict=True)))
     return totals
-
-
-def _run(op: FloatOp, batch: int, *values: jax.Array) -> Sequence[jax.Array]:
-    return op.function(values, batch)
 
 
 # A model -----------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import converted, export
+from models import converted, export, observed
 from zoo import CASES
 
 import simqat_jax as sq
@@ -89,5 +90,70 @@ def test_bad_input(data, tmp_path):
         sq.verify(model, tmp_path / "two.onnx", data)
     with pytest.raises(ValueError, match="no examples"):
         sq.verify(model, tmp_path / "m.onnx", data[:0])
-    with pytest.raises(ValueError, match="cannot be counted"):
-        sq.verify(of("softmax", "onnx"), tmp_path / "m.onnx", jnp.ones((2, 6)))
+
+
+# Float parts -------------------------------------------------------------------------------------
+
+
+class FloatEnds(nn.Module):
+    """An image of bytes and ids in front, a table between, probabilities and a choice behind."""
+
+    @nn.compact
+    def __call__(self, image, ids, mask):
+        x = (image.astype(jnp.float32) / 255.0 - 0.45) / 0.225
+        x = nn.relu(nn.Conv(6, (3, 3))(x)).mean((1, 2))
+        y = nn.Dense(6)(jnp.where(mask[..., None], nn.Embed(11, 5)(ids), 0.25)).max(1)
+        logits = nn.Dense(4)(x + y)
+        return {"logits": logits, "p": nn.softmax(logits), "class": jnp.argmax(logits, -1)}
+
+
+@pytest.fixture(scope="module")
+def ends():
+    """Arguments of FloatEnds: bytes, integers, truth values."""
+    rng = np.random.default_rng(0)
+    image, ids = rng.integers(0, 256, (9, 8, 8, 3)), rng.integers(0, 11, (9, 5))
+    return image.astype(np.uint8), ids.astype(np.int32), rng.random((9, 5)) < 0.7
+
+
+@pytest.fixture(scope="module", params=["onnx", "tflite"])
+def with_float_ends(request, ends):
+    config = sq.SimQATConfig(backend=request.param)
+    qmodel, variables, _ = observed(FloatEnds(), *ends, config=config)
+    return sq.convert(qmodel, variables, *ends)
+
+
+@pytest.mark.versions
+def test_float_parts_in_front_and_behind(with_float_ends, ends, tmp_path):
+    path = tmp_path / f"m.{with_float_ends.backend}"
+    export(with_float_ends, path)
+    found = sq.verify(with_float_ends, path, *ends, batch_size=4)
+    assert (found.examples, found.codes, found.differing) == (9, 36, 0)
+    assert (found.values, found.first_layer) == (9 + 36, None)
+    assert 0 < found.largest_difference < 1e-6 and 0 < found.differing_values < 36
+    text = str(found)
+    assert f"values that are no codes {found.differing_values} differ, by" in text
+    assert "In float: " in text and "exp (lax.exp)" in text
+
+
+def test_saved_float_parts_are_data(with_float_ends, ends, tmp_path):
+    """What was loaded runs, and is written to the same file."""
+    with_float_ends.save(tmp_path / "model")
+    loaded = sq.IntegerModel.load(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, loaded(*ends), with_float_ends(*ends))
+    files = []
+    for number, model in enumerate((with_float_ends, loaded)):
+        export(model, tmp_path / f"{number}.{model.backend}")
+        files.append((tmp_path / f"{number}.{model.backend}").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_value_that_differs_is_counted(with_float_ends, ends, tmp_path):
+    """Another divisor in the file moves codes and values."""
+    program = with_float_ends.program
+    tensors = list(program.tensors)
+    (divisor,) = [i for i, t in enumerate(tensors) if np.array_equal(t.value, 255)]
+    tensors[divisor] = dataclasses.replace(tensors[divisor], value=np.array(200, np.float32))
+    path = tmp_path / f"m.{with_float_ends.backend}"
+    export(sq.IntegerModel(dataclasses.replace(program, tensors=tuple(tensors))), path)
+    found = sq.verify(with_float_ends, path, *ends)
+    assert found.differing and found.differing_values and found.largest_difference > 1e-4

@@ -32,6 +32,7 @@ from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
+from simqat_jax.targets.onnx.at import real_values
 from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
@@ -397,7 +398,7 @@ def _pad(w: Writer, op: Pad) -> None:
 
 def _quantize(w: Writer, op: Quantize) -> None:
     output = w.model.tensors[op.outputs[0]]
-    w.put(op.outputs[0], w.quantize(w.real(op.inputs[0]), output))
+    w.put(op.outputs[0], w.quantize(real_values(w, op.inputs[0]), output))
 
 
 _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {

@@ -1,19 +1,16 @@
 """Write primitives on real values as ONNX nodes.
 
-Sums, products, quotients, comparisons, moves and integers are exact. Codes are dequantized with
-plain nodes: ONNX Runtime takes a DequantizeLinear, an operator and a QuantizeLinear for one
-operator on integers, which rounds in another way.
+Sums, products, quotients, comparisons, moves and integers are exact in ONNX Runtime.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from simqat_jax.ir.program import Program, Shape, Tensor
+from simqat_jax.ir.program import Program
 from simqat_jax.ops.primitives import Primitive
+from simqat_jax.targets.onnx import along_axes
+from simqat_jax.targets.onnx.at import At, real_values
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.refusals import check_types, refuse, refuse_primitive
 
@@ -27,68 +24,19 @@ _BINARY = {"add": "Add", "sub": "Sub", "mul": "Mul", "pow": "Pow"}
 _LOGIC = {"and": ("And", "BitwiseAnd"), "or": ("Or", "BitwiseOr"), "xor": ("Xor", "BitwiseXor")}
 _COMPARE = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater"}
 _COMPARE |= {"ge": "GreaterOrEqual"}
-_REDUCE = {"reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd", "reduce_max": "ReduceMax"}
-_REDUCE |= {"reduce_min": "ReduceMin"}
-_TRUTH = {"reduce_and": "ReduceMin", "reduce_or": "ReduceMax"}
 _LAST = np.iinfo(np.int64).max
-
-
-@dataclasses.dataclass(frozen=True)
-class _At:
-    """A primitive that is being written."""
-
-    w: Writer
-    op: Primitive
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return [self.w.model.tensors[i] for i in self.op.inputs]
-
-    @property
-    def output(self) -> Tensor:
-        return self.w.model.tensors[self.op.outputs[0]]
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        return self.op.params
-
-    @property
-    def is_bool(self) -> bool:
-        """Whether it reads truth values."""
-        return self.inputs[0].dtype == "bool"
-
-    def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        return self.w.node(kind, inputs, self.op.path, **attributes)
-
-    def number(self, value: ArrayLike, dtype: str = "float32") -> str:
-        return self.w.initializer(np.asarray(value, dtype), self.op.path)
-
-    def ints(self, values: Sequence[int]) -> str:
-        return self.w.ints(values, self.op.path)
-
-    def cast(self, x: str, dtype: str) -> str:
-        return self.node("Cast", x, to=self.w.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-
-    def reshaped(self, x: str, shape: Shape) -> str:
-        if sum(d < 0 for d in shape) > 1:
-            refuse(
-                self.op,
-                "more than one of its lengths depends on the batch size",
-                "Reshape to others.",
-            )
-        return self.node("Reshape", x, self.ints([-1 if d < 0 else d for d in shape]))
 
 
 def write(w: Writer, op: Primitive) -> None:
     """Write one primitive."""
-    made = _WRITERS[op.name](_At(w, op), *map(w.real, op.inputs))
+    made = WRITERS[op.name](At(w, op), *(real_values(w, i) for i in op.inputs))
     for i, name in zip(op.outputs, [made] if isinstance(made, str) else made, strict=True):
         w.put(i, name)
 
 
 def check(program: Program, op: Primitive) -> None:
     """Raise RefusedError for a primitive that ONNX Runtime does not compute."""
-    if op.name not in _WRITERS:
+    if op.name not in WRITERS:
         refuse_primitive(program, op, f"ONNX has no {op.name}")
     check_types(program, op)
 
@@ -96,15 +44,15 @@ def check(program: Program, op: Primitive) -> None:
 # Elementwise -------------------------------------------------------------------------------------
 
 
-def _unary(at: _At, x: str) -> str:
+def _unary(at: At, x: str) -> str:
     return at.node(_UNARY[at.op.name], x)
 
 
-def _binary(at: _At, a: str, b: str) -> str:
+def _binary(at: At, a: str, b: str) -> str:
     return at.node(_BINARY[at.op.name], a, b)
 
 
-def _div(at: _At, a: str, b: str) -> str:
+def _div(at: At, a: str, b: str) -> str:
     """Divide; ONNX Runtime takes `(1 / b) * c` for `c / b`, but not `-(-1 / b) * c`."""
     numerator = at.inputs[0]
     if numerator.value is not None and numerator.dtype == "float32" and numerator.value.size == 1:
@@ -112,25 +60,25 @@ def _div(at: _At, a: str, b: str) -> str:
     return at.node("Div", a, b)
 
 
-def _rem(at: _At, a: str, b: str) -> str:
+def _rem(at: At, a: str, b: str) -> str:
     return at.node("Mod", a, b, fmod=1)
 
 
-def _extreme(at: _At, a: str, b: str) -> str:
+def _extreme(at: At, a: str, b: str) -> str:
     if at.is_bool:
         return at.node("Or" if at.op.name == "max" else "And", a, b)
     return at.node("Max" if at.op.name == "max" else "Min", a, b)
 
 
-def _logic(at: _At, a: str, b: str) -> str:
+def _logic(at: At, a: str, b: str) -> str:
     return at.node(_LOGIC[at.op.name][0 if at.is_bool else 1], a, b)
 
 
-def _not(at: _At, x: str) -> str:
+def _not(at: At, x: str) -> str:
     return at.node("Not" if at.is_bool else "BitwiseNot", x)
 
 
-def _compare(at: _At, a: str, b: str) -> str:
+def _compare(at: At, a: str, b: str) -> str:
     if at.op.name == "ne":
         return at.node("Not", at.node("Equal", a, b))
     if at.is_bool and at.op.name != "eq":
@@ -138,22 +86,22 @@ def _compare(at: _At, a: str, b: str) -> str:
     return at.node(_COMPARE[at.op.name], a, b)
 
 
-def _select(at: _At, which: str, *cases: str) -> str:
+def _select(at: At, which: str, *cases: str) -> str:
     if len(cases) != 2:
-        refuse_primitive(at.w.model, at.op, f"it selects one of {len(cases)} tensors")
+        at.refuse(f"it selects one of {len(cases)} tensors")
     which = which if at.is_bool else at.cast(which, "bool")
     return at.node("Where", which, cases[1], cases[0])
 
 
-def _clamp(at: _At, lo: str, x: str, hi: str) -> str:
+def _clamp(at: At, lo: str, x: str, hi: str) -> str:
     return at.node("Min", at.node("Max", x, lo), hi)
 
 
-def _square(at: _At, x: str) -> str:
+def _square(at: At, x: str) -> str:
     return at.node("Mul", x, x)
 
 
-def _integer_pow(at: _At, x: str) -> str:
+def _integer_pow(at: At, x: str) -> str:
     """Multiply as JAX does: by squares of squares."""
     y, result, square = abs(at.params["y"]), "", x
     if not y:
@@ -168,39 +116,39 @@ def _integer_pow(at: _At, x: str) -> str:
     return at.node("Neg", at.node("Div", at.number(-1), result))
 
 
-def _round(at: _At, x: str) -> str:
+def _round(at: At, x: str) -> str:
     if at.params["method"] != "TO_NEAREST_EVEN":
-        refuse_primitive(at.w.model, at.op, "it rounds halves away from zero")
+        at.refuse("it rounds halves away from zero")
     return at.node("Round", x)
 
 
-def _convert(at: _At, x: str) -> str:
+def _convert(at: At, x: str) -> str:
     return at.cast(x, at.output.dtype)
 
 
-def _rsqrt(at: _At, x: str) -> str:
+def _rsqrt(at: At, x: str) -> str:
     return at.node("Div", at.number(1), at.node("Sqrt", x))
 
 
-def _cbrt(at: _At, x: str) -> str:
+def _cbrt(at: At, x: str) -> str:
     root = at.node("Pow", at.node("Abs", x), at.number(1 / 3))
     return at.node("Mul", at.node("Sign", x), root)
 
 
-def _is_finite(at: _At, x: str) -> str:
+def _is_finite(at: At, x: str) -> str:
     return at.node("Equal", at.node("Sub", x, x), at.number(0))
 
 
 # Moves -------------------------------------------------------------------------------------------
 
 
-def _reshape(at: _At, x: str) -> str:
+def _reshape(at: At, x: str) -> str:
     if at.inputs[0].shape == at.output.shape:
         return x
     return at.reshaped(x, at.output.shape)
 
 
-def _broadcast(at: _At, x: str) -> str:
+def _broadcast(at: At, x: str) -> str:
     source, target = at.inputs[0].shape, at.output.shape
     aligned = [1] * len(target)
     for axis, length in zip(at.params["dimensions"], source, strict=True):
@@ -216,7 +164,7 @@ def _broadcast(at: _At, x: str) -> str:
     return at.node("Expand", x, at.node("Concat", *lengths, axis=0))
 
 
-def _length(at: _At, dim: int) -> str:
+def _length(at: At, dim: int) -> str:
     """Return a length that is a multiple of the batch size, read off an input of the model."""
     for i in at.w.model.inputs:
         for axis, have in enumerate(at.w.model.tensors[i].shape):
@@ -226,22 +174,22 @@ def _length(at: _At, dim: int) -> str:
     refuse(at.op, "no input of the model tells the batch size", "Repeat values outside of it.")
 
 
-def _tile(at: _At, x: str) -> str:
+def _tile(at: At, x: str) -> str:
     return at.node("Tile", x, at.ints(at.params["repeats"]))
 
 
-def _transpose(at: _At, x: str) -> str:
+def _transpose(at: At, x: str) -> str:
     return at.node("Transpose", x, perm=at.params["permutation"])
 
 
-def _reverse(at: _At, x: str) -> str:
+def _reverse(at: At, x: str) -> str:
     axes = at.params["dimensions"]
     count = len(axes)
     bounds = ([-1] * count, [np.iinfo(np.int64).min] * count, axes, [-1] * count)
     return at.node("Slice", x, *map(at.ints, bounds))
 
 
-def _slice(at: _At, x: str) -> str:
+def _slice(at: At, x: str) -> str:
     pairs = list(zip(at.params["limit"], at.inputs[0].shape, strict=True))
     if any(b < 0 and b != d for b, d in pairs):
         refuse(at.op, "it cuts the batch at a fraction of it", "Cut it outside of the model.")
@@ -252,19 +200,19 @@ def _slice(at: _At, x: str) -> str:
     )
 
 
-def _concatenate(at: _At, *xs: str) -> str:
+def _concatenate(at: At, *xs: str) -> str:
     return at.node("Concat", *xs, axis=at.params["axis"])
 
 
-def _pad(at: _At, x: str, value: str) -> str:
+def _pad(at: At, x: str, value: str) -> str:
     padding = at.params["padding"]
     if any(inner for *_, inner in padding):
-        refuse_primitive(at.w.model, at.op, "it pads between elements")
+        at.refuse("it pads between elements")
     return at.node("Pad", x, at.ints([p[end] for end in (0, 1) for p in padding]), value)
 
 
-def _gather(at: _At, x: str, indices: str) -> str:
-    indices = at.node("Squeeze", indices, at.ints([-1]))
+def _gather(at: At, x: str, indices: str) -> str:
+    indices = at.node("Squeeze", at.cast(indices, "int32"), at.ints([-1]))
     axis = at.params["axis"]
     if at.params["mode"] == "CLIP":
         ends = (0, at.inputs[0].shape[axis] - 1)
@@ -272,101 +220,12 @@ def _gather(at: _At, x: str, indices: str) -> str:
     return at.node("Gather", x, indices, axis=axis)
 
 
-# Along axes --------------------------------------------------------------------------------------
-
-
-def _reduce(at: _At, x: str) -> str:
-    return at.node(_REDUCE[at.op.name], x, at.ints(at.params["axes"]), keepdims=0)
-
-
-def _truth(at: _At, x: str) -> str:
-    if not at.is_bool:
-        refuse_primitive(at.w.model, at.op, "it joins the bits of integers")
-    whole = at.node(_TRUTH[at.op.name], at.cast(x, "int32"), at.ints(at.params["axes"]), keepdims=0)
-    return at.cast(whole, "bool")
-
-
-def _arg(at: _At, x: str) -> str:
-    kind = "ArgMax" if at.op.name == "argmax" else "ArgMin"
-    x = at.cast(x, "int32") if at.is_bool else x
-    return at.cast(at.node(kind, x, axis=at.params["axis"], keepdims=0), at.output.dtype)
-
-
-def _cumsum(at: _At, x: str) -> str:
-    axis = at.number(at.params["axis"], "int64")
-    return at.node("CumSum", x, axis, reverse=int(at.params["reverse"]))
-
-
-def _top(at: _At, x: str, count: int, axis: int, largest: int) -> list[str]:
-    names = [at.w.name(at.op.path) for _ in range(2)]
-    given = {"axis": axis, "largest": largest, "sorted": 1}
-    at.w.nodes.append(at.w.helper.make_node("TopK", [x, at.ints([count])], names, **given))
-    return names
-
-
-def _sort(at: _At, x: str) -> str:
-    axis = at.params["axis"]
-    length = at.inputs[0].shape[axis]
-    if length < 0:
-        refuse(at.op, "it sorts the batch", "Sort it outside of the model.")
-    return _top(at, x, length, axis, 0)[0]
-
-
-def _top_k(at: _At, x: str) -> list[str]:
-    values, indices = _top(at, x, at.params["k"], at.params["axis"], 1)
-    return [values, at.cast(indices, at.w.model.tensors[at.op.outputs[1]].dtype)]
-
-
-def _dot_general(at: _At, a: str, b: str) -> str:
-    """Multiply: letters for the axes of both, those that are summed and those of the batch."""
-    letters = iter("abcdefghijklmnopqrstuvwxyz")
-    ranks = [len(t.shape) for t in at.inputs]
-    names: list[dict[int, str]] = [{}, {}]
-    for axes in (at.params["batch"], at.params["contract"]):
-        for left, right in zip(*axes, strict=True):
-            names[0][left] = names[1][right] = next(letters)
-    free: list[str] = []
-    for side, rank in zip(names, ranks, strict=True):
-        for axis in range(rank):
-            if axis not in side:
-                side[axis] = next(letters)
-                free.append(side[axis])
-    batch = [names[0][axis] for axis in at.params["batch"][0]]
-    terms = ["".join(side[k] for k in range(r)) for side, r in zip(names, ranks, strict=True)]
-    return at.node("Einsum", a, b, equation=f"{','.join(terms)}->{''.join(batch + free)}")
-
-
-def _conv(at: _At, x: str, kernel: str) -> str:
-    given, (data, weights, result) = at.params, at.params["layout"]
-    padding = given["padding"]
-    if any(d != 1 for d in given["input_dilation"]) or any(v < 0 for p in padding for v in p):
-        refuse_primitive(at.w.model, at.op, "it dilates or cuts its input")
-    constant = at.inputs[1].value
-    if constant is None:
-        kernel = at.node("Transpose", kernel, perm=weights)
-    else:
-        kernel = at.number(constant.transpose(weights))
-    made = at.node(
-        "Conv",
-        at.node("Transpose", x, perm=data),
-        kernel,
-        pads=[p[end] for end in (0, 1) for p in padding],
-        strides=given["strides"],
-        dilations=given["kernel_dilation"],
-        group=given["groups"],
-    )
-    return at.node("Transpose", made, perm=list(map(int, np.argsort(result))))
-
-
-_WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
+WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     **dict.fromkeys(_UNARY, _unary),
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_LOGIC, _logic),
     **dict.fromkeys((*_COMPARE, "ne"), _compare),
-    **dict.fromkeys(_REDUCE, _reduce),
-    **dict.fromkeys(_TRUTH, _truth),
     **dict.fromkeys(("max", "min"), _extreme),
-    **dict.fromkeys(("argmax", "argmin"), _arg),
     "div": _div,
     "rem": _rem,
     "not": _not,
@@ -392,9 +251,6 @@ _WRITERS: Mapping[str, Callable[..., str | list[str]]] = {
     "concatenate": _concatenate,
     "pad": _pad,
     "gather": _gather,
-    "cumsum": _cumsum,
-    "sort": _sort,
-    "top_k": _top_k,
-    "dot_general": _dot_general,
-    "conv_general_dilated": _conv,
+    **along_axes.WRITERS,
 }
+"""What writes each primitive that this runtime has."""

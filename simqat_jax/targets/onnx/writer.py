@@ -159,21 +159,6 @@ class Writer:
         i = op.inputs[position]
         return self.dequantize(self.get(i, layout), self.model.tensors[i])
 
-    def real(self, i: int) -> str:
-        """Return the name of a tensor's real values, made of codes with plain nodes."""
-        tensor = self.model.tensors[i]
-        if tensor.grid is None:
-            return self.get(i)
-        if i not in self.reals:
-            grid = self.grid(tensor)
-            real = self.node("Cast", [self.get(i)], tensor.name, to=self.onnx.TensorProto.FLOAT)
-            ends = np.float32(grid.zero_point + grid.unsigned_offset), np.float32(grid.scale)
-            for kind, value in zip(("Sub", "Mul"), ends, strict=True):
-                constant = self.initializer(value, f"{tensor.name}/real")
-                real = self.node(kind, [real, constant], tensor.name)
-            self.reals[i] = real
-        return self.reals[i]
-
     def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
         """Quantize the real result of an operation."""
         output = self.model.tensors[op.outputs[0]]

@@ -115,10 +115,6 @@ class Subgraph:
         index = self.tensor(name, shape, np.int8, grid.scale, grid.stored_zero)
         return Codes(index, tuple(shape), grid)
 
-    def plain(self, name: str, shape: Sequence[int], dtype: str) -> Plain:
-        """Add a tensor of real values, integers or truth values."""
-        return Plain(self.tensor(name, shape, np.dtype(dtype)), tuple(shape), dtype)
-
     def code_constant(self, codes: ArrayLike, grid: Grid) -> Codes:
         """Add a constant of codes, given as the grid counts them; stored as int8."""
         value = np.asarray(codes, np.int32) - grid.offset

@@ -85,6 +85,10 @@ class Writer(Subgraph):
             entry.name, entry.tensorIndex = name, index
         return maps
 
+    def plain(self, name: str, shape: Sequence[int], dtype: str) -> Plain:
+        """Add a tensor of real values, integers or truth values."""
+        return Plain(self.tensor(name, shape, np.dtype(dtype)), tuple(shape), dtype)
+
     def real(self, i: int) -> Plain:
         """Return a tensor in real values; of what is on no grid, as it is."""
         tensor = self.source.tensors[i]

@@ -20,10 +20,8 @@ CONFIG = sq.SimQATConfig(backend="tflite")
 REFUSED = {
     "conv 3d": "Conv_0: TFLite convolves over one or two axes",
     "transposed input": r"Conv_0: TFLite has no convolution with input_dilation=\(2, 2\)",
-    "preprocessing": "computed in float",
-    "attention": "LayerNorm 1x, computed in float, between layers: LayerNorm_0",
-    "softmax": "computed in float",
 }
+FLOAT_PARTS = ("softmax", "attention", "preprocessing")
 TRAINING = ("batch norm train", "dropout train")
 # Cases whose operations other cases hold, in models alike, or tests of single operations.
 SAME = (
@@ -65,13 +63,25 @@ def differences(model, runtime, codes):
     return sum(int((signed(a, g) != b).sum()) for a, b, g in zip(want, got, grids, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in (*TRAINING, *REFUSED, *SAME)])
+OTHERS = (*TRAINING, *REFUSED, *FLOAT_PARTS, *SAME)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in OTHERS])
 def test_every_construct(name, tmp_path):
     model = converted(CASES[name], CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite", integer_io=True)
     runtime = interpreter(tmp_path / "m.tflite")
     for batch in (1, 5):
         assert differences(model, runtime, random_codes(model, batch)) == 0
+
+
+@pytest.mark.parametrize("name", FLOAT_PARTS)
+def test_float_parts_are_written(name, tmp_path):
+    model, path = converted(CASES[name], CONFIG), tmp_path / "m.tflite"
+    sq.export_tflite(model, path)
+    found = sq.verify(model, path, *CASES[name].args)
+    assert found.differing == 0 and found.largest_difference < 1e-6
+    assert found.codes + found.values > 0 and found.float_parts
 
 
 class Residual(nn.Module):

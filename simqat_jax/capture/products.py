@@ -350,7 +350,8 @@ def _parameters(graph: Graph) -> dict[int, frozenset[int]]:
     for node in graph.nodes:
         sources = [found[v] for v in node.inputs if isinstance(v, int) and v in found]
         if sources:
-            found.update(dict.fromkeys(node.outputs, frozenset().union(*sources)))
+            made_of = frozenset[int]().union(*sources)
+            found.update((v, made_of) for v in node.outputs if v not in graph.parameters)
     return found
 
 

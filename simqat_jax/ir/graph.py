@@ -375,9 +375,11 @@ class Graph:
       avals: shape and dtype of every tensor.
       data: the tensors that depend on the arguments or on random keys.
       arguments: the inputs that are arguments of the call.
-      parameters: for each input that is a parameter its path in "params".
+      parameters: for each input that is a parameter its path in "params"; for a slice that one layer
+        of a loop has, with its number.
       unquantizable: the products that cannot be quantized.
       exact: the tensors that are read as they are, and lie on no grid.
+      repeated: of what the steps of a loop make again, which tensor it is: the same in every step.
     """
 
     nodes: tuple[Node, ...]
@@ -391,6 +393,7 @@ class Graph:
     parameters: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
+    repeated: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def batch(self) -> int | None:

@@ -92,6 +92,9 @@ class _Planner:
         self.kernels: dict[tuple[Operand, int], Quantizer] = {}
         self.constants: dict[Slot, Quantizer] = {}
         self.shared: dict[Quantizer, Quantizer] = {}
+        self.last: dict[object, Step] = {}
+        self.names: dict[object, str] = {}
+        self.repeated: dict[object, Quantizer] = {}
         self.unquantizable = {"/".join(path): reason for path, reason in graph.unquantizable}
 
     def plan(self) -> Placement:
@@ -99,6 +102,7 @@ class _Planner:
         for v, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
             if name is not None and v in self.needed:
                 self.place(v, self.namer.unique(name))
+        self.name_repeated()
         visited = [self.visit(step) for step in self.steps]
         final = {old: self.finished(new) for old, new in zip(self.steps, visited, strict=True)}
         constants = {
@@ -151,9 +155,7 @@ class _Planner:
             self.place_constants(step)
         for v in (step.output, *node.outputs[1:]):
             if (quantized and v == step.output) or (v in self.needed and self.floating(v)):
-                last = step.nodes[-1]
-                nonnegative = isinstance(last, Clamp) and last.bounds[0] >= 0
-                self.place(v, self.output_name(step), nonnegative and v == step.output)
+                self.place_output(step, v)
         return dataclasses.replace(step, quantized=quantized)
 
     def finished(self, step: Step) -> Step:
@@ -215,6 +217,35 @@ class _Planner:
     def place(self, v: int, name: str, nonnegative: bool = False) -> None:
         self.at[v] = self.grids[v] = self.quantizer(name, v, nonnegative)
 
+    def name_repeated(self) -> None:
+        """Name what steps of a loop share, as it stands in the last one.
+
+        The first one leaves out what is zero there, unless the caller tells what it starts from.
+        """
+        for step in self.steps:
+            key = self.graph.repeated.get(step.output)
+            if key is not None and self.data(step) and self.floating(step.output):
+                self.last.pop(key, None)
+                self.last[key] = step
+        for key, step in self.last.items():
+            if isinstance(step.node, Product):
+                self.place_kernel(step.node)
+            if not isinstance(step.node, Move):
+                self.names[key] = self.output_name(step)
+
+    def place_output(self, step: Step, v: int) -> None:
+        """Give a tensor that leaves a step a quantizer; steps of a loop share one."""
+        key = self.graph.repeated.get(v)
+        if key in self.repeated:
+            self.at[v] = self.grids[v] = self.repeated[key]
+            return
+        last = self.last.get(key, step)
+        clamp = last.nodes[-1] if v == step.output else None
+        nonnegative = isinstance(clamp, Clamp) and clamp.bounds[0] >= 0
+        self.place(v, self.names.get(key) or self.output_name(last), nonnegative)
+        if key is not None:
+            self.repeated[key] = self.at[v]
+
     def output_name(self, step: Step) -> str:
         node = step.node
         if node.layer is not None:
@@ -223,7 +254,8 @@ class _Planner:
 
     def place_kernel(self, node: Product) -> None:
         """Place the kernel's quantizer; a kernel that is used again has it already."""
-        key = node.inputs[1], node.num_channels
+        kernel = node.inputs[1]
+        key = self.graph.repeated.get(kernel, kernel), node.num_channels
         if key not in self.kernels:
             spec, name = self.config.weight, self.namer.unique(node.kernel_name)
             channels = node.num_channels if spec.per_channel else None

@@ -130,6 +130,16 @@ class _Planner:
         return step.node.data_inputs(self.graph.data)
 
     def mark_demand(self) -> None:
+        """Mark what must lie on a grid and what leads to an output: the same in every step."""
+        repeated, known = self.graph.repeated, -1
+        while known < len(self.needed) + len(self.wanted):
+            known = len(self.needed) + len(self.wanted)
+            self.walk_backwards()
+            for marked in (self.needed, self.wanted):
+                keys = {repeated[v] for v in marked if v in repeated}
+                marked.update(v for v, key in repeated.items() if key in keys)
+
+    def walk_backwards(self) -> None:
         for step in reversed(self.steps):
             outs = {step.output, *step.node.outputs}
             needed = not outs.isdisjoint(self.needed)

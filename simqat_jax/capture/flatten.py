@@ -277,7 +277,10 @@ def _folded_constant(flat: Flattener, at: _Equation) -> Sequence[Operand] | None
 
 def _zero(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     """What the first step of a loop multiplies by zero, or adds zero to, is not computed."""
-    zero = [flat.is_zero(v) for v in at.inputs] if at.where.loops else []
+    if not at.where.loops:
+        return None
+    carried = zip(at.inputs, at.eqn.invars, strict=True)
+    zero = [flat.is_zero(v) and not isinstance(read, core.Literal) for v, read in carried]
     if vanishes(at.eqn, zero):
         closed = zeros(shape_of(at.eqn.outvars[0]))
         return flat.inline(closed.jaxpr, closed.consts, (), at.where)

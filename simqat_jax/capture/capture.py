@@ -332,6 +332,7 @@ def _graph(
         parameters=flattener.parameters,
         unquantizable=(),
         repeated=flattener.repeated,
+        carried=frozenset(flattener.carried),
     )
 
 

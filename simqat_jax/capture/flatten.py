@@ -119,6 +119,7 @@ class Flattener:
       made_of: the parameters that each tensor is made of.
       parameters: the path of each parameter, and of each slice that one layer of a loop has.
       repeated: of what steps of a loop repeat, which tensor it is: the same in all of them.
+      carried: what such loops start from.
     """
 
     def __init__(self, recorder: Recorder):
@@ -129,6 +130,7 @@ class Flattener:
         self.made_of: dict[int, frozenset[int]] = {}
         self.parameters: dict[int, tuple[str, ...]] = {}
         self.repeated: dict[int, tuple[int, ...]] = {}
+        self.carried: set[int] = set()
         self._unnumbered: dict[int, tuple[str, ...]] = {}
         self._zeros: set[int] = set()
         self._remats = 0
@@ -226,6 +228,7 @@ class Flattener:
 
     def leaves_out(self, at: _Equation) -> bool:
         """Whether an operation is to stay float, by its module's path, with numbers or without."""
+        self.recorder.modules += [at.path] if at.where.loops else []
         return any(excluded(p, self.recorder.exclude) for p in (at.path, at.where.scope.path))
 
     def next_remat(self, eqn: core.JaxprEqn) -> Remat:
@@ -312,6 +315,8 @@ def _scan(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     ]
     layered = bool(products_inside(at.eqn, of_slices, at.where.scope, flat.recorder))
     fixed, carry = at.inputs[: loop.constants], at.inputs[loop.constants : loop.read_whole]
+    if not layered:
+        flat.carried.update(v for v in carry if isinstance(v, int))
     path = common_path(p.outermost for p in products)
     results: dict[int, Sequence[Operand]] = {}
     for number, place in enumerate(loop.order):

@@ -297,6 +297,8 @@ def _one_each_channel(
         producer = draft.producers.get(v) if isinstance(v, int) else None
         if producer is None or producer.primitive not in _SPREADS or len(producer.inputs) != 1:
             break
+        if v in draft.graph.parameters:  # the slice that is a layer's own
+            break
         nodes.append(producer)
         v = producer.inputs[0]
     return found

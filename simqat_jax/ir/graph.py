@@ -380,6 +380,7 @@ class Graph:
       unquantizable: the products that cannot be quantized.
       exact: the tensors that are read as they are, and lie on no grid.
       repeated: of what the steps of a loop make again, which tensor it is: the same in every step.
+      carried: what such loops start from.
     """
 
     nodes: tuple[Node, ...]
@@ -394,6 +395,7 @@ class Graph:
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
     repeated: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    carried: frozenset[int] = frozenset()
 
     @property
     def batch(self) -> int | None:

@@ -26,6 +26,8 @@ def demand(graph: Graph, steps: Sequence[Step]) -> Marks:
     while known < len(marks.needed) + len(marks.wanted):
         known = len(marks.needed) + len(marks.wanted)
         _walk_backwards(graph, steps, marks)
+        # A cell that starts on a grid is on grids from there on, as one that starts from zero is.
+        marks.needed.update(graph.carried & graph.data & marks.wanted - graph.exact)
         for marked in marks:
             keys = {graph.repeated[v] for v in marked if v in graph.repeated}
             same = {v for v, key in graph.repeated.items() if key in keys}

@@ -280,7 +280,7 @@ class Looped(nn.Module):
     @nn.compact
     def __call__(self, x):
         def body(module, x):
-            return nn.Dense(4, name="inner")(x)
+            return nn.Dense(5, name="inner")(x)
 
         x = body(self, x)
         return nn.Dense(3)(nn.while_loop(lambda _, x: x.sum() > 1e9, body, self, x))

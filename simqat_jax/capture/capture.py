@@ -15,7 +15,7 @@ from jax.extend import core
 
 from simqat_jax.capture.compound import find_compound
 from simqat_jax.capture.exact import keep_exact
-from simqat_jax.capture.flatten import Flattener
+from simqat_jax.capture.flatten import Flattener, Where
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
 from simqat_jax.capture.passes import dependent, name_random, prune, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
@@ -313,11 +313,14 @@ def _graph(
     """Turn a traced call into a graph, as it was traced."""
     flattener = Flattener(recorder)
     inputs = tuple(flattener.new(shape_of(v)) for v in closed.jaxpr.invars)
-    scope = Scope(call.start, None)
-    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, scope)
     paths = [path for path, _ in jax.tree.leaves_with_path(call.variables)]
     fixed = len(paths)
     keys = len(inputs) - fixed - len(arguments.names)
+    flattener.fed.update(inputs[fixed : fixed + len(arguments.names)])
+    for v, path in _parameters(zip(inputs, paths, strict=False)).items():
+        flattener.parameter(v, path)
+    where = Where(Scope(call.start, None))
+    outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, where)
     return Graph(
         nodes=tuple(flattener.nodes),
         inputs=inputs,
@@ -327,8 +330,10 @@ def _graph(
         avals=flattener.avals,
         data=dependent(flattener.nodes, inputs[fixed:]),
         arguments=inputs[fixed : fixed + len(arguments.names)],
-        parameters=_parameters(zip(inputs, paths, strict=False)),
+        parameters=flattener.parameters,
         unquantizable=(),
+        repeated=flattener.repeated,
+        carried=frozenset(flattener.carried),
     )
 
 

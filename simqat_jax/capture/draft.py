@@ -22,6 +22,7 @@ class Draft:
     Attributes:
       graph: as it was.
       avals: shape and dtype of every tensor, the new ones included.
+      repeated: which tensor each of what steps of a loop repeat is, the new ones included.
       producers: the node that makes each tensor of the graph.
       instead: what comes in the place of a node; of others, themselves.
       readers: the nodes of the graph that read each tensor.
@@ -30,6 +31,7 @@ class Draft:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.avals = dict(graph.avals)
+        self.repeated = dict(graph.repeated)
         self.producers: Mapping[int, Node] = {v: n for n in graph.nodes for v in n.outputs}
         self.instead: dict[Node, list[Node]] = {}
         self.readers = graph.readers()
@@ -39,7 +41,8 @@ class Draft:
         """Return the graph with its nodes replaced."""
         nodes = [n for node in self.graph.nodes for n in self.instead.get(node, [node])]
         data = dependent(nodes, self.graph.data.intersection(self.graph.inputs))
-        return dataclasses.replace(self.graph, nodes=tuple(nodes), avals=self.avals, data=data)
+        changes = {"nodes": tuple(nodes), "avals": self.avals, "repeated": self.repeated}
+        return dataclasses.replace(self.graph, data=data, **changes)
 
     def aval(self, v: Operand) -> jax.ShapeDtypeStruct:
         """Return shape and dtype of an operand."""
@@ -64,6 +67,8 @@ class Draft:
     ) -> Node:
         """Return a node of one equation that was not captured, where `node` is."""
         outputs = outputs or (self.new(shape_of(eqn.outvars[0])),)
+        if isinstance(source, int) and source in self.repeated:
+            self.repeated[outputs[0]] = (*self.repeated[source], -1)
         name = "convert" if eqn.primitive.name == "convert_element_type" else eqn.primitive.name
         whole = {"inputs": (source,), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
         return as_kind(Move, node, op=name, layer=None, parts=(), **whole)

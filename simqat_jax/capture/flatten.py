@@ -26,6 +26,24 @@ from simqat_jax.capture.interception import (
     Scope,
     excluded,
 )
+from simqat_jax.capture.unreachable import Origin, products_inside
+from simqat_jax.capture.unroll import (
+    MAX_STEPS,
+    Iteration,
+    Loop,
+    at_index,
+    broadcast,
+    common_path,
+    is_zero,
+    keeps_zeros,
+    known_integer,
+    numbered,
+    passed,
+    stacked,
+    steps_of,
+    vanishes,
+    zeros,
+)
 from simqat_jax.ir.graph import (
     Clamp,
     Constant,
@@ -47,24 +65,43 @@ _Run = Callable[..., Sequence[jax.Array | np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Equation:
-    """One equation, and where it stands.
+class Where:
+    """Where an operation stands.
 
     Attributes:
-      eqn: the equation.
-      inputs: its operands in the graph.
       scope: the call of a module's method that it belongs to.
       remat: the call of `nn.remat` that it is inside of.
+      loops: the steps of unrolled loops that it is inside of, outermost first.
+      position: its place in the model: that of the outermost call, of what stands in that, and so
+        on. It is the same in all steps of a loop that calls one layer again and again.
     """
+
+    scope: Scope
+    remat: Remat | None = None
+    loops: tuple[Iteration, ...] = ()
+    position: tuple[int, ...] = ()
+
+    def inside(self, *position: int) -> "Where":
+        """Return a place inside of this one."""
+        return dataclasses.replace(self, position=(*self.position, *position))
+
+    @property
+    def repeats(self) -> bool:
+        """Whether other steps of a loop do the same."""
+        return not all(loop.layered for loop in self.loops)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Equation:
+    """One equation, its operands in the graph, and where it stands."""
 
     eqn: core.JaxprEqn
     inputs: tuple[Operand, ...]
-    scope: Scope
-    remat: Remat | None
+    where: Where
 
     @property
     def path(self) -> tuple[str, ...]:
-        return self.scope.path
+        return numbered(self.where.scope.path, self.where.loops)
 
     @property
     def primitive(self) -> str:
@@ -78,12 +115,24 @@ class Flattener:
       recorder: what the interceptor noted down while the jaxpr was traced.
       nodes: so far, in the order of evaluation.
       avals: shape and dtype of every tensor so far.
+      fed: the tensors that depend on the model's arguments, so far.
+      made_of: the parameters that each tensor is made of.
+      parameters: the path of each parameter, and of each slice that one layer of a loop has.
+      repeated: of what steps of a loop repeat, which tensor it is: the same in all of them.
+      carried: what such loops start from.
     """
 
     def __init__(self, recorder: Recorder):
         self.recorder = recorder
         self.nodes: list[Node] = []
         self.avals: dict[int, jax.ShapeDtypeStruct] = {}
+        self.fed: set[int] = set()
+        self.made_of: dict[int, frozenset[int]] = {}
+        self.parameters: dict[int, tuple[str, ...]] = {}
+        self.repeated: dict[int, tuple[int, ...]] = {}
+        self.carried: set[int] = set()
+        self._unnumbered: dict[int, tuple[str, ...]] = {}
+        self._zeros: set[int] = set()
         self._remats = 0
 
     def new(self, aval: jax.ShapeDtypeStruct) -> int:
@@ -97,8 +146,7 @@ class Flattener:
         jaxpr: core.Jaxpr,
         consts: Sequence[ArrayLike],
         inputs: Sequence[Operand],
-        scope: Scope,
-        remat: Remat | None = None,
+        where: Where,
     ) -> tuple[Operand, ...]:
         """Append the nodes of `jaxpr` called on `inputs`; return its outputs."""
         env: dict[core.Var, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -107,9 +155,10 @@ class Flattener:
         def read(v: core.Var | core.Literal) -> Operand:
             return Constant(v.val) if isinstance(v, core.Literal) else env[v]
 
-        for eqn in jaxpr.eqns:
-            where = self.recorder.scope_of(eqn, scope)
-            outputs = self._apply_rules(_Equation(eqn, tuple(map(read, eqn.invars)), where, remat))
+        for number, eqn in enumerate(jaxpr.eqns):
+            scope = self.recorder.scope_of(eqn, where.scope)
+            at = dataclasses.replace(where.inside(number), scope=scope)
+            outputs = self._apply_rules(_Equation(eqn, tuple(map(read, eqn.invars)), at))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return tuple(map(read, jaxpr.outvars))
 
@@ -124,11 +173,63 @@ class Flattener:
             outputs=outputs,
             run=run,
             eqn=at.eqn,
-            remat=at.remat,
+            remat=at.where.remat,
             effects=bool(at.eqn.effects),
         )
         self.nodes.append(node)
+        self._follow(node, at)
         return outputs[: len(at.eqn.outvars)]
+
+    def _follow(self, node: Node, at: _Equation) -> None:
+        """Note down what the results of a node are made of."""
+        tensors = [v for v in node.inputs if isinstance(v, int)]
+        parameters = frozenset().union(*(self.made_of.get(v, ()) for v in tensors))
+        if parameters:
+            self.made_of.update(dict.fromkeys(node.outputs, parameters))
+        if not self.fed.isdisjoint(tensors):
+            self.fed.update(node.outputs)
+        if keeps_zeros(at.eqn) and all(map(self.is_zero, node.inputs)):
+            self._zeros.update(node.outputs)
+        if at.where.repeats:
+            places = (at.where.inside(n).position for n, _ in enumerate(node.outputs))
+            self.repeated.update(zip(node.outputs, places, strict=True))
+
+    def is_zero(self, v: Operand) -> bool:
+        """Whether an operand is known to be zero everywhere."""
+        return v in self._zeros if isinstance(v, int) else is_zero(v.value)
+
+    def origin(self, v: Operand) -> Origin:
+        """Return what an operand depends on."""
+        return Origin(v in self.fed, v in self.made_of) if isinstance(v, int) else Origin()
+
+    def parameter(self, v: int, path: tuple[str, ...], loops: Sequence[Iteration] = ()) -> None:
+        """Note down that a tensor is a parameter, or the slice of one that a layer has."""
+        self._unnumbered[v] = path
+        self.parameters[v] = numbered(path, loops)
+        self.made_of[v] = frozenset((v,))
+
+    def slice(self, v: Operand, index: int, where: Where) -> Operand:
+        """Return what a step of a loop reads of an operand."""
+        if isinstance(v, Constant):
+            return Constant(np.asarray(v.value)[index])
+        closed = at_index(self.avals[v].shape, self.avals[v].dtype, index)
+        (part,) = self.inline(closed.jaxpr, closed.consts, (v,), where)
+        made_of = self.made_of.get(v, frozenset())
+        if isinstance(part, int) and len(made_of) == 1 and where.loops[-1].layered:
+            (whole,) = made_of
+            self.parameter(part, self._unnumbered[whole], where.loops)
+        return part
+
+    def stack(self, parts: Sequence[Operand], aval: jax.ShapeDtypeStruct, where: Where) -> Operand:
+        """Return what all steps of a loop returned, in one."""
+        closed = stacked(aval, len(parts))
+        (whole,) = self.inline(closed.jaxpr, closed.consts, parts, where)
+        return whole
+
+    def leaves_out(self, at: _Equation) -> bool:
+        """Whether an operation is to stay float, by its module's path, with numbers or without."""
+        self.recorder.modules += [at.path] if at.where.loops else []
+        return any(excluded(p, self.recorder.exclude) for p in (at.path, at.where.scope.path))
 
     def next_remat(self, eqn: core.JaxprEqn) -> Remat:
         """Return the next call of `nn.remat`."""
@@ -152,10 +253,12 @@ def _layer(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     if mark is None:
         return None
     call = flat.recorder.calls[flat.recorder.place(mark)]
-    at = dataclasses.replace(at, scope=Scope(call.layer.path, None))
+    scope = Scope(call.layer.path, None)
+    at = dataclasses.replace(at, where=dataclasses.replace(at.where, scope=scope))
     if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:  # vmap or grad
         return flat.emit(at, Float, call.op, bound(at.eqn))
-    return flat.emit(at, call.make, call.op, _inlined(at.eqn))
+    make = functools.partial(call.make, layer=dataclasses.replace(call.layer, path=at.path))
+    return flat.emit(at, make, call.op, _inlined(at.eqn))
 
 
 def _remat(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
@@ -163,14 +266,77 @@ def _remat(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     if at.primitive not in _REMAT:
         return None
     remat = flat.next_remat(at.eqn)
-    return flat.inline(at.eqn.params["jaxpr"], (), at.inputs, at.scope, at.remat or remat)
+    where = dataclasses.replace(at.where, remat=at.where.remat or remat)
+    return flat.inline(at.eqn.params["jaxpr"], (), at.inputs, where)
 
 
 def _folded_constant(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
-    """A conversion of a constant is a constant."""
-    if at.primitive != "convert_element_type" or not isinstance(at.inputs[0], Constant):
+    """A conversion of a constant is a constant, as are counters of unrolled loops."""
+    if at.primitive == "convert_element_type" and isinstance(at.inputs[0], Constant):
+        return (Constant(np.asarray(at.inputs[0].value, at.eqn.params["new_dtype"])),)
+    integer = known_integer(at.eqn, at.inputs) if at.where.loops else None
+    return None if integer is None else (integer,)
+
+
+def _zero(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
+    """What the first step of a loop multiplies by zero, or adds zero to, is not computed."""
+    if not at.where.loops:
         return None
-    return (Constant(np.asarray(at.inputs[0].value, at.eqn.params["new_dtype"])),)
+    carried = zip(at.inputs, at.eqn.invars, strict=True)
+    zero = [flat.is_zero(v) and not isinstance(read, core.Literal) for v, read in carried]
+    if vanishes(at.eqn, zero):
+        closed = zeros(shape_of(at.eqn.outvars[0]))
+        return flat.inline(closed.jaxpr, closed.consts, (), at.where)
+    position = passed(at.eqn, zero)
+    if position is None:
+        return None
+    result, before, after = (
+        at.inputs[position],
+        *map(shape_of, (at.eqn.invars[position], at.eqn.outvars[0])),
+    )
+    if before.shape != after.shape:
+        closed = broadcast(before, after.shape)
+        return flat.inline(closed.jaxpr, closed.consts, (result,), at.where)
+    if isinstance(result, int) and result in flat.repeated and at.where.loops[-1].number == 0:
+        flat.repeated[result] = at.where.inside(0).position
+    return (result,)
+
+
+def _scan(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
+    """A loop of known length that holds products is unrolled, if it is not too long."""
+    if at.primitive != "scan" or not 0 < steps_of(at.eqn) <= MAX_STEPS:
+        return None
+    origins, loop = list(map(flat.origin, at.inputs)), Loop(at.eqn)
+    products = products_inside(at.eqn, origins, at.where.scope, flat.recorder)
+    if not products:
+        return None
+    of_slices = [
+        Origin(o.arguments, o.parameters and n >= loop.read_whole) for n, o in enumerate(origins)
+    ]
+    layered = bool(products_inside(at.eqn, of_slices, at.where.scope, flat.recorder))
+    fixed, carry = at.inputs[: loop.constants], at.inputs[loop.constants : loop.read_whole]
+    if not layered:
+        flat.carried.update(v for v in carry if isinstance(v, int))
+    path = common_path(p.outermost for p in products)
+    results: dict[int, Sequence[Operand]] = {}
+    for number, place in enumerate(loop.order):
+        step = Iteration(path, number, layered)
+        where = dataclasses.replace(at.where, loops=(*at.where.loops, step))
+        where = where.inside(number if layered else 0)
+        flat.recorder.modules.append(numbered(path, where.loops))
+        slices = [
+            flat.slice(v, place, where.inside(-1, n))
+            for n, v in enumerate(at.inputs[loop.read_whole :])
+        ]
+        outputs = flat.inline(
+            loop.closed.jaxpr, loop.closed.consts, (*fixed, *carry, *slices), where
+        )
+        carry, results[place] = outputs[: loop.carries], outputs[loop.carries :]
+    stacks = [
+        flat.stack([results[k][n] for k in range(loop.length)], aval, at.where.inside(-2, n))
+        for n, aval in enumerate(map(shape_of, loop.closed.jaxpr.outvars[loop.carries :]))
+    ]
+    return (*carry, *stacks)
 
 
 def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
@@ -179,14 +345,14 @@ def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
         return None
     params = at.eqn.params
     closed = params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
-    return flat.inline(closed.jaxpr, closed.consts, at.inputs, at.scope, at.remat)
+    return flat.inline(closed.jaxpr, closed.consts, at.inputs, at.where)
 
 
 def _contraction(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     """A convolution or matrix product, of whatever it is."""
-    if at.primitive not in CONTRACTIONS or excluded(at.path, flat.recorder.exclude):
+    if at.primitive not in CONTRACTIONS or flat.leaves_out(at):
         return None
-    make = functools.partial(Contraction, module=at.scope.module)
+    make = functools.partial(Contraction, module=at.where.scope.module)
     return flat.emit(at, make, display_name(at.eqn, None), bound(at.eqn))
 
 
@@ -194,7 +360,7 @@ def _operation(flat: Flattener, at: _Equation) -> Sequence[Operand]:
     """All else is one node, of a class of its own."""
     bounds = clamp_bounds(at.eqn, at.inputs)
     make = kind = classify(at.eqn, at.inputs)
-    left_out = kind not in (Move, Clamp) and excluded(at.path, flat.recorder.exclude)
+    left_out = kind not in (Move, Clamp) and flat.leaves_out(at)
     if left_out or is_float_function(at.eqn):
         make = Float
     elif bounds:
@@ -206,6 +372,8 @@ RULES: tuple[Rule, ...] = (
     _layer,
     _remat,
     _folded_constant,
+    _zero,
+    _scan,
     _inlined_call,
     _contraction,
     _operation,

@@ -125,11 +125,17 @@ class Recorder:
     _states: list[object] = dataclasses.field(default_factory=list)
     _inside_layer: bool = False
 
+    def scopes_of(self, eqn: core.JaxprEqn) -> list[Scope]:
+        """Return the method calls that an equation's name stack names, outermost first.
+
+        Those of the call that the equation stands in are not among them.
+        """
+        parts = str(eqn.source_info.name_stack).split("/")
+        return [self.scopes[self.place(part)] for part in parts if part.startswith(PATH_MARK)]
+
     def scope_of(self, eqn: core.JaxprEqn, default: Scope) -> Scope:
         """Return the innermost method call that an equation's name stack names."""
-        parts = str(eqn.source_info.name_stack).split("/")
-        marks = [part for part in parts if part.startswith(PATH_MARK)]
-        return self.scopes[self.place(marks[-1])] if marks else default
+        return next(reversed(self.scopes_of(eqn)), default)
 
     def module_names(self) -> list[str]:
         """Return the names of the modules called, in order, each once."""

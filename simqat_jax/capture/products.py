@@ -297,6 +297,8 @@ def _one_each_channel(
         producer = draft.producers.get(v) if isinstance(v, int) else None
         if producer is None or producer.primitive not in _SPREADS or len(producer.inputs) != 1:
             break
+        if v in draft.graph.parameters:  # the slice that is a layer's own
+            break
         nodes.append(producer)
         v = producer.inputs[0]
     return found
@@ -350,7 +352,8 @@ def _parameters(graph: Graph) -> dict[int, frozenset[int]]:
     for node in graph.nodes:
         sources = [found[v] for v in node.inputs if isinstance(v, int) and v in found]
         if sources:
-            found.update(dict.fromkeys(node.outputs, frozenset().union(*sources)))
+            made_of = frozenset[int]().union(*sources)
+            found.update((v, made_of) for v in node.outputs if v not in graph.parameters)
     return found
 
 

@@ -8,17 +8,36 @@ from jax.extend import core
 from simqat_jax.capture.classify import CONTRACTIONS
 from simqat_jax.capture.interception import Recorder, Scope, excluded
 from simqat_jax.capture.passes import dependent
-from simqat_jax.ir.graph import Graph, Node, Unquantizable
+from simqat_jax.capture.unroll import MAX_STEPS, Loop, steps_of
+from simqat_jax.ir.graph import Graph, Unquantizable
 
 
-class _Origin(NamedTuple):
-    """What a value depends on."""
+class Origin(NamedTuple):
+    """What a value depends on.
+
+    Attributes:
+      arguments: on the model's arguments.
+      parameters: on its parameters.
+    """
 
     arguments: bool = False
     parameters: bool = False
 
-    def joined(self, other: "_Origin") -> "_Origin":
-        return _Origin(self.arguments or other.arguments, self.parameters or other.parameters)
+    def joined(self, other: "Origin") -> "Origin":
+        """Return what a value depends on that is made of two."""
+        return Origin(self.arguments or other.arguments, self.parameters or other.parameters)
+
+
+class Inside(NamedTuple):
+    """A product inside of a call.
+
+    Attributes:
+      path: of its module.
+      outermost: of the outermost module that the call calls for it.
+    """
+
+    path: tuple[str, ...]
+    outermost: tuple[str, ...]
 
 
 def unreachable_products(graph: Graph, recorder: Recorder) -> tuple[Unquantizable, ...]:
@@ -28,64 +47,105 @@ def unreachable_products(graph: Graph, recorder: Recorder) -> tuple[Unquantizabl
     found: dict[tuple[str, ...], Unquantizable] = {}
     for node in graph.nodes:
         if node.layer is None and list(core.jaxprs_in_params(node.eqn.params)):
-            origins = [_Origin(v in fed, v in trained) for v in node.inputs]
-            search = _Search(recorder, node)
-            search.call(node.eqn, origins, Scope(node.path, None))
-            found.update((u.path, u) for u in search.found)
+            origins = [Origin(v in fed, v in trained) for v in node.inputs]
+            inside = products_inside(node.eqn, origins, Scope(node.path, None), recorder)
+            found.update((p.path, Unquantizable(p.path, _reason(node.eqn))) for p in inside)
     return tuple(found.values())
 
 
+def _reason(eqn: core.JaxprEqn) -> str:
+    reason = f"it is called inside `{eqn.primitive.name}`"
+    if eqn.primitive.name == "scan" and steps_of(eqn) > MAX_STEPS:
+        return f"{reason} of {steps_of(eqn)} steps, and at most {MAX_STEPS} are unrolled"
+    return reason
+
+
+def products_inside(
+    eqn: core.JaxprEqn, inputs: Sequence[Origin], scope: Scope, recorder: Recorder
+) -> list[Inside]:
+    """Return the products of data and parameters inside of an equation.
+
+    Args:
+      eqn: the equation.
+      inputs: what each of its operands depends on.
+      scope: where it stands.
+      recorder: knows the scopes, and which products are left out.
+    """
+    search = _Search(recorder)
+    search.call(eqn, inputs, [scope])
+    return search.found
+
+
 class _Search:
-    """Looks for products inside of one node."""
+    """Looks for products inside of one equation, which stands in the first scope of each list."""
 
-    def __init__(self, recorder: Recorder, node: Node):
+    def __init__(self, recorder: Recorder):
         self.recorder = recorder
-        self.where = node.primitive
-        self.found: list[Unquantizable] = []
+        self.found: list[Inside] = []
 
-    def call(self, eqn: core.JaxprEqn, inputs: list[_Origin], scope: Scope) -> _Origin:
-        """Search what an equation calls; return the origin of all that it returns."""
-        whole = _joined(inputs)
-        for sub in core.jaxprs_in_params(eqn.params):
-            self.jaxpr(sub, _at_entry(eqn, sub, inputs), scope)
-        return whole
+    def call(
+        self, eqn: core.JaxprEqn, inputs: Sequence[Origin], scopes: Sequence[Scope]
+    ) -> Sequence[Origin]:
+        """Search what an equation calls; return the origins of what it returns."""
+        if eqn.primitive.name == "scan":
+            return self.scan(eqn, inputs, scopes)
+        results: list[Sequence[Origin]] = [
+            self.jaxpr(sub, _at_entry(eqn, sub, inputs), scopes)
+            for sub in core.jaxprs_in_params(eqn.params)
+        ]
+        if len(results) == 1 and len(results[0]) == len(eqn.outvars):
+            return results[0]
+        return [_joined(inputs)] * len(eqn.outvars)
 
-    def jaxpr(self, jaxpr: core.Jaxpr, inputs: Sequence[_Origin], scope: Scope) -> None:
+    def scan(
+        self, eqn: core.JaxprEqn, inputs: Sequence[Origin], scopes: Sequence[Scope]
+    ) -> Sequence[Origin]:
+        """Search a loop until what it carries depends on nothing more."""
+        loop, inputs = Loop(eqn), list(inputs)
+        while True:
+            outputs = self.jaxpr(loop.closed.jaxpr, inputs, scopes)
+            before = inputs[loop.constants : loop.read_whole]
+            carry = [a.joined(b) for a, b in zip(before, outputs, strict=False)]
+            if carry == before:
+                return outputs
+            inputs[loop.constants : loop.read_whole] = carry
+
+    def jaxpr(
+        self, jaxpr: core.Jaxpr, inputs: Sequence[Origin], scopes: Sequence[Scope]
+    ) -> Sequence[Origin]:
         origins = dict(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(v: core.Var | core.Literal) -> Origin:
+            return Origin() if isinstance(v, core.Literal) else origins.get(v, Origin())
+
         for eqn in jaxpr.eqns:
-            at = self.recorder.scope_of(eqn, scope)
-            operands = [
-                _Origin() if isinstance(v, core.Literal) else origins.get(v, _Origin())
-                for v in eqn.invars
-            ]
+            at = [*scopes, *self.recorder.scopes_of(eqn)]
+            operands = list(map(read, eqn.invars))
             if eqn.primitive.name in CONTRACTIONS:
                 self.contraction(operands, at)
-            result = self.call(eqn, operands, at)
-            origins.update(dict.fromkeys(eqn.outvars, result))
+            origins.update(zip(eqn.outvars, self.call(eqn, operands, at), strict=True))
+        return list(map(read, jaxpr.outvars))
 
-    def contraction(self, operands: Sequence[_Origin], scope: Scope) -> None:
+    def contraction(self, operands: Sequence[Origin], scopes: Sequence[Scope]) -> None:
         kernels = [o for o in operands if not o.arguments]
         if len(kernels) != 1 or not kernels[0].parameters:
             return
-        if not excluded(scope.path, self.recorder.exclude):
-            self.found.append(Unquantizable(scope.path, f"it is called inside `{self.where}`"))
+        path = scopes[-1].path
+        if not excluded(path, self.recorder.exclude):
+            self.found.append(Inside(path, scopes[:2][-1].path))
 
 
-def _joined(origins: Sequence[_Origin]) -> _Origin:
-    whole = _Origin()
+def _joined(origins: Sequence[Origin]) -> Origin:
+    whole = Origin()
     for origin in origins:
         whole = whole.joined(origin)
     return whole
 
 
-def _at_entry(eqn: core.JaxprEqn, sub: core.Jaxpr, inputs: list[_Origin]) -> list[_Origin]:
+def _at_entry(eqn: core.JaxprEqn, sub: core.Jaxpr, inputs: Sequence[Origin]) -> Sequence[Origin]:
     """Return the origins of what a called function takes; what a loop carries is all one."""
     whole, params = _joined(inputs), eqn.params
     match eqn.primitive.name:
-        case "scan":
-            start = params["num_consts"]
-            stop = start + params["num_carry"]
-            return [*inputs[:start], *[whole] * params["num_carry"], *inputs[stop:]]
         case "while":
             conditions, bodies = params["cond_nconsts"], params["body_nconsts"]
             consts = inputs[:conditions]

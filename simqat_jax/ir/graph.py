@@ -379,9 +379,12 @@ class Graph:
       avals: shape and dtype of every tensor.
       data: the tensors that depend on the arguments or on random keys.
       arguments: the inputs that are arguments of the call.
-      parameters: for each input that is a parameter its path in "params".
+      parameters: for each input that is a parameter its path in "params"; for the slice of one that
+        a layer of a loop has, with its number.
       unquantizable: the products that cannot be quantized.
       exact: the tensors that are read as they are, and lie on no grid.
+      repeated: of what the steps of a loop make again, which tensor it is: the same in every step.
+      carried: what such loops start from.
     """
 
     nodes: tuple[Node, ...]
@@ -395,6 +398,8 @@ class Graph:
     parameters: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
+    repeated: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    carried: frozenset[int] = frozenset()
 
     @property
     def batch(self) -> int | None:

@@ -1,7 +1,7 @@
 """The printed plan: what is quantized and how, what stays float and why."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -80,7 +80,7 @@ class Plan:
     """What is quantized and how, in order of evaluation; `print` it.
 
     Attributes:
-      rows: one per operation on the data.
+      rows: one per operation on the data; what all steps of a loop do in the same way, once.
       quantizers: every quantizer once, by name.
       floats: module path or operation and reason, of everything that stays float.
     """
@@ -90,8 +90,7 @@ class Plan:
         self._bn_fold = bn_fold
         self._stats = stats
         self.quantizers = {name: self._info(q) for name, q in placement.quantizers.items()}
-        readers = [step for step in placement.steps if step.node.data_inputs(placement.graph.data)]
-        self.rows = tuple(self._row(step) for step in readers)
+        self.rows = tuple(self._rows())
         self.floats = tuple(
             (row.path, row.note) for row in self.rows if row.note.startswith("float")
         )
@@ -114,6 +113,15 @@ class Plan:
             hi=float(hi) if seen else None,
             nonfinite=int(nonfinite),
         )
+
+    def _rows(self) -> Iterator[Row]:
+        graph, seen = self._placement.graph, set[Row]()
+        for step in self._placement.steps:
+            if step.node.data_inputs(graph.data):
+                row = self._row(step)
+                if step.output not in graph.repeated or row not in seen:
+                    yield row
+                seen.add(row)
 
     def _row(self, step: Step) -> Row:
         node, placement = step.node, self._placement

@@ -1,6 +1,7 @@
 """Decide what is quantized: one quantizer per tensor, at its producer."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
@@ -19,7 +20,6 @@ from simqat_jax.ir.graph import (
     Mul,
     N,
     Node,
-    Operand,
     Product,
 )
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
@@ -27,6 +27,7 @@ from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import Operation, Situation
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.batch_norm import mapped_axis
+from simqat_jax.training.demand import demand
 
 
 def group(graph: Graph) -> list[Step]:
@@ -59,6 +60,16 @@ def group(graph: Graph) -> list[Step]:
     return [steps[node] for node in graph.nodes if node in steps]
 
 
+def _last_steps(graph: Graph, steps: Sequence[Step]) -> dict[object, Step]:
+    """Return what makes each tensor that steps of a loop repeat the last time, in this order."""
+    last: dict[object, Step] = {}
+    for step in reversed(steps):
+        key = graph.repeated.get(step.output)
+        if key is not None and step.node.data_inputs(graph.data):
+            last.setdefault(key, step)
+    return dict(reversed(last.items()))
+
+
 class _Namer:
     """Gives each quantizer a name of its own."""
 
@@ -74,32 +85,30 @@ class _Namer:
 
 
 class _Planner:
-    """Places quantizers, in two walks through the steps.
-
-    Backwards: which tensors must lie on a grid (`needed`) and which lead to an output (`wanted`).
-    Forwards: which of them get a quantizer.
-    """
+    """Places quantizers: tells which of the tensors on which there is a demand get one."""
 
     def __init__(self, graph: Graph, config: SimQATConfig):
         self.graph = graph
         self.config = config
         self.steps = group(graph)
         self.namer = _Namer()
-        self.needed: set[int] = set()
-        self.wanted = graph.activations()
+        self.needed, self.wanted = demand(graph, self.steps)
         self.at: dict[int, Quantizer] = {}
         self.grids: dict[int, Quantizer] = {}
         self.weights: dict[Node, Quantizer] = {}
-        self.kernels: dict[tuple[Operand, int], Quantizer] = {}
+        self.kernels: dict[tuple[object, int], Quantizer] = {}
         self.constants: dict[Slot, Quantizer] = {}
         self.shared: dict[Quantizer, Quantizer] = {}
+        self.last = _last_steps(graph, self.steps)
+        self.names: dict[object, str] = {}
+        self.repeated: dict[object, Quantizer] = {}
         self.unquantizable = {"/".join(path): reason for path, reason in graph.unquantizable}
 
     def plan(self) -> Placement:
-        self.mark_demand()
         for v, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
             if name is not None and v in self.needed:
                 self.place(v, self.namer.unique(name))
+        self.name_repeated()
         visited = [self.visit(step) for step in self.steps]
         final = {old: self.finished(new) for old, new in zip(self.steps, visited, strict=True)}
         constants = {
@@ -118,24 +127,13 @@ class _Planner:
             axis_name=mapped_axis(self.graph),
         )
 
-    # Backwards -------------------------------------------------------------------------------
+    # Tensors ---------------------------------------------------------------------------------
 
     def floating(self, v: int) -> bool:
         return bool(jnp.issubdtype(self.graph.avals[v].dtype, jnp.floating))
 
     def data(self, step: Step) -> tuple[int, ...]:
         return step.node.data_inputs(self.graph.data)
-
-    def mark_demand(self) -> None:
-        for step in reversed(self.steps):
-            outs = {step.output, *step.node.outputs}
-            needed = not outs.isdisjoint(self.needed)
-            wanted = needed or not outs.isdisjoint(self.wanted)
-            operation = operation_of(step.node)
-            tensors = step.node.tensors(self.graph.data)
-            demand = operation.demand(tensors, needed=needed, wanted=wanted)
-            self.needed.update(set(demand.needed) - self.graph.exact)
-            self.wanted.update(demand.wanted)
 
     # Forwards --------------------------------------------------------------------------------
 
@@ -153,11 +151,7 @@ class _Planner:
             self.place_constants(step)
         for v in (step.output, *node.outputs[1:]):
             if (quantized and v == step.output) or (v in self.needed and self.floating(v)):
-                last = step.nodes[-1]
-                nonnegative = isinstance(last, Softmax) or (
-                    isinstance(last, Clamp) and last.bounds[0] >= 0
-                )
-                self.place(v, self.output_name(step), nonnegative and v == step.output)
+                self.place_output(step, v)
         return dataclasses.replace(step, quantized=quantized)
 
     def finished(self, step: Step) -> Step:
@@ -220,6 +214,31 @@ class _Planner:
     def place(self, v: int, name: str, nonnegative: bool = False) -> None:
         self.at[v] = self.grids[v] = self.quantizer(name, v, nonnegative)
 
+    def name_repeated(self) -> None:
+        """Name what steps of a loop share, as it stands in the last one.
+
+        The first one leaves out what is zero there, unless the caller tells what it starts from.
+        """
+        for key, step in self.last.items():
+            if isinstance(step.node, Product):
+                self.place_kernel(step.node)
+            if not isinstance(step.node, Move) and self.floating(step.output):
+                self.names[key] = self.output_name(step)
+
+    def place_output(self, step: Step, v: int) -> None:
+        """Give a tensor that leaves a step a quantizer; steps of a loop share one."""
+        key = self.graph.repeated.get(v)
+        if key in self.repeated:
+            self.at[v] = self.grids[v] = self.repeated[key]
+            return
+        last = self.last.get(key, step)
+        clamp = last.nodes[-1] if v == step.output else None
+        clamped = isinstance(clamp, Clamp) and clamp.bounds[0] >= 0
+        nonnegative = clamped or isinstance(clamp, Softmax)
+        self.place(v, self.names.get(key) or self.output_name(last), nonnegative)
+        if key is not None:
+            self.repeated[key] = self.at[v]
+
     def output_name(self, step: Step) -> str:
         node = step.node
         if node.layer is not None:
@@ -228,7 +247,9 @@ class _Planner:
 
     def place_kernel(self, node: Product) -> None:
         """Place the kernel's quantizer; a kernel that is used again has it already."""
-        key = node.inputs[1], node.num_channels
+        kernel = node.inputs[1]
+        repeated = self.graph.repeated.get(kernel) if isinstance(kernel, int) else None
+        key = repeated or kernel, node.num_channels
         if key not in self.kernels:
             spec, name = self.config.weight, self.namer.unique(node.kernel_name)
             channels = node.num_channels if spec.per_channel else None

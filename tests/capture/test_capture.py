@@ -347,10 +347,12 @@ class Branched(nn.Module):
         return nn.cond(y.sum() > 0, *branches, self, y)
 
 
-class Recurrent(nn.Module):
+class Looped(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(2)(nn.RNN(nn.GRUCell(4, name="layer"))(x[None]))
+        step = lambda m, x: nn.Dense(6, name="layer")(x)  # noqa: E731
+        step(self, x)
+        return nn.Dense(2)(nn.while_loop(lambda m, x: x.sum() > 0, step, self, x))
 
 
 @pytest.mark.versions
@@ -358,7 +360,7 @@ class Recurrent(nn.Module):
     ("model", "inside"),
     [
         (Branched(), "cond"),
-        (Recurrent(), "scan"),
+        (Looped(), "while"),
     ],
 )
 def test_layers_inside_transformations(model, inside):

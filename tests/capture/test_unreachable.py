@@ -7,6 +7,8 @@ import pytest
 from jax import lax
 from models import initialized
 
+from simqat_jax.capture.unroll import MAX_STEPS
+
 X = jax.random.normal(jax.random.key(0), (4, 6))
 NORMAL = nn.initializers.lecun_normal()
 
@@ -30,16 +32,23 @@ class Net(nn.Module):
         return nn.Dense(2)(Inner(self.around, name="inner")(x))
 
 
-def scanned(f, x, w):
-    return lax.scan(lambda c, _: (f(c, w), None), x, length=2)[0]
+LONG = MAX_STEPS + 1
+
+
+def scanned(f, x, w, length=LONG):
+    return lax.scan(lambda c, _: (f(c, w), None), x, length=length)[0]
 
 
 def over_kernels(f, x, w):
-    return lax.scan(lambda c, k: (f(c, k), None), x, jnp.stack([w, w]))[0]
+    return lax.scan(lambda c, k: (f(c, k), None), x, jnp.stack([w] * LONG))[0]
 
 
 def carried(f, x, w):
-    return lax.scan(lambda c, _: ((f(c[0], c[1]), c[1]), None), (x, w), length=2)[0][0]
+    return lax.scan(lambda c, _: ((f(c[0], c[1]), c[1]), None), (x, w), length=LONG)[0][0]
+
+
+def in_two_loops(f, x, w):
+    return lax.scan(lambda c, _: (scanned(f, c, w, length=2), None), x, length=LONG // 2 + 1)[0]
 
 
 def looped(f, x, w):
@@ -61,6 +70,8 @@ def with_a_gradient(f, x, w):
     [
         (scanned, "scan"),
         (over_kernels, "scan"),
+        (carried, "scan"),
+        (in_two_loops, "scan"),
         (looped, "while"),
         (branched, "cond"),
         (with_a_gradient, "custom_jvp_call"),

@@ -274,28 +274,26 @@ def test_float_parts_by_exclusion(x):
 # Wrong input -------------------------------------------------------------------------------------
 
 
-class Scanned(nn.Module):
-    """A Dense under nn.scan."""
+class Looped(nn.Module):
+    """A Dense in a loop whose length depends on the data."""
 
     @nn.compact
     def __call__(self, x):
-        class Body(nn.Module):
-            @nn.compact
-            def __call__(self, carry, _):
-                return nn.Dense(5)(carry), None
+        def body(module, x):
+            return nn.Dense(5, name="inner")(x)
 
-        body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        return nn.Dense(3)(body(name="body")(x, None)[0])
+        x = body(self, x)
+        return nn.Dense(3)(nn.while_loop(lambda _, x: x.sum() > 1e9, body, self, x))
 
 
 def test_layers_out_of_reach(x):
-    model, path = Scanned(), "body/Dense_0"
-    with pytest.raises(ValueError, match=rf"{path}.*scan[\s\S]*exclude=\('{path}',\)"):
+    model, path = Looped(), "inner"
+    with pytest.raises(ValueError, match=rf"{path}.*while[\s\S]*exclude=\('{path}',\)"):
         initialized(model, x)
     qmodel, variables = initialized(model, x, strict=False)
     _, variables = step(qmodel, variables, x)
     assert np.isfinite(qmodel.apply(variables, x)).all()
-    assert "scan" in str(qmodel.plan(variables, x))
+    assert "while" in str(qmodel.plan(variables, x))
     initialized(model, x, exclude=(path,))
 
 

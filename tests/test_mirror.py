@@ -12,6 +12,7 @@ ROOMS = sorted(
 STANDS_FOR_SEVERAL = {
     "targets/test_operations.py": ("targets/onnx/ops.py", "targets/tflite/ops.py"),
     "targets/test_primitives.py": ("targets/onnx/primitives.py", "targets/tflite/primitives.py"),
+    "targets/test_whole.py": ("targets/onnx/whole.py", "targets/tflite/whole.py"),
 }
 """One table of operations for all targets, which each of them must pass."""
 

@@ -312,9 +312,9 @@ def test_a_clamp_is_fused(function, fused):
 
 
 @pytest.mark.parametrize(
-    "function", [nn.softmax, nn.log_softmax, nn.standardize, lambda x: x - x.var()]
+    "function", [nn.log_softmax, lambda x: x - x.var(), lambda x: x / jnp.linalg.norm(x)]
 )
-def test_softmax_and_variance_stay_float(function):
+def test_logarithms_and_variances_stay_float(function):
     _, plan = rows(Model(lambda x: function(nn.Dense(6)(x))), X)
     assert plan.floats
     assert set(plan.quantizers) == {"input", "Dense_0/kernel", "Dense_0/output"}

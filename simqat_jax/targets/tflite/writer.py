@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.targets.refusals import each
@@ -62,6 +63,19 @@ class Writer(Subgraph):
             self.emit("DEQUANTIZE", [bytes_], target)
             self.wholes[i] = target
         return self.wholes[i]
+
+    def reshaped(self, real: int, shape: Sequence[int]) -> int:
+        """Return a tensor of real values in another shape."""
+        target = self.tensor(None, shape, np.float32)
+        self.emit("RESHAPE", [real], target, newShape=reshape_target(shape))
+        return target
+
+    def cast(self, x: int, shape: Sequence[int], target: DTypeLike) -> int:
+        """Return the values of a tensor in another type."""
+        y = self.tensor(None, shape, target)
+        types = {"inDataType": self.tensors[x].type, "outDataType": self.tensors[y].type}
+        self.emit("CAST", [x], y, **types)
+        return y
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""

@@ -1,0 +1,107 @@
+"""Softmax, products of two tensors and lookups are one node each, as models write them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import observed
+from zoo import Model
+
+import simqat_jax as sq
+
+X = jax.random.normal(jax.random.key(0), (4, 6, 8))
+IDS = jnp.array([[1, 2, 3, 0], [7, 7, 0, 0]])
+
+
+def rows(model, x):
+    qmodel = sq.SimQAT().apply(model)
+    variables = jax.eval_shape(lambda: qmodel.init(jax.random.key(0), x))
+    return qmodel.plan(variables, x).rows
+
+
+def attention(scores=lambda w: w, scale=lambda q, k: jnp.einsum("bqd,bkd->bqk", q, k)):
+    """Attention of one head, with scores of its own."""
+
+    def call(x):
+        q, k, v = (nn.Dense(8)(x) for _ in range(3))
+        weights = nn.softmax(scores(scale(q, k)))
+        return nn.Dense(2)(jnp.einsum("bqk,bkd->bqd", weights, v))
+
+    return Model(call)
+
+
+CAUSAL = jnp.tril(jnp.ones((6, 6), bool))[None]
+ATTENTION = {
+    "plain": attention(),
+    "query divided": attention(scale=lambda q, k: jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(8.0), k)),
+    "both scaled": attention(scale=lambda q, k: jnp.einsum("bqd,bkd->bqk", q * 0.5, 0.7 * k)),
+    "scores scaled": attention(scale=lambda q, k: (q @ k.swapaxes(1, 2)) * 8**-0.5),
+    "causal": attention(lambda w: jnp.where(CAUSAL, w, -1e9)),
+    "left out": attention(lambda w: jnp.where(~CAUSAL, jnp.finfo(w.dtype).min, w)),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_two_products_and_a_softmax(name):
+    found = [row.kind for row in rows(ATTENTION[name], X)]
+    assert [kind for kind in found if kind not in ("dense", "pass")].count("matmul") == 2
+    assert found.count("softmax") == 1
+    assert not {"mul", "elementwise", "float", "add"}.intersection(found)
+
+
+def exp_over_sum(x):
+    e = jnp.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [nn.softmax, exp_over_sum, lambda x: (e := jnp.exp(x)) / e.sum(-1, keepdims=True)],
+    ids=["nn.softmax", "by hand", "without a maximum"],
+)
+def test_a_softmax_is_one_node(function):
+    found = [row.kind for row in rows(Model(lambda x: function(nn.Dense(4)(x))), X)]
+    assert found[1:] == ["softmax"]
+
+
+@pytest.mark.parametrize("name", ["query divided", "causal", "left out"])
+def test_attention_keeps_its_function_and_its_codes(name):
+    config = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
+    model = ATTENTION[name]
+    qmodel, variables, _ = observed(model, X, config=config)
+    floats = model.apply({"params": variables["params"]}, X)
+    y = jax.jit(qmodel.apply)(variables, X)
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
+    integer = sq.convert(qmodel, variables, X)
+    np.testing.assert_array_equal(integer(X), y)
+    assert not integer.program.float_ops
+
+
+def test_a_mask_of_nothing_is_a_mean():
+    """As in float: all numbers are the lowest one."""
+    mask = jnp.zeros((1, 6, 6), bool)
+    model = attention(lambda w: jnp.where(mask, w, -1e9))
+    config = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
+    qmodel, variables, _ = observed(model, X, config=config)
+    y, floats = qmodel.apply(variables, X), model.apply({"params": variables["params"]}, X)
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
+
+
+class Tied(nn.Module):
+    """A table that is looked up in, and multiplied with."""
+
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(9, 8)
+        return table.attend(nn.Dense(8)(table(ids)))
+
+
+def test_a_lookup_has_codes_from_ids():
+    qmodel, variables, _ = observed(Tied(), IDS)
+    assert [row.kind for row in rows(Tied(), IDS)].count("lookup") == 1
+    y = jax.jit(qmodel.apply)(variables, IDS)
+    integer = sq.convert(qmodel, variables, IDS)
+    np.testing.assert_array_equal(integer(IDS), y)
+    gradient = jax.grad(lambda p: qmodel.apply({**variables, "params": p}, IDS).sum())
+    assert jnp.any(gradient(variables["params"])["Embed_0"]["embedding"][7])

@@ -59,7 +59,7 @@ NO_NORMS = {
     "not centered": lambda x: x / jnp.sqrt(var(x) + 1e-5),
     "of less": lambda x: (x - mean(x)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-5),
     "over the batch": lambda x: (x - mean(x, 0)) / jnp.sqrt(var(x, 0) + 1e-5),
-    "seen": lambda x: ((x - mean(x)) / jnp.sqrt(var(x) + 1e-5)) + var(x),
+    "seen": lambda x: (x - mean(x)) / jnp.sqrt((v := var(x)) + 1e-5) + v,
     "means of two": lambda x: (x - mean(x, 1)) / jnp.sqrt(var(x) + 1e-5),
 }
 

@@ -312,7 +312,7 @@ class Primitive(Op):
         return cls(kind=kind, path=path, inputs=inputs, outputs=outputs, params=params)
 
     @property
-    def rounds(self) -> bool:
+    def computes_reals(self) -> bool:
         return not replay.moves(self.name)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:

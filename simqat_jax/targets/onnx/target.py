@@ -24,7 +24,8 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
 
     Every quantized operation stands between DequantizeLinear and QuantizeLinear, which ONNX Runtime
     fuses to its integer operators; what only moves codes works on uint8. Signed codes are written
-    as uint8 with 128 added. Float parts are float operators. The batch size is free where the model's is.
+    as uint8 with 128 added. Float parts are float operators. The batch size is free where the
+    model's is.
 
     Args:
       model: from `convert(..., backend="onnx")`.

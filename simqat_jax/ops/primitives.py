@@ -226,7 +226,7 @@ def _precision(eqn: core.JaxprEqn) -> tuple[str, ...] | None:
     precision = eqn.params["precision"]
     if precision is not None and not all(isinstance(p, lax.Precision) for p in precision):
         raise UnknownPrimitive(f"{eqn.primitive.name} with an algorithm of its own")
-    return None if precision is None else tuple(p.name for p in precision)
+    return None if precision is None else tuple(p.name.lower() for p in precision)
 
 
 def _dot_params(eqn: core.JaxprEqn, dims: Dims) -> Params:

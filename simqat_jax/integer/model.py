@@ -197,8 +197,8 @@ class IntegerModel:
     def load(cls, path: str | os.PathLike) -> "IntegerModel":
         """Read a model that `save` wrote.
 
-        The file may hold code, which computes operations in float: load files from those whom you
-        trust.
+        The file may hold code, which computes float operations that are no primitives: load files
+        from those whom you trust.
 
         Raises:
           TypeError: `path` is none.

@@ -1,4 +1,4 @@
-"""What stands in the way of a model: all at once, by kind, with a remedy for where it stands."""
+"""What cannot be held: all at once, by kind, with a remedy for where it stands."""
 
 import dataclasses
 import re
@@ -68,8 +68,13 @@ class _Kind:
     remedy: str
 
 
-def raise_all(refused: Sequence[RefusedError], file: str) -> None:
-    """Raise ValueError for refusals, one line a kind; the only one there is by itself."""
+def raise_all(refused: Sequence[RefusedError], form: str) -> None:
+    """Raise ValueError for refusals, one line a kind; the only one there is by itself.
+
+    Args:
+      refused: what is refused.
+      form: what it has none in: "ONNX".
+    """
     if not refused:
         return
     if len(refused) == 1:
@@ -78,7 +83,7 @@ def raise_all(refused: Sequence[RefusedError], file: str) -> None:
     groups: dict[str, list[str]] = defaultdict(list)
     for kind, paths in kinds.items():
         groups[kind.remedy].append(f"  {kind.what} {len(paths)}x, {kind.problem}: {_listed(paths)}")
-    lines = [f"{len(refused)} operations have no exact form in {file}."]
+    lines = [f"{len(refused)} operations have no exact form in {form}."]
     room = _MOST_KINDS
     for remedy, of_remedy in groups.items():
         if room > 0:

@@ -77,8 +77,8 @@ class Op:
         return sum(a.nbytes for a in self.arrays.values())
 
     @property
-    def rounds(self) -> bool:
-        """Whether it computes with real values as such, where it reads any."""
+    def computes_reals(self) -> bool:
+        """Whether it computes with real values, where it reads any; moving them is none."""
         return False
 
     def rounds_as(self, rounding: Rounding) -> bool:
@@ -171,7 +171,7 @@ class Program:
         def is_real(i: int) -> bool:
             return bool(jnp.issubdtype(jnp.dtype(self.tensors[i].dtype), jnp.floating))
 
-        return tuple(op for op in self.ops if op.rounds and any(map(is_real, op.inputs)))
+        return tuple(op for op in self.ops if op.computes_reals and any(map(is_real, op.inputs)))
 
     def output_names(self) -> tuple[str, ...]:
         """Return a name for each output, as the model returns it: the keys of a dictionary.

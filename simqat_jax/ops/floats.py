@@ -37,7 +37,7 @@ class FloatOp(Op):
     function: Function
 
     @property
-    def rounds(self) -> bool:
+    def computes_reals(self) -> bool:
         return True
 
     @property
@@ -56,7 +56,7 @@ class MoveOp(FloatOp):
     kinds = ("move",)
 
     @property
-    def rounds(self) -> bool:
+    def computes_reals(self) -> bool:
         return False
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:

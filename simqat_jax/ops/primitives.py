@@ -6,7 +6,7 @@ tensors of the program: real values, codes, which are dequantized, integers and 
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from simqat_jax.ir import replay
 from simqat_jax.ir.graph import shape_of
 from simqat_jax.ir.program import Context, Op, Shape, Tensor
 
+T = TypeVar("T")
 _PREFIX = "lax."
 Dims = Callable[[Sequence[int]], Shape]
 """Writes lengths so that -k stands for k times the batch size."""
@@ -49,6 +50,18 @@ _FUNCTIONS: dict[str, Callable[..., jax.Array]] = {
     },
     **{name: getattr(lax, f"bitwise_{name}") for name in ("and", "or", "xor", "not")},
 }
+
+
+def by_squares(x: T, y: int, multiply: Callable[[T, T], T]) -> T:
+    """Return `x` to the power of a whole number above 0, of products in JAX's order."""
+    result, square = None, x
+    while y:
+        if y & 1:
+            result = square if result is None else multiply(result, square)
+        y >>= 1
+        square = multiply(square, square) if y else square
+    assert result is not None
+    return result
 
 
 def _round(c: Context, x: jax.Array, *, method: str) -> jax.Array:
@@ -226,7 +239,7 @@ def _precision(eqn: core.JaxprEqn) -> tuple[str, ...] | None:
     precision = eqn.params["precision"]
     if precision is not None and not all(isinstance(p, lax.Precision) for p in precision):
         raise UnknownPrimitive(f"{eqn.primitive.name} with an algorithm of its own")
-    return None if precision is None else tuple(p.name for p in precision)
+    return None if precision is None else tuple(p.name.lower() for p in precision)
 
 
 def _dot_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
@@ -312,7 +325,7 @@ class Primitive(Op):
         return cls(kind=kind, path=path, inputs=inputs, outputs=outputs, params=params)
 
     @property
-    def rounds(self) -> bool:
+    def computes_reals(self) -> bool:
         return not replay.moves(self.name)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:

@@ -31,7 +31,7 @@ def refuse(op: Op, problem: str, remedy: str) -> NoReturn:
 
 
 def refuse_float(program: Program, op: Op) -> NoReturn:
-    """Raise RefusedError for what has no form in integers, with a remedy for where it stands."""
+    """Raise RefusedError for what no file holds, with a remedy for where it stands."""
     where = place(program, op)
     what = "moves codes" if isinstance(op, MoveOp) else "computed in float"
     why = op.why if isinstance(op, FloatOp) else op.kind
@@ -45,7 +45,7 @@ def refuse_primitive(program: Program, op: Op, problem: str) -> NoReturn:
 
 def check_types(program: Program, op: Primitive) -> None:
     """Raise RefusedError for a primitive on numbers of a type that no file computes with."""
-    known = _COMPUTED if op.rounds else _HELD
+    known = _COMPUTED if op.computes_reals else _HELD
     for i in (*op.inputs, *op.outputs):
         dtype = program.tensors[i].dtype
         if dtype not in known:

@@ -83,6 +83,8 @@ def _dot_general(at: At, a: str, b: str) -> str:
 def _conv(at: At, x: str, kernel: str) -> str:
     given, (data, weights, result) = at.params, at.params["layout"]
     padding = given["padding"]
+    if at.output.dtype != "float32":
+        at.refuse("it convolves integers")
     if any(d != 1 for d in given["input_dilation"]) or any(v < 0 for p in padding for v in p):
         at.refuse("it dilates or cuts its input")
     constant = at.inputs[1].value

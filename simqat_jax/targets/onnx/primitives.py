@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from simqat_jax.ir.program import Program
-from simqat_jax.ops.primitives import Primitive
+from simqat_jax.ops.primitives import Primitive, by_squares
 from simqat_jax.targets.onnx import along_axes
 from simqat_jax.targets.onnx.at import At, real_values
 from simqat_jax.targets.onnx.writer import Writer
@@ -102,18 +102,11 @@ def _square(at: At, x: str) -> str:
 
 
 def _integer_pow(at: At, x: str) -> str:
-    """Multiply as JAX does: by squares of squares."""
-    y, result, square = abs(at.params["y"]), "", x
+    y = at.params["y"]
     if not y:
         return at.node("Pow", x, at.number(0, at.inputs[0].dtype))
-    while y:
-        if y & 1:
-            result = at.node("Mul", result, square) if result else square
-        y >>= 1
-        square = at.node("Mul", square, square) if y else square
-    if at.params["y"] > 0:
-        return result
-    return at.node("Neg", at.node("Div", at.number(-1), result))
+    power = by_squares(x, abs(y), lambda a, b: at.node("Mul", a, b))
+    return power if y > 0 else at.node("Neg", at.node("Div", at.number(-1), power))
 
 
 def _round(at: At, x: str) -> str:

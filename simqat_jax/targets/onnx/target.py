@@ -24,12 +24,14 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
 
     Every quantized operation stands between DequantizeLinear and QuantizeLinear, which ONNX Runtime
     fuses to its integer operators; what only moves codes works on uint8. Signed codes are written
-    as uint8 with 128 added. The batch size is free where the model's is.
+    as uint8 with 128 added. Float parts are float operators. The batch size is free where the
+    model's is.
 
     Args:
       model: from `convert(..., backend="onnx")`.
       path: of the file, which appears only once it is whole.
-      integer_io: inputs and outputs are uint8 codes; otherwise float32 in real units.
+      integer_io: inputs and outputs are uint8 codes; otherwise float32 in real units. Those on no
+        grid have the model's own type: token ids, masks, probabilities.
 
     Raises:
       TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.

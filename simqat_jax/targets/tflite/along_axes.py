@@ -125,6 +125,8 @@ def _conv(at: At, x: Plain, _: Plain) -> Plain:
         at.refuse("TFLite convolves over one or two axes, and dilates no input")
     if any(v < 0 for p in padding for v in p):
         at.refuse("it cuts its input")
+    if at.output().dtype != "float32":
+        at.refuse("it convolves integers")
     x = at.transposed(x, (data[0], *data[2:], data[1]))
     if any(v for p in padding for v in p):
         ends = ((0, 0), *padding, (0, 0))

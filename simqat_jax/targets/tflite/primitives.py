@@ -7,7 +7,7 @@ and sums along axes are not.
 from collections.abc import Callable, Mapping, Sequence
 
 from simqat_jax.ir.program import Program, Shape
-from simqat_jax.ops.primitives import Primitive
+from simqat_jax.ops.primitives import Primitive, by_squares
 from simqat_jax.targets.refusals import check_types, refuse, refuse_primitive
 from simqat_jax.targets.tflite import along_axes
 from simqat_jax.targets.tflite.at import At
@@ -98,17 +98,11 @@ def _clamp(at: At, lo: Plain, x: Plain, hi: Plain) -> Plain:
 
 
 def _integer_pow(at: At, x: Plain) -> Plain:
-    """Multiply as JAX does: by squares of squares."""
-    y, result, square = abs(at.params["y"]), None, x
+    y = at.params["y"]
     if not y:
         return at.make("POW", x, at.number(0, x.dtype))
-    while y:
-        if y & 1:
-            result = square if result is None else at.make("MUL", result, square)
-        y >>= 1
-        square = at.make("MUL", square, square) if y else square
-    assert result is not None
-    return result if at.params["y"] > 0 else at.make("DIV", at.number(1), result)
+    power = by_squares(x, abs(y), lambda a, b: at.make("MUL", a, b))
+    return power if y > 0 else at.make("DIV", at.number(1), power)
 
 
 def _round(at: At, x: Plain) -> Plain:

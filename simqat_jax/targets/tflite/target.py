@@ -26,18 +26,20 @@ def export_tflite(
     """Write a model as a TFLite file that LiteRT runs on int8, for any batch size.
 
     LiteRT's default, the XNNPACK delegate, computes the codes of `model.run_codes` exactly, less
-    128 where they are uint8. Its other kernels round differently.
+    128 where they are uint8. Its other kernels round differently. Float parts are float operators.
 
     Args:
       model: what `convert(..., backend="tflite")` returned.
       path: the file, as a rule "*.tflite"; it appears only once it is whole.
-      integer_io: take and return int8 codes; by default float32 values.
+      integer_io: take and return int8 codes; by default float32 values. What is on no grid has the
+        model's own type: token ids, masks, probabilities.
 
     Raises:
       TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
       ImportError: the extra `export` is not installed.
-      ValueError: activations or weights of more than 8 bits, an operation in float or another that
-        TFLite does not compute exactly, with its path; additions that mirror another runtime.
+      ValueError: activations or weights of more than 8 bits, an operation that TFLite does not
+        compute exactly, a float part that it lacks, with its path; additions that mirror another
+        runtime.
       OSError: an unwritable path.
 
     Source:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+import simqat_jax as sq
 from public_models import MODELS
 from public_models.measures import Measured
 
@@ -18,6 +19,12 @@ from public_models.measures import Measured
 def parameters(measured: Measured) -> str:
     """Count them."""
     return f"{sum(leaf.size for leaf in jax.tree.leaves(measured.first['params'])):,}"
+
+
+def compared(found: sq.Verification) -> str:
+    """Tell how many codes of a file differ, and how many of its operations are float."""
+    floats = f", {len(found.float_parts)} in float" if found.float_parts else ""
+    return f"{found.differing} of {found.codes:,}{floats}"
 
 
 COLUMNS: dict[str, Callable[[Measured], str]] = {
@@ -28,6 +35,8 @@ COLUMNS: dict[str, Callable[[Measured], str]] = {
     "kernels without gradient": lambda m: str(len(m.without_gradient())),
     "error of state": lambda m: f"{m.state_error():.3f}",
     "codes that differ": lambda m: str(m.differing_codes()),
+    "TFLite file": lambda m: compared(m.file("tflite")),
+    "ONNX file": lambda m: compared(m.file("onnx")),
     "refused": lambda m: "yes" if m.refusal() else "no",
 }
 

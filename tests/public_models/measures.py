@@ -1,9 +1,12 @@
 """What quantization makes of a model: share of multiply-adds, error, gradients, codes, state."""
 
 import dataclasses
+import dataclasses
 import functools
 import math
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,6 +23,7 @@ from simqat_jax.ir.program import Context, Program, at_batch
 
 STEPS = 30
 """Batches that a model trains on, without changing parameters, before it is measured."""
+EXPORTS = {"onnx": sq.export_onnx, "tflite": sq.export_tflite}
 LOOSE = sq.SimQATConfig(strict=False)
 """What cannot be quantized stays float, so that the rest can be measured."""
 
@@ -290,6 +294,16 @@ class Measured:
             int((np.abs(np.asarray(a) - np.asarray(b)) > tolerance).sum())
             for a, b, tolerance in zip(got, want, tolerances, strict=True)
         )
+
+    @functools.cache
+    def file(self, backend: str) -> sq.Verification:
+        """Write the model for a runtime, run the file, and compare it with the integer model."""
+        given = {"backend": backend, **self.public.evaluate}
+        model = sq.convert(self.qmodel, self.variables, *self.samples, **given)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"model.{backend}"
+            EXPORTS[backend](model, path)
+            return sq.verify(model, path, *self.samples)
 
     def state_error(self) -> float:
         """The largest relative error to the float model of the state that a module keeps."""

@@ -146,6 +146,7 @@ def test_one_quantizer_for_each_tensor(subject):
     assert names | {"step"} == set(variables["quant_stats"])
 
 
+@pytest.mark.nightly
 def test_evaluation_has_the_same_bits_with_and_without_jit(subject):
     compiled = subject.evaluated.output
     case, qmodel, trained = subject.case, subject.qmodel, subject.trained

@@ -69,7 +69,16 @@ def trained(model, x=None):
     return qmodel, variables, x
 
 
-@pytest.mark.parametrize("front", FRONT_ENDS)
+EACH_TIME = ("x/127.5-1", "(x-mean)/std", "learned")
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.nightly)
+        for name in FRONT_ENDS
+    ],
+)
 def test_a_float_front_end_has_one_result(front, tmp_path):
     """Pixels are whole numbers: half of them may lie on ties of the grid behind it."""
     qmodel, variables, x = trained(Behind(front))
@@ -166,6 +175,7 @@ def test_the_second_call_compiles_nothing(name, compilations):
         jax.tree.map(close, first, jitted)
 
 
+@pytest.mark.nightly
 def test_without_jit_it_is_the_same():
     qmodel, variables = everything()
     with jax.disable_jit():

@@ -189,6 +189,7 @@ def test_a_method_that_does_not_exist(x):
 # JAX's modes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_without_jit_and_with_strict_promotion(x):
     qmodel, variables = initialized(TwoLayers(), x)
     y, variables = step(qmodel, variables, x)

@@ -135,6 +135,7 @@ def test_dropout_masks_are_those_of_the_float_model():
             np.testing.assert_array_equal(a == 0, b == 0)
 
 
+@pytest.mark.nightly
 def test_checkpoint_and_shapes_over_the_whole():
     qmodel, variables, _ = observed(Blocks(lambda cls: cls), IMAGE, train=False)
 

@@ -13,8 +13,17 @@ import jax.numpy as jnp
 import simqat_jax as sq
 from experiments import data
 from experiments.errors import ExperimentError
-from experiments.models import LeNet5, MobileNetV2, ResNet18, ResNet20, ResNet50
-from experiments.optimization import Schedule
+from experiments.models import (
+    LeNet5,
+    MLPMixer,
+    MobileNetV2,
+    ResNet18,
+    ResNet20,
+    ResNet50,
+    RowLSTM,
+    VisionTransformer,
+)
+from experiments.optimization import Optimizer, Schedule
 
 Dtype = Literal["float32", "bfloat16"]
 BatchNormFold = Literal["none", "one_conv", "two_conv"]
@@ -50,9 +59,12 @@ class Experiment:
     """How the learning rate falls, see experiments.optimization."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate rises to `learning_rate`; none in fine-tuning."""
+    optimizer: Optimizer = "sgd"
+    """SGD with momentum, or AdamW, as transformers want it."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 0.0
-    """L2, on kernels alone."""
+    """L2 of SGD, decoupled of AdamW; on kernels alone."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in training."""
     dtype: Dtype = "float32"
@@ -81,6 +93,7 @@ class Experiment:
         for field in ("learning_rate", "finetune_learning_rate"):
             rate = self.learning_rate if getattr(self, field) is None else getattr(self, field)
             _require(self, field, math.isfinite(rate) and rate > 0, "a finite number above 0")
+        _require(self, "optimizer", self.optimizer in get_args(Optimizer), _one_of(Optimizer))
         _require(self, "schedule", self.schedule in get_args(Schedule), _one_of(Schedule))
         warm = self.warmup_epochs == 0 or 0 < self.warmup_epochs < self.epochs
         _require(self, "warmup_epochs", warm, f"0 or more and below --epochs {self.epochs}")
@@ -265,6 +278,67 @@ def resnet50_imagenet() -> Experiment:
     )
 
 
+def lstm_mnist_rows() -> Experiment:
+    """An LSTM that reads the rows of digits, on the full MNIST.
+
+    python -m experiments.train --config lstm_mnist_rows --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    return Experiment(
+        config="lstm_mnist_rows",
+        model=RowLSTM,
+        data="mnist",
+        batch_size=64,
+        epochs=5,
+        finetune_epochs=2,
+        learning_rate=2e-3,
+        finetune_learning_rate=2e-4,
+        optimizer="adamw",
+        schedule="cosine",
+        weight_decay=1e-4,
+    )
+
+
+def _patches(config: str, model: Callable[..., nn.Module]) -> Experiment:
+    return Experiment(
+        config=config,
+        model=model,
+        data="cifar10",
+        batch_size=64,
+        epochs=20,
+        finetune_epochs=2,
+        learning_rate=1e-3,
+        finetune_learning_rate=1e-4,
+        optimizer="adamw",
+        schedule="cosine",
+        warmup_epochs=2,
+        weight_decay=0.05,
+    )
+
+
+def vit_tiny_cifar10() -> Experiment:
+    """A small Vision Transformer on CIFAR-10: 64 patches of 4x4, 6 layers, 128 wide.
+
+    python -m experiments.train --config vit_tiny_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    model = functools.partial(VisionTransformer, patch=4, layers=6, width=128, heads=4)
+    return _patches("vit_tiny_cifar10", model)
+
+
+def mixer_cifar10() -> Experiment:
+    """A small MLP-Mixer on CIFAR-10: 64 patches of 4x4, 6 layers, 128 wide.
+
+    python -m experiments.train --config mixer_cifar10 --phases float qat_finetune
+
+    Expected: see the table in experiments/README.md.
+    """
+    sizes = {"patch": 4, "layers": 6, "width": 128, "across_patches": 64, "across_features": 512}
+    return _patches("mixer_cifar10", functools.partial(MLPMixer, **sizes))
+
+
 CONFIGS: dict[str, Callable[[], Experiment]] = {
     "lenet5_mnist": lenet5_mnist,
     "resnet20_cifar10": resnet20_cifar10,
@@ -273,6 +347,9 @@ CONFIGS: dict[str, Callable[[], Experiment]] = {
     "mobilenetv2_cifar10": mobilenetv2_cifar10,
     "mobilenetv2_strided_cifar10": mobilenetv2_strided_cifar10,
     "resnet50_imagenet": resnet50_imagenet,
+    "lstm_mnist_rows": lstm_mnist_rows,
+    "vit_tiny_cifar10": vit_tiny_cifar10,
+    "mixer_cifar10": mixer_cifar10,
 }
 
 

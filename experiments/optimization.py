@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 Schedule = Literal["constant", "cosine", "polynomial"]
+Optimizer = Literal["sgd", "adamw"]
 
 
 def learning_rate(
@@ -56,6 +57,16 @@ def momentum_sgd(
     if not weight_decay:
         return sgd
     return optax.chain(optax.add_decayed_weights(weight_decay, mask=_is_kernel), sgd)
+
+
+def adamw(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Return AdamW, whose gradients have a global norm of at most 1; kernels alone decay.
+
+    Source:
+      Loshchilov and Hutter, arXiv:1711.05101.
+    """
+    decaying = optax.adamw(rate, weight_decay=weight_decay, mask=_is_kernel)
+    return optax.chain(optax.clip_by_global_norm(1.0), decaying)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float) -> jax.Array:

@@ -73,6 +73,8 @@ class Phase:
         rate = optimization.learning_rate(
             experiment.schedule, self.learning_rate, self.epochs * steps, warmup * steps
         )
+        if experiment.optimizer == "adamw":
+            return optimization.adamw(rate, experiment.weight_decay)
         return optimization.momentum_sgd(rate, experiment.momentum, experiment.weight_decay)
 
     def finished(self) -> bool:

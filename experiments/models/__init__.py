@@ -2,6 +2,17 @@
 
 from experiments.models.lenet import LeNet5
 from experiments.models.mobilenet import MobileNetV2
+from experiments.models.recurrent import RowLSTM
 from experiments.models.resnet import ResNet18, ResNet20, ResNet50
+from experiments.models.vit import MLPMixer, VisionTransformer
 
-__all__ = ["LeNet5", "MobileNetV2", "ResNet18", "ResNet20", "ResNet50"]
+__all__ = [
+    "LeNet5",
+    "MLPMixer",
+    "MobileNetV2",
+    "ResNet18",
+    "ResNet20",
+    "ResNet50",
+    "RowLSTM",
+    "VisionTransformer",
+]

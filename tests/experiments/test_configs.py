@@ -25,6 +25,9 @@ SMALLER = {
     "resnet50_imagenet": {"stage_sizes": (1,), "width": 4},
     "mobilenetv2_cifar10": {"groups": ((1, 16, 1, 1), (6, 24, 2, 2))},
     "mobilenetv2_strided_cifar10": {"groups": ((1, 16, 1, 1), (6, 24, 2, 2))},
+    "vit_tiny_cifar10": {"layers": 1, "width": 8, "heads": 2, "patch": 16},
+    "mixer_cifar10": {"layers": 1, "width": 8, "patch": 16},
+    "lstm_mnist_rows": {"features": 4},
 }
 PHASES = {
     "lenet5_mnist": ("float", "qat_finetune"),

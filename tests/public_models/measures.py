@@ -1,7 +1,6 @@
 """What quantization makes of a model: share of multiply-adds, error, gradients, codes, state."""
 
 import dataclasses
-import dataclasses
 import functools
 import math
 import tempfile
@@ -295,7 +294,6 @@ class Measured:
             for a, b, tolerance in zip(got, want, tolerances, strict=True)
         )
 
-    @functools.cache
     def file(self, backend: str) -> sq.Verification:
         """Write the model for a runtime, run the file, and compare it with the integer model."""
         given = {"backend": backend, **self.public.evaluate}

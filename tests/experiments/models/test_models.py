@@ -6,7 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.models import LeNet5, MobileNetV2, ResNet18, ResNet20, ResNet50
+from experiments.models import (
+    LeNet5,
+    MLPMixer,
+    MobileNetV2,
+    ResNet18,
+    ResNet20,
+    ResNet50,
+    RowLSTM,
+    VisionTransformer,
+)
 
 
 # LeNet-5: 61,470 weights and 214 biases. ResNet-20 with projections as shortcuts.
@@ -17,6 +26,9 @@ from experiments.models import LeNet5, MobileNetV2, ResNet18, ResNet20, ResNet50
         (ResNet20(), (32, 32, 3), 272_474),
         (ResNet18(cifar_stem=False, num_classes=1000), (224, 224, 3), 11_689_512),
         (ResNet50(cifar_stem=False, num_classes=1000), (224, 224, 3), 25_557_032),
+        (VisionTransformer(), (224, 224, 3), 22_050_664),
+        (MLPMixer(), (224, 224, 3), 18_528_264),
+        (RowLSTM(), (32, 32, 1), 4 * (32 + 64 + 1) * 64 + 65 * 10),
         (MobileNetV2(cifar_stem=False, num_classes=1000), (224, 224, 3), 3_504_872),
     ],
 )

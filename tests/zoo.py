@@ -134,6 +134,19 @@ def conv(**kwargs):
     return lambda x: nn.Conv(4, **{"kernel_size": (3, 3), **kwargs})(x)
 
 
+class Layer(nn.Module):
+    """A step of a scan over layers."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(6)(x)), None
+
+
+def scan_over_layers(x):
+    scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    return nn.Dense(3)(scan(name="layers")(x, None)[0])
+
+
 CASES: dict[str, Case] = {
     "setup": Case(Setup(), (jax.random.normal(jax.random.key(0), ROW),), 5, 3),
     "nested": case(lambda x: Block(3)(Block(4)(x)), IMAGE, 3, 2),
@@ -235,6 +248,8 @@ CASES: dict[str, Case] = {
     "dropout eval": case(dropout, ROW, 3, 2, deterministic=True),
     "dropout train": case(dropout, ROW, 3, 2, deterministic=False),
     "remat": case(lambda x: nn.remat(Block)(4)(nn.remat(Block)(4)(x)), IMAGE, 3, 2),
+    "scan over layers": case(scan_over_layers, ROW, 4, 3),
+    "scan over time": case(lambda x: nn.Dense(3)(nn.RNN(nn.SimpleCell(3))(x)), (2, 3, 4), 6, 3),
     "jit": case(lambda x: nn.jit(Block)(4)(nn.jit(Block)(4)(x)), IMAGE, 3, 2),
     "weight norm": case(lambda x: nn.WeightNorm(nn.Dense(4))(x), ROW, 2, 1),
     "bfloat16": case(

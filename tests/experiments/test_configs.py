@@ -27,7 +27,7 @@ SMALLER = {
     "mobilenetv2_strided_cifar10": {"groups": ((1, 16, 1, 1), (6, 24, 2, 2))},
     "vit_tiny_cifar10": {"layers": 1, "width": 8, "heads": 2, "patch": 16},
     "mixer_cifar10": {"layers": 1, "width": 8, "patch": 16},
-    "lstm_mnist_rows": {"features": 4},
+    "lstm_mnist_rows": {"features": 4, "rows": 16},
 }
 PHASES = {
     "lenet5_mnist": ("float", "qat_finetune"),

@@ -28,7 +28,7 @@ from experiments.models import (
         (ResNet50(cifar_stem=False, num_classes=1000), (224, 224, 3), 25_557_032),
         (VisionTransformer(), (224, 224, 3), 22_050_664),
         (MLPMixer(), (224, 224, 3), 18_528_264),
-        (RowLSTM(), (32, 32, 1), 4 * (32 + 64 + 1) * 64 + 65 * 10),
+        (RowLSTM(), (32, 32, 1), 4 * (4 * 32 + 64 + 1) * 64 + 65 * 10),
         (MobileNetV2(cifar_stem=False, num_classes=1000), (224, 224, 3), 3_504_872),
     ],
 )

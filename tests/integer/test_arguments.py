@@ -1,10 +1,12 @@
 """What an integer model is called with, and what makes and takes one."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from models import TwoLayers, observed
+from zoo import Model
 
 import simqat_jax as sq
 
@@ -91,3 +93,12 @@ def test_other_arguments_of_verify(quantized, tmp_path):
     for data in NO_ARRAYS:
         with pytest.raises(TypeError, match="data must hold real numbers"):
             sq.verify(model, path, data)
+
+
+def test_what_lies_on_no_grid_keeps_its_kind():
+    ids = jnp.array([[0, 1], [4, 2], [3, 3]])
+    qmodel, variables, _ = observed(Model(lambda x: nn.Dense(2)(nn.Embed(5, 3)(x))), ids)
+    model = sq.convert(qmodel, variables, ids)
+    np.testing.assert_array_equal(model(ids.astype(jnp.int8)), model(ids))
+    with pytest.raises(ValueError, match=r"must be of type int32, got float32"):
+        model(ids.astype(jnp.float32))

@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
 
 SQUARINGS = 5
-FARTHEST = 10.0
+FARTHEST = 16.0
 """So far below the highest number, `e` is zero."""
-_FINEST = 4096
+_FINEST = 2**20
 _EXACT = 2**24
-MOST_TERMS = _EXACT // 64
+MOST_TERMS = _EXACT // 1024
 LEAST_SCALE = FARTHEST * 2.0**-22
 """Of codes under a mask: `lowest` is a whole number that float32 holds."""
 
@@ -32,10 +32,14 @@ class Polynomial(NamedTuple):
     a3: np.float32
 
 
+def unit(terms: int) -> int:
+    """Return the largest `e`: as large as float32 holds sums of so many terms."""
+    return min(_FINEST, 2 ** int(math.log2(_EXACT / terms)))
+
+
 def polynomial(terms: int) -> Polynomial:
-    """Return the polynomial for sums of so many terms, which float32 is to hold."""
-    unit = min(_FINEST, 2 ** int(math.log2(_EXACT / terms)))
-    a0 = unit ** (0.5**SQUARINGS)
+    """Return the polynomial for sums of so many terms."""
+    a0 = unit(terms) ** (0.5**SQUARINGS)
     return Polynomial(np.float32(a0), np.float32(a0 / 2), np.float32(a0 / 6))
 
 
@@ -52,8 +56,11 @@ def exponentials(c: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
       scale: real units of one.
       axis: along which the highest is `unit`.
     """
-    a0, a2, a3 = polynomial(c.shape[axis])
-    below = jnp.max(c, axis, keepdims=True) - c
+    return _exponentials(jnp.max(c, axis, keepdims=True) - c, scale, c.shape[axis])
+
+
+def _exponentials(below: jax.Array, scale: ArrayLike, terms: int) -> jax.Array:
+    a0, a2, a3 = polynomial(terms)
     step = scale * np.float32(0.5**SQUARINGS)  # exact: a power of two
     x = jnp.minimum(rounded_product(below, step), np.float32(FARTHEST * 0.5**SQUARINGS))
     h = own_rounding(a2 - rounded_product(x, a3))
@@ -62,6 +69,11 @@ def exponentials(c: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
     for _ in range(SQUARINGS):
         p = rounded_product(p, p)
     return jnp.round(p)
+
+
+def table(scale: ArrayLike, terms: int) -> np.ndarray:
+    """Return `e` of numbers 0 to 255 below the highest of `terms`, float32."""
+    return np.asarray(_exponentials(jnp.arange(256.0, dtype=jnp.float32), scale, terms))
 
 
 def softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> jax.Array:

@@ -298,7 +298,9 @@ def _table(w: Writer, op: Table) -> None:
     lowest = grid.qmin + grid.unsigned_offset
     padded = np.concatenate([np.repeat(codes[:1], lowest), codes]).astype(np.uint8)
     index = w.node("Cast", [w.get(op.inputs[0], layout)], op.path, to=w.onnx.TensorProto.INT32)
-    w.put(op.outputs[0], w.node("Gather", [w.initializer(padded, op.path), index], op.path), layout)
+    shape = [-1 if d < 0 else d for d in tensor.shape]
+    lengths = shape if layout == LAST else _ordered(shape, layout)
+    w.put(op.outputs[0], w.looked_up(padded, index, lengths, op.path), layout)
 
 
 def _clip(w: Writer, op: Clip) -> None:

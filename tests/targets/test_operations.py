@@ -1,5 +1,6 @@
 """Each operation alone, with any grids: both runtimes compute the integer model's codes."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -230,3 +231,15 @@ def test_broadcasts(backend, shape, out, multiplied, tmp_path):
         ops.append(operation(kind, (1, 2), (3,), {"clamp": [0, 255]}, arrays))
     model = integer_model(backend, tensors, ops, [0, 1], [3 if multiplied else 2])
     compared(model, tmp_path, random_codes(model, 3))
+
+
+@pytest.mark.parametrize("approximate", [True, False])
+@pytest.mark.parametrize("scales", [(0.03, 0.02), (0.011, 0.017), (0.05, 0.025), (0.2, 0.1)])
+def test_gelu_by_itself_and_close_to_ties(folder, scales, approximate):
+    """TFLite has an operator for it, which is written where no digit can tell."""
+    x, y = (sq.Grid(float(np.float32(s)), z, 0, 255) for s, z in zip(scales, (77, 9), strict=True))
+    real = (np.arange(256) - 77) * x.scale
+    codes = np.asarray(y.quantize(jax.nn.gelu(real.astype(np.float32), approximate=approximate)))
+    pairs = ((scales[0], 77), (scales[1], 9))
+    model = single("tflite", "table", pairs, {}, {"table": codes}, shape=(-1, 256))
+    compared(model, folder, [np.arange(256, dtype=np.uint8)[None]])

@@ -35,6 +35,7 @@ from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
+from simqat_jax.targets.tflite.gelu import is_gelu
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
 from simqat_jax.targets.tflite.whole import look_up, multiplied, normalize, softmax
 from simqat_jax.targets.tflite.windows import (
@@ -60,6 +61,7 @@ VERSIONS = {
     "FLOOR": (None, 1),
     "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
     "GATHER": ("GatherOptions", 2),
+    "GELU": ("GeluOptions", 2),
     "MAXIMUM": ("MaximumMinimumOptions", 2),
     "MAX_POOL_2D": ("Pool2DOptions", 2),
     "MINIMUM": ("MaximumMinimumOptions", 2),
@@ -301,6 +303,10 @@ def _mul(w: Writer, op: Multiply, a: Codes, b: Codes, y: Codes) -> None:
 def _table(w: Writer, op: Table, x: Codes, y: Codes) -> None:
     """Look codes up, by their bits as uint8: 0 to 127, then -128 to -1."""
     table = np.asarray(op.arrays["table"], np.int32) - y.grid.offset
+    for approximate in (True, False):
+        if is_gelu(table, x.grid, y.grid, approximate=approximate):
+            w.emit("GELU", [x.index], y.index, approximate=approximate)
+            return
     stored = np.arange(256, dtype=np.uint8).astype(np.int8).astype(np.int32)
     entries = table[np.clip(stored + x.grid.offset - x.grid.qmin, 0, table.size - 1)]
     source, steps = x.index, (np.uint8, np.int32)

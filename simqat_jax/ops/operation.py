@@ -243,7 +243,7 @@ class LoweredStep:
             grid = concrete(grid_of_range(*ends, quantizer.spec))
         codes = quantize(value, *grid.params, grid, None)
         array = np.asarray(codes).astype(grid.dtype)
-        return self.builder.constant(quantizer.name, array, "float32", grid)
+        return self.builder.constant(quantizer.name, v, array, "float32", grid)
 
     def layer_values(self) -> list[dict[str, jax.Array]]:
         """Return the parameters and statistics of each layer of the step, by name.

@@ -121,8 +121,8 @@ class Writer:
         """Return the name of a tensor's codes in a layout; write them so where they are not."""
         names, tensor = self.written.setdefault(i, {}), self.model.tensors[i]
         if not names:
-            assert tensor.value is not None
-            names[LAST] = self.initializer(self.codes_of(tensor), tensor.name)
+            held = self.initializer(self.codes_of(tensor), tensor.name)
+            names[LAST] = self.repeated(held, tensor) if tensor.repeats else held
         if layout not in names:
             rank = len(tensor.shape)
             to_first = (0, rank - 1, *range(1, rank - 1))
@@ -130,6 +130,19 @@ class Writer:
             source = names[LAST if layout == FIRST else FIRST]
             names[layout] = self.node("Transpose", [source], tensor.name, perm=order)
         return names[layout]
+
+    def repeated(self, held: str, tensor: Tensor) -> str:
+        """Repeat a constant along the batch, whose size is that of the first input."""
+        source, axis = next(
+            (self.model.tensors[i], axis)
+            for i in self.model.inputs
+            for axis, d in enumerate(self.model.tensors[i].shape)
+            if d == -1
+        )
+        size = self.node("Shape", [source.name], tensor.name, start=axis, end=axis + 1)
+        where = self.ints([int(d < 0) for d in tensor.shape], tensor.name)
+        lengths = self.node("Pow", [size, where], tensor.name)  # 1 where the batch is not
+        return self.node("Expand", [held, lengths], tensor.name)
 
     def layouts(self, i: int) -> dict[Layout, str]:
         """Return the names under which a tensor is written, by layout."""
@@ -155,7 +168,12 @@ class Writer:
     def dequantized(self, op: Op, position: int, layout: Layout) -> str:
         """Return an input of an operation in real units, in a layout."""
         i = op.inputs[position]
-        return self.dequantize(self.get(i, layout), self.model.tensors[i])
+        tensor = self.model.tensors[i]
+        if not self.model.reads_thin(op, i):
+            return self.dequantize(self.get(i, layout), tensor)
+        codes = self.codes_of(tensor)
+        held = np.moveaxis(codes, -1, 1) if layout == FIRST else codes
+        return self.dequantize(self.initializer(held, tensor.name), tensor)
 
     def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
         """Quantize the real result of an operation."""

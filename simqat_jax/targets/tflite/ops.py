@@ -85,7 +85,9 @@ def check(program: Program) -> None:
     """Raise ValueError for a program that TFLite cannot compute exactly, before it is written."""
     check_each(program.ops, lambda op: _check(program, op), "TFLite")
     for i in (*program.inputs, *program.outputs):
-        if program.tensors[i].grid is None:
+        tensor = program.tensors[i]
+        constant = tensor.value is not None and tensor.dtype == "float32"
+        if tensor.grid is None and not constant:
             raise ValueError(
                 f"{program.tensors[i].name} is an input or output of the model that is not "
                 "quantized, and TFLite's is on integers only. Compute with it outside."

@@ -10,11 +10,12 @@ to their places. Its kernel holds the taps sorted by phase, and zeros where a ph
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program, Shape, Tensor
+from simqat_jax.ir.program import Op, Program, Shape, Tensor, at_batch
+from simqat_jax.ir.program_builder import BATCH
 from simqat_jax.ops.moves import Reshape, Slice, Transpose
 from simqat_jax.ops.products import Conv
 from simqat_jax.targets.rewrites import between, rewritten
@@ -56,7 +57,7 @@ class _Axis:
         return self.taps.size * self.blocks
 
 
-def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis:
+def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis | None:
     """Return the cheapest form of an axis: where the first block starts decides what taps share.
 
     Args:
@@ -67,7 +68,9 @@ def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis:
     """
     phases = op.input_dilation[axis] // math.gcd(op.input_dilation[axis], op.strides[axis])
     forms = [_form(op, axis, size, positions, phases, skipped) for skipped in range(phases)]
-    return min(forms, key=lambda form: form.cost)
+    if size % BATCH == 0:  # the lengths of a batch size that is free
+        forms = [form for form in forms if form.blocks % BATCH == 0]
+    return min(forms, key=lambda form: form.cost, default=None)
 
 
 def _form(
@@ -96,12 +99,12 @@ def _subpixels(op: Op, tensors: list[Tensor]) -> list[Op] | None:
     if not isinstance(op, Conv) or set(op.input_dilation) == {1}:
         return None
     x, y = tensors[op.inputs[0]], tensors[op.outputs[0]]
-    sizes, positions = x.shape[1:-1], y.shape[1:-1]
-    if min(*sizes, *positions) < 1:
-        return None
+    sizes, positions = (at_batch(shape[1:-1], BATCH) for shape in (x.shape, y.shape))
     lengths = enumerate(zip(sizes, positions, strict=True))
-    axes = [_axis(op, k, size, count) for k, (size, count) in lengths]
-    blocks, phases = [a.blocks for a in axes], [a.phases for a in axes]
+    axes = [a for k, (size, count) in lengths if (a := _axis(op, k, size, count)) is not None]
+    if len(axes) < len(sizes):
+        return None
+    blocks, phases = _dims(a.blocks for a in axes), [a.phases for a in axes]
     features = op.arrays["kernel"].shape[-1]
     results = between(op, "blocks", (*blocks, math.prod(phases) * features), y, tensors)
     conv = dataclasses.replace(
@@ -113,13 +116,13 @@ def _subpixels(op: Op, tensors: list[Tensor]) -> list[Op] | None:
         input_dilation=(1,) * len(axes),
         kernel_dilation=tuple(a.dilation for a in axes),
     )
-    whole = [a.blocks * a.phases for a in axes]
+    whole = _dims(a.blocks * a.phases for a in axes)
     start = [a.skipped for a in axes]
-    cut = whole != list(positions)
+    cut = whole != list(y.shape[1:-1])
     target = between(op, "whole", (*whole, features), y, tensors) if cut else op.outputs[0]
     ops = [conv, *_interleaved(op, results, target, tensors, (blocks, phases, features))]
     if cut:
-        limit = [a + b for a, b in zip(start, positions, strict=True)]
+        limit = _dims(a + b for a, b in zip(start, positions, strict=True))
         ops.append(
             Slice(
                 path=op.path,
@@ -131,6 +134,11 @@ def _subpixels(op: Op, tensors: list[Tensor]) -> list[Op] | None:
             )
         )
     return ops
+
+
+def _dims(lengths: Iterable[int]) -> list[int]:
+    """Write multiples of the batch size as negative numbers."""
+    return [-(n // BATCH) if n % BATCH == 0 else n for n in lengths]
 
 
 def _sorted_by_phase(op: Conv, axes: Sequence[_Axis]) -> dict[str, np.ndarray]:
@@ -193,7 +201,10 @@ def _joined(shape: Shape, order: Sequence[int]) -> tuple[Shape, tuple[int, ...]]
             groups[-1].append(a)
         else:
             groups.append([a])
-    lengths = [math.prod(shape[a] for a in group) for group in groups]
+    lengths = [
+        abs(math.prod(length)) * (-1 if min(length) < 0 else 1)
+        for length in ([shape[a] for a in group] for group in groups)
+    ]
     rank = sorted(range(len(groups)), key=lambda g: groups[g])
     return tuple(lengths[g] for g in rank), tuple(map(rank.index, range(len(groups))))
 

@@ -29,7 +29,7 @@ from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
-from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import NO_BATCH, refuse, refuse_float, refuse_wide
 
 T = TypeVar("T")
 
@@ -78,27 +78,12 @@ def _ordered(values: Sequence[T], layout: Layout) -> list[T]:
 
 def _conv_padding(w: Writer, op: Conv, x: str, tensor: Tensor) -> tuple[str, list[int]]:
     """Do what a convolution's own padding cannot; return the input and what is left to pad."""
-    padding = op.padding
-    zero = w.scale(tensor)[1]
-    dilation = op.input_dilation
-    if any(d != 1 for d in dilation):
-        # Write each element with d - 1 zeros behind it, then cut the last ones off.
-        lengths, channels = tensor.shape[1:-1], tensor.shape[-1]
-        spread = [v for n in lengths for v in (n, 1)]
-        x = w.node("Reshape", [x, w.ints([-1, channels, *spread], op.path)], op.path)
-        behind = [0, 0, *(v for d in dilation for v in (0, d - 1))]
-        pads = w.ints([0] * len(behind) + behind, op.path)
-        x = w.node("Pad", [x, pads, zero], op.path)
-        whole = [n * d for n, d in zip(lengths, dilation, strict=True)]
-        x = w.node("Reshape", [x, w.ints([-1, channels, *whole], op.path)], op.path)
-        ends = [n - d + 1 for n, d in zip(whole, dilation, strict=True)]
-        axes = list(range(2, 2 + len(ends)))
-        bounds = [w.ints(v, op.path) for v in ([0] * len(ends), ends, axes)]
-        x = w.node("Slice", [x, *bounds], op.path)
-    flat = [p[end] for end in (0, 1) for p in padding]
+    if any(d != 1 for d in op.input_dilation):
+        refuse(op, "it spreads an axis whose length is the batch size", NO_BATCH)
+    flat = [p[end] for end in (0, 1) for p in op.padding]
     if min(flat) >= 0:
         return x, flat
-    half = len(flat) // 2
+    half, zero = len(flat) // 2, w.scale(tensor)[1]
     pads = w.ints([0, 0, *flat[:half], 0, 0, *flat[half:]], op.path)
     return w.node("Pad", [x, pads, zero], op.path), [0] * len(flat)
 

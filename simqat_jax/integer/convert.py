@@ -78,7 +78,9 @@ def convert(
     if free is None or call.size is None:
         return IntegerModel(program)
     try:
-        free_builder, free_program = lowered(free, stats, free_batch=True, examples=other_size(call.size))
+        free_builder, free_program = lowered(
+            free, stats, free_batch=True, examples=other_size(call.size)
+        )
     except FixedBatchError:
         return IntegerModel(program)
     held = builder.float_constants, free_builder.float_constants

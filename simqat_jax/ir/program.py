@@ -175,7 +175,7 @@ class Program:
         return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
 
     def reads_thin(self, op: Op, i: int) -> bool:
-        """Whether an operation takes a constant that repeats along the batch with length 1 there."""
+        """Whether an operation takes a constant that repeats along the batch as it is held."""
         tensor = self.tensors[i]
         others = (self.tensors[n] for n in op.inputs if n != i)
         return (

@@ -18,8 +18,6 @@ OTHER_FILE = (
     "integer model itself (IntegerModel.save)."
 )
 """A remedy for what TFLite alone cannot hold."""
-NO_BATCH = "Give it an axis of length 1 in front: layer(x[None])[0]."
-"""A remedy for convolutions over the axis that is taken for that of the batch."""
 _REMEDIES = {
     IN_FRONT: "Move it out of the model: compute it on the input, and give the model the result.",
     BEHIND: "Move it out of the model: return what it reads, and compute it on the file's output.",

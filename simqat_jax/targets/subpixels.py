@@ -1,10 +1,10 @@
 """Transposed convolutions as ordinary ones, with the same codes: no runtime multiplies zeros.
 
-A transposed convolution slides its kernel over an input with `d - 1` zeros between its elements, so
-that most products are with zero. Output positions that are `d` apart (of a stride of 1) see the same
-taps of the kernel, each of them on other elements: they are one phase. One convolution of the input
-itself computes a block of neighbouring positions, one of each phase, as channels; then these move
-to their places. Its kernel holds the taps sorted by phase, and zeros where a phase has none.
+A transposed convolution slides its kernel over an input with `d - 1` zeros between its elements:
+most of its products are with zero. Positions of the output that are `d` apart (where the stride is
+1) see the same taps of the kernel, on other elements: they are one phase. One convolution of the
+input itself computes a block of neighbouring positions, one of each phase, as channels; then these
+move to their places. Its kernel holds the taps by phase, and zeros where a phase has none.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class _Axis:
         return self.taps.size * self.blocks
 
 
-def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis | None:
+def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis:
     """Return the cheapest form of an axis: where the first block starts decides what taps share.
 
     Args:
@@ -70,12 +70,10 @@ def _axis(op: Conv, axis: int, size: int, positions: int) -> _Axis | None:
     forms = [_form(op, axis, size, positions, phases, skipped) for skipped in range(phases)]
     if size % BATCH == 0:  # the lengths of a batch size that is free
         forms = [form for form in forms if form.blocks % BATCH == 0]
-    return min(forms, key=lambda form: form.cost, default=None)
+    return min(forms, key=lambda form: form.cost)
 
 
-def _form(
-    op: Conv, axis: int, size: int, positions: int, phases: int, skipped: int
-) -> _Axis:
+def _form(op: Conv, axis: int, size: int, positions: int, phases: int, skipped: int) -> _Axis:
     stride, zeros, step = op.strides[axis], op.input_dilation[axis], op.kernel_dilation[axis]
     (before, _), length = op.padding[axis], op.arrays["kernel"].shape[axis]
     offsets = {}
@@ -83,8 +81,8 @@ def _form(
         place, inside = divmod((phase - skipped) * stride + tap * step - before, zeros)
         if not inside:  # the element of the input that this tap sees, for the first block
             offsets[tap, phase] = place
-    # What padding cannot cut off at the front, the kernel skips with zeros.
-    first, last = min([0, *offsets.values()]), max(offsets.values(), default=0)
+    # What padding would have to cut off, the kernel skips with zeros.
+    first, last = min([0, *offsets.values()]), max([0, *offsets.values()])
     dilation = math.gcd(*(place - first for place in offsets.values())) or 1
     taps = np.full(((last - first) // dilation + 1, phases), -1)
     for (tap, phase), place in offsets.items():
@@ -101,9 +99,7 @@ def _subpixels(op: Op, tensors: list[Tensor]) -> list[Op] | None:
     x, y = tensors[op.inputs[0]], tensors[op.outputs[0]]
     sizes, positions = (at_batch(shape[1:-1], BATCH) for shape in (x.shape, y.shape))
     lengths = enumerate(zip(sizes, positions, strict=True))
-    axes = [a for k, (size, count) in lengths if (a := _axis(op, k, size, count)) is not None]
-    if len(axes) < len(sizes):
-        return None
+    axes = [_axis(op, k, size, count) for k, (size, count) in lengths]
     blocks, phases = _dims(a.blocks for a in axes), [a.phases for a in axes]
     features = op.arrays["kernel"].shape[-1]
     results = between(op, "blocks", (*blocks, math.prod(phases) * features), y, tensors)

@@ -153,9 +153,7 @@ class Evaluation(Run):
         ends = self.range(quantizer, kernel) if quantizer.has_state else None
         return kernel_codes(quantizer, ends, kernel)
 
-    def operand_codes(
-        self, step: Step, position: int, value: Value, env: Values
-    ) -> Codes | None:
+    def operand_codes(self, step: Step, position: int, value: Value, env: Values) -> Codes | None:
         """Return the codes of an operand with their grid; None where it lies on none."""
         v = step.node.inputs[position]
         constant = self.placement.constants.get(Slot(step, position))

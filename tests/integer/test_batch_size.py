@@ -18,12 +18,15 @@ def centered(x):
 
 
 class Vit(nn.Module):
-    """A class token in front of the patches, and a position table, both repeated along the batch."""
+    """A class token in front of the patches and a position table, repeated along the batch."""
 
     @nn.compact
     def __call__(self, x):
         normal = nn.initializers.normal(1.0)
-        token, table = self.param("token", normal, (1, 1, 6)), self.param("table", normal, (1, 4, 6))
+        token, table = (
+            self.param("token", normal, (1, 1, 6)),
+            self.param("table", normal, (1, 4, 6)),
+        )
         x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), nn.Dense(6)(x)], 1)
         x = nn.relu(nn.Dense(5)(x + jnp.broadcast_to(table, x.shape)))
         return nn.Dense(3)(x[:, 0])

@@ -29,7 +29,7 @@ from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
 from simqat_jax.targets.refusals import check as check_each
-from simqat_jax.targets.refusals import NO_BATCH, refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
 T = TypeVar("T")
 
@@ -78,8 +78,7 @@ def _ordered(values: Sequence[T], layout: Layout) -> list[T]:
 
 def _conv_padding(w: Writer, op: Conv, x: str, tensor: Tensor) -> tuple[str, list[int]]:
     """Do what a convolution's own padding cannot; return the input and what is left to pad."""
-    if any(d != 1 for d in op.input_dilation):
-        refuse(op, "it spreads an axis whose length is the batch size", NO_BATCH)
+    assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
     flat = [p[end] for end in (0, 1) for p in op.padding]
     if min(flat) >= 0:
         return x, flat

@@ -28,7 +28,7 @@ from simqat_jax.ops.moves import (
 )
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.sums import SumOver, SumPool
-from simqat_jax.targets.refusals import NO_BATCH, OTHER_FILE, refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
 from simqat_jax.targets.tflite.windows import (
@@ -113,8 +113,7 @@ def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
     kernel = op.arrays["kernel"]
     if len(op.strides) > 2:
         refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
-    if any(d != 1 for d in op.input_dilation):
-        refuse(op, "it spreads an axis whose length is the batch size", NO_BATCH)
+    assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
 

@@ -30,7 +30,7 @@ class Tensor:
       shape: its lengths; -k stands for k times the batch size.
       dtype: the float type of its real values (of another tensor: its type).
       grid: where its codes lie; None: it is no tensor on a grid.
-      value: codes or values of a constant; of length 1 where it is the same for the whole batch.
+      value: codes or values of a constant; it has length 1 where its shape has the batch size.
     """
 
     name: str

@@ -101,13 +101,10 @@ class ProgramBuilder:
         values = [self.value(v) for v in node.inputs]
         if node.effects:
             results = node.run(*values)
-        elif self.free_batch and replay.scales_with_batch(node):
+        elif self.free_batch:
             results = self._with_few_examples(node, values)
         else:
             results = replay.rounded(node, values)
-        shapes = [at_batch(self.shape(v), self.examples) for v in node.outputs]
-        if [np.shape(x) for x in results] != shapes:
-            raise FixedBatchError
         self.constants.update(zip(node.outputs, results, strict=True))
 
     def _with_few_examples(self, node: Node, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
@@ -115,9 +112,16 @@ class ProgramBuilder:
         if batched and any(isinstance(part, Contraction) for part in node.parts or (node,)):
             raise FixedBatchError  # other batch sizes, other orders of summation
         try:
-            return replay.at_batch(node, values, BATCH, self.examples)
-        except (TypeError, ValueError) as error:  # a length that depends on the batch size
+            if replay.scales_with_batch(node):
+                results = replay.at_batch(node, values, BATCH, self.examples)
+            else:
+                results = replay.rounded(node, values)
+        except Exception as error:  # whatever JAX raises for lengths that do not fit
             raise FixedBatchError from error
+        shapes = [at_batch(self.shape(v), self.examples) for v in node.outputs]
+        if [np.shape(x) for x in results] != shapes:
+            raise FixedBatchError
+        return results
 
     # Tensors of the program ------------------------------------------------------------------
 

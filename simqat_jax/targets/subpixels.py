@@ -83,7 +83,7 @@ def _form(op: Conv, axis: int, size: int, positions: int, phases: int, skipped: 
             offsets[tap, phase] = place
     # What padding would have to cut off, the kernel skips with zeros.
     first, last = min([0, *offsets.values()]), max([0, *offsets.values()])
-    dilation = math.gcd(*(place - first for place in offsets.values())) or 1
+    dilation = math.gcd(last - first, *(place - first for place in offsets.values())) or 1
     taps = np.full(((last - first) // dilation + 1, phases), -1)
     for (tap, phase), place in offsets.items():
         taps[(place - first) // dilation, phase] = tap

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 from jax.typing import ArrayLike
@@ -100,7 +101,10 @@ class ProgramBuilder:
           FixedBatchError: it has no form for another batch size than the captured one.
         """
         values = [self.value(v) for v in node.inputs]
-        results = node.run(*values) if node.effects else replay.run_node(node, values, self.bind)
+        if node.effects:
+            results = node.run(*values)
+        else:
+            results = map(jnp.asarray, replay.run_node(node, values, self.bind))
         self.constants.update(zip(node.outputs, results, strict=True))
 
     def bind(self, eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:

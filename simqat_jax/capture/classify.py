@@ -53,8 +53,6 @@ _NAMED_FUNCTIONS = frozenset(
 )
 # Kept whole and float: eight bits of what they are made of are too few.
 _FLOAT_FUNCTIONS = frozenset("log_softmax _var _std norm".split())
-CONTRACTIONS = ("dot_general", "conv_general_dilated")
-"""What multiplies two tensors and sums: convolutions and matrix products."""
 _DISPLAY = {
     "reduce_max": "max",
     "reduce_min": "min",

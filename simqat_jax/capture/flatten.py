@@ -11,7 +11,6 @@ from jax.extend import core
 from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import (
-    CONTRACTIONS,
     clamp_bounds,
     classify,
     display_name,
@@ -45,6 +44,7 @@ from simqat_jax.capture.unroll import (
     zeros,
 )
 from simqat_jax.ir.graph import (
+    CONTRACTIONS,
     Clamp,
     Constant,
     Contraction,

@@ -248,7 +248,7 @@ def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
     layer = call.layer(operands)
     if recorder.dry and module.axis_name is not None and not _is_mapped(module.axis_name):
         layer = dataclasses.replace(layer, module=_unbound(nn.BatchNorm, module, axis_name=None))
-    make = functools.partial(BatchNorm, layer=layer, training=not running)
+    make = functools.partial(BatchNorm, training=not running)
     fn = functools.partial(batch_norm, layer, use_running_average=running)
     y, *updated = recorder.bind(layer, make, "BatchNorm", fn, x, *operands.values())
     for name, value in zip(stats, updated, strict=False):
@@ -282,8 +282,7 @@ def _call_dropout(recorder: Recorder, call: _ModuleCall) -> object:
     def fn(x: jax.Array, rng: jax.Array) -> Sequence[jax.Array]:
         return _applied(layer, {}, x, deterministic=False, rng=rng)
 
-    make = functools.partial(Dropout, layer=layer)
-    return recorder.bind(layer, make, "dropout", fn, given["inputs"], rng)[0]
+    return recorder.bind(layer, Dropout, "dropout", fn, given["inputs"], rng)[0]
 
 
 def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:

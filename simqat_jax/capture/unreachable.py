@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 from jax.extend import core
 
-from simqat_jax.capture.classify import CONTRACTIONS
 from simqat_jax.capture.interception import Recorder, Scope, excluded
 from simqat_jax.capture.passes import dependent
 from simqat_jax.capture.unroll import MAX_STEPS, Loop, steps_of
-from simqat_jax.ir.graph import Graph, Unquantizable
+from simqat_jax.ir.graph import CONTRACTIONS, Graph, Unquantizable
 
 
 class Origin(NamedTuple):

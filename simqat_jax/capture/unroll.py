@@ -11,8 +11,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from simqat_jax.capture.classify import CONTRACTIONS
-from simqat_jax.ir.graph import Constant, Operand, shape_of
+from simqat_jax.ir.graph import CONTRACTIONS, Constant, Operand, shape_of
 
 MAX_STEPS = 64
 """How many steps of a loop, those of loops inside of it counted, are unrolled at most.

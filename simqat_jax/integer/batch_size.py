@@ -13,27 +13,45 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Contraction, Float, Graph
-from simqat_jax.ir.program import Program
+from simqat_jax.ir.program import Op, Program
 from simqat_jax.ir.program_builder import BATCH
 from simqat_jax.ops.moves import needs_function
 
 
 def same_graphs(sample: Graph, free: Graph, size: int) -> bool:
-    """Whether the operations are the same, on tensors that differ in the batch size alone.
+    """Whether the operations on data are the same, but for the batch size in their shapes.
+
+    What is computed of constants alone does not count: programs hold its results.
 
     Args:
       sample: captured with batches of `size`.
       free: captured with batches of `BATCH`.
       size: the sample's batch size.
     """
-    if [type(n) for n in sample.nodes] != [type(n) for n in free.nodes]:
+    nodes = [[n for n in g.nodes if n.data_inputs(g.data)] for g in (sample, free)]
+    if [(type(n), len(n.outputs)) for n in nodes[0]] != [
+        (type(n), len(n.outputs)) for n in nodes[1]
+    ]:
         return False
-    if sample.avals.keys() != free.avals.keys():
-        return False
-    shapes = ((sample.avals[v].shape, free.avals[v].shape) for v in free.avals)
+    shapes = (
+        (sample.avals[v].shape, free.avals[w].shape)
+        for a, b in zip(*nodes, strict=True)
+        for v, w in zip(a.outputs, b.outputs, strict=True)
+    )
     resized = all(a == tuple(_at(d, size) for d in b) for a, b in shapes)
-    floats = (n for n in free.nodes if isinstance(n, Float | Contraction) or needs_function(n))
+    floats = (n for n in nodes[1] if isinstance(n, Float | Contraction) or needs_function(n))
     return resized and all(map(replay.scales_with_batch, floats))
+
+
+def other_size(size: int) -> int:
+    """Return with how many examples to compute the constants of a model with a free batch size.
+
+    A constant that differs along the batch, or that is computed from its size, is another one then.
+
+    Args:
+      size: the sample's batch size.
+    """
+    return 2 if size == 1 else 1
 
 
 def _at(length: int, size: int) -> int:
@@ -53,7 +71,7 @@ def same_programs(sample: Program, free: Program, size: int) -> bool:
     return (
         all(
             (a.kind, a.path, a.inputs, a.outputs) == (b.kind, b.path, b.inputs, b.outputs)
-            and _same_attributes(a.attributes, b.attributes, size)
+            and _same_attributes(_fields(a), _fields(b), size)
             and a.arrays.keys() == b.arrays.keys()
             and same_values(list(a.arrays.values()), list(b.arrays.values()))
             for a, b in zip(sample.ops, free.ops, strict=True)
@@ -66,6 +84,11 @@ def same_programs(sample: Program, free: Program, size: int) -> bool:
         )
         and sample.structure == free.structure
     )
+
+
+def _fields(op: Op) -> dict[str, Any]:
+    """Return what an operation is, without the bytes of constants: those are compared."""
+    return {k: v for k, v in op.attributes.items() if k != "constant_bytes"}
 
 
 def _same_attributes(sample: Any, free: Any, size: int) -> bool:
@@ -81,7 +104,7 @@ def _same_attributes(sample: Any, free: Any, size: int) -> bool:
 
 
 def same_values(sample: Sequence[ArrayLike | None], free: Sequence[ArrayLike | None]) -> bool:
-    """Whether constants are equal, shapes included."""
+    """Whether constants are equal, once those of `free` are repeated along the batch."""
     return len(sample) == len(free) and all(map(_same_value, sample, free))
 
 
@@ -90,7 +113,9 @@ def _same_value(a: ArrayLike | None, b: ArrayLike | None) -> bool:
         return True
     if a is None or b is None:
         return False
-    if np.shape(a) != np.shape(b):
-        return False
     a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if a.dtype != b.dtype or a.ndim != b.ndim:
+        return False
+    if any(n not in (1, m) for n, m in zip(b.shape, a.shape, strict=True)):
+        return False
+    return a.tobytes() == np.broadcast_to(b, a.shape).tobytes()

@@ -13,14 +13,14 @@ from jax.core import Tracer
 
 from simqat_jax.capture import Capture
 from simqat_jax.config import SimQATConfig
-from simqat_jax.integer.batch_size import same_graphs, same_programs, same_values
+from simqat_jax.integer.batch_size import other_size, same_graphs, same_programs, same_values
 from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
 from simqat_jax.integer.model import KEYWORDS, IntegerModel
 from simqat_jax.integer.refusals import refuse_float_parts
 from simqat_jax.ir.graph import Graph
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree
-from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
+from simqat_jax.ir.program_builder import BATCH, FixedBatchError, ProgramBuilder
 from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
@@ -81,7 +81,12 @@ def convert(
     free = call.captured_with_free_batch(sample.graph)
     if free is None or call.size is None:
         return IntegerModel(program)
-    free_builder, free_program = lowered(free, stats, free_batch=True)
+    try:
+        free_builder, free_program = lowered(
+            free, stats, free_batch=True, examples=other_size(call.size)
+        )
+    except FixedBatchError:
+        return IntegerModel(program)
     held = builder.float_constants, free_builder.float_constants
     same = same_programs(program, free_program, call.size) and same_values(*held)
     return IntegerModel(free_program if same else program)
@@ -103,11 +108,12 @@ def _lowered(
     stats: Stats,
     *,
     free_batch: bool,
+    examples: int = 1,
 ) -> tuple[ProgramBuilder, Program]:
     """Plan a captured call, and lower it."""
     placement = place_quantizers(captured.graph, config)
     ranges = _ranges(placement, stats)
-    builder = ProgramBuilder(captured.graph, captured.inputs, free_batch)
+    builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
     program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
     return builder, program
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.integer import arguments, file
 from simqat_jax.integer.table import table
-from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of
+from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of, repeated
 from simqat_jax.numerics.arguments import check_kind
 
 KEYWORDS = "keywords"
@@ -173,7 +173,8 @@ class IntegerModel:
         constants = ((i, t.value) for i, t in enumerate(self.tensors) if t.value is not None)
         for i, x in (*constants, *zip(self.inputs, leaves, strict=True)):
             grid = self.tensors[i].grid
-            env[i] = jnp.asarray(x) if grid is None else grid.stored(x)
+            stored = jnp.asarray(x) if grid is None else grid.stored(x)
+            env[i] = jnp.asarray(repeated(stored, self.tensors[i].shape, batch))
         for op, arrays in zip(self.ops, params, strict=True):
             inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
             results = op.run(Context(inputs, outputs, arrays, batch), *(env[i] for i in op.inputs))

@@ -26,6 +26,8 @@ class Constant:
     value: ArrayLike
 
 
+CONTRACTIONS = ("dot_general", "conv_general_dilated")
+"""What multiplies two tensors and sums: convolutions and matrix products."""
 Operand = int | Constant
 """A tensor, by its number, or a constant."""
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
@@ -29,7 +30,7 @@ class Tensor:
       shape: its lengths; -k stands for k times the batch size.
       dtype: the float type of its real values (of another tensor: its type).
       grid: where its codes lie; None: it is no tensor on a grid.
-      value: codes or values of a constant.
+      value: codes or values of a constant; it has length 1 where its shape has the batch size.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Tensor:
     dtype: str
     grid: Grid | None
     value: np.ndarray | None = None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it is a constant that repeats along the batch."""
+        return self.value is not None and any(d < 0 for d in self.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class Op:
 
     kinds: ClassVar[tuple[str, ...]] = ()
     """The names that operations of this class may have in a file; the first is the default."""
+    broadcasts: ClassVar[bool] = False
+    """Whether an input of length 1 along the batch stands for one of full length."""
 
     path: str
     inputs: tuple[int, ...]
@@ -130,6 +138,13 @@ def at_batch(dims: Sequence[int], batch: int) -> tuple[int, ...]:
     return tuple(-d * batch if d < 0 else d for d in dims)
 
 
+def repeated(value: ArrayLike, dims: Sequence[int], batch: int) -> ArrayLike:
+    """Return a constant with the batch size in its places; without any, as it is."""
+    if all(d >= 0 for d in dims):
+        return value
+    return jnp.broadcast_to(value, at_batch(dims, batch))
+
+
 def grid_of(tensor: Tensor) -> Grid:
     """Return where the codes of a tensor lie that has codes."""
     assert tensor.grid is not None, tensor.name
@@ -172,6 +187,20 @@ class Program:
             return bool(jnp.issubdtype(jnp.dtype(self.tensors[i].dtype), jnp.floating))
 
         return tuple(op for op in self.ops if op.computes_reals and any(map(is_real, op.inputs)))
+
+    def reads_thin(self, op: Op, i: int) -> bool:
+        """Whether an operation takes a constant that repeats along the batch as it is held."""
+        tensor = self.tensors[i]
+        others = (self.tensors[n] for n in op.inputs if n != i)
+        return (
+            op.broadcasts
+            and tensor.repeats
+            and any(
+                not other.repeats
+                and all(a == b for a, b in zip(tensor.shape, other.shape, strict=True) if a < 0)
+                for other in others
+            )
+        )
 
     def output_names(self) -> tuple[str, ...]:
         """Return a name for each output, as the model returns it: the keys of a dictionary.

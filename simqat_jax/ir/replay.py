@@ -11,7 +11,7 @@ from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from simqat_jax.ir.graph import Constant, Node, shape_of
+from simqat_jax.ir.graph import Constant, Node, Operand, shape_of
 from simqat_jax.numerics.affine import own_rounding, true_divide
 
 Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
@@ -102,21 +102,13 @@ def results(
     return alone(eqn.primitive.name, _dtype(eqn), compute, values)
 
 
-def spread(
-    value: ArrayLike, shape: Sequence[int], broadcast_dimensions: Sequence[int]
-) -> np.ndarray:
-    """Broadcast a constant without a copy, as `broadcast_in_dim` does."""
-    array, lengths = np.asarray(value), [1] * len(shape)
-    for axis, length in zip(broadcast_dimensions, array.shape, strict=True):
-        lengths[axis] = length
-    return np.broadcast_to(array.reshape(lengths), tuple(shape))
-
-
 def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:
     """Run what a node was captured as, part by part."""
-    env = {v: x for v, x in zip(node.inputs, values, strict=True) if isinstance(v, int)}
+    env: dict[Operand, ArrayLike] = dict(zip(node.inputs, values, strict=True))
     for part in node.parts or (node,):
-        operands = [v.value if isinstance(v, Constant) else env[v] for v in part.inputs]
+        operands = [
+            v.value if isinstance(v, Constant) and v not in env else env[v] for v in part.inputs
+        ]
         env.update(zip(part.outputs, _run_eqn(part.eqn, operands, bind), strict=True))
     return [env[v] for v in node.outputs]
 
@@ -172,13 +164,14 @@ def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:
 
 def scales_with_batch(node: Node) -> bool:
     """Whether `at_batch` can run the node: it holds no loop or branch of its own."""
-    return all(_is_plain(part.eqn) for part in node.parts or (node,))
+    return all(is_plain(part.eqn) for part in node.parts or (node,))
 
 
-def _is_plain(eqn: core.JaxprEqn) -> bool:
+def is_plain(eqn: core.JaxprEqn) -> bool:
+    """Whether an equation holds no loop or branch, at any depth."""
     closed = _called(eqn)
     if closed is not None:
-        return all(map(_is_plain, closed.jaxpr.eqns))
+        return all(map(is_plain, closed.jaxpr.eqns))
     return not list(core.jaxprs_in_params(eqn.params))
 
 
@@ -221,7 +214,14 @@ def at_batch(node: Node, values: Sequence[ArrayLike], old: int, new: int) -> Seq
     """
 
     def bind(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence[ArrayLike]:
-        params = eqn.primitive.get_bind_params(eqn.params)
-        return results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})
+        return results_at_batch(eqn, values, old, new)
 
     return run_node(node, values, bind)
+
+
+def results_at_batch(
+    eqn: core.JaxprEqn, values: Sequence[ArrayLike], old: int, new: int
+) -> Sequence[ArrayLike]:
+    """Run an equation that was captured with batches of `old` on batches of `new`."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    return results(eqn, values, {k: _rescaled(v, old, new) for k, v in params.items()})

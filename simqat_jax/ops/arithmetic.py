@@ -115,6 +115,7 @@ class Sum(Op):
     """
 
     kinds = tuple(_SUMS)
+    broadcasts = True
     multipliers: tuple[float, ...] = ()
     clamp: Clamp
 
@@ -138,6 +139,7 @@ class Multiply(Op):
     """A product of two tensors; its kind names the rounding; "multiplier" scales it."""
 
     kinds = tuple(_PRODUCTS)
+    broadcasts = True
     clamp: Clamp
 
     def rounds_as(self, rounding: Rounding) -> bool:

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core
-from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Node, shape_of
 from simqat_jax.ir.program import Shape
-from simqat_jax.ir.program_builder import ProgramBuilder
+from simqat_jax.ir.program_builder import ProgramBuilder, thin
+from simqat_jax.ops.operation import thinnest
 from simqat_jax.ops.primitives import ELEMENTWISE, Params, Primitive, UnknownPrimitive, encoded
 
 
@@ -60,7 +61,7 @@ class _Flat:
     def bind(self, eqn: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         """Add an equation, or compute one of constants alone."""
         if not any(isinstance(x, _Made) for x in operands):
-            return _computed(eqn, operands)
+            return list(self.builder.bind(eqn, operands))
         outs = [shape_of(v) for v in eqn.outvars]
         shapes = [self.builder.dims(out.shape) for out in outs]
         dtypes = [str(out.dtype) for out in outs]
@@ -71,12 +72,16 @@ class _Flat:
                 return [self.add("slice", [x], [s], [d], cut)[0] for cut, s, d in parts]
             case "stack":
                 axis = int(eqn.params["axis"])
-                thin = (*shapes[0][:axis], 1, *shapes[0][axis + 1 :])
-                inputs = self.operands(eqn, operands, spread=False)
-                parts = [self.add("reshape", [x], [thin], dtypes, {})[0] for x in inputs]
+                one = (*shapes[0][:axis], 1, *shapes[0][axis + 1 :])
+                inputs = self.operands(eqn, operands, full=True)
+                parts = [self.add("reshape", [x], [one], dtypes, {})[0] for x in inputs]
                 return self.add("concatenate", parts, shapes, dtypes, {"axis": axis})
         name, params = encoded(eqn, self.builder.dims)
-        inputs = self.operands(eqn, operands, spread=name not in ELEMENTWISE)
+        full = name not in ELEMENTWISE or not any(
+            isinstance(x, _Made) and shape_of(v).shape == outs[0].shape
+            for x, v in zip(operands, eqn.invars, strict=True)
+        )
+        inputs = self.operands(eqn, operands, full=full)
         return self.add(name, inputs, shapes, dtypes, params)
 
     def add(
@@ -96,39 +101,31 @@ class _Flat:
         self.builder.ops.append(Primitive.of(name, self.path, numbers, tuple(outputs), params))
         return list(map(_Made, outputs))
 
-    def operands(self, eqn: core.JaxprEqn, operands: Sequence[Any], *, spread: bool) -> list[_Made]:
+    def operands(self, eqn: core.JaxprEqn, operands: Sequence[Any], *, full: bool) -> list[_Made]:
         """Return operands as tensors of the program.
 
         Args:
           eqn: what reads them.
           operands: constants among them.
-          spread: constants need their full shape; otherwise they may broadcast to it.
+          full: constants need their full shape; otherwise they may broadcast to it.
         """
-        dtypes = [shape_of(v).dtype for v in eqn.invars]
         return [
-            x if isinstance(x, _Made) else self.constant(np.asarray(x, dtype), spread)
-            for x, dtype in zip(operands, dtypes, strict=True)
+            x if isinstance(x, _Made) else self.constant(np.asarray(x, aval.dtype), aval, full)
+            for x, aval in zip(operands, map(shape_of, eqn.invars), strict=True)
         ]
 
-    def constant(self, value: np.ndarray, spread: bool) -> _Made:
-        """Add a constant; what is the same along an axis is held once."""
-        thin = value
-        for axis, (stride, length) in enumerate(zip(value.strides, value.shape, strict=True)):
-            thin = thin.take([0], axis) if stride == 0 and length > 1 else thin
+    def constant(self, value: np.ndarray, aval: jax.ShapeDtypeStruct, full: bool) -> _Made:
+        """Add a constant; one that may broadcast is held once where it is the same along an axis.
+
+        Raises:
+          FixedBatchError: it differs along a free batch.
+        """
         name, dtype = f"{self.path}/constant", str(value.dtype)
-        made = _Made(self.builder.constant(name, np.array(thin, order="C"), dtype, None))
-        if not spread or thin.shape == value.shape:
-            return made
-        shape, axes = self.builder.dims(value.shape), tuple(range(value.ndim))
-        return self.add("broadcast_in_dim", [made], [shape], [dtype], {"dimensions": axes})[0]
-
-
-def _computed(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> list[Any]:
-    """Compute an equation on constants; one that is broadcast takes no memory."""
-    if eqn.primitive.name == "broadcast_in_dim":
-        params = eqn.params
-        return [replay.spread(values[0], params["shape"], params["broadcast_dimensions"])]
-    return list(replay.results(eqn, values))
+        shape = self.builder.dims(aval.shape)
+        if full:
+            return _Made(self.builder.constant(name, shape, value, dtype, None))
+        held = thinnest(thin(value, shape))
+        return _Made(self.builder.add(name, held.shape, dtype, None, held))
 
 
 def _cuts(eqn: core.JaxprEqn, builder: ProgramBuilder) -> list[Params]:

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Contraction, Float, Node
-from simqat_jax.ir.program import Context, Function, Op
+from simqat_jax.ir.program import Context, Function, Op, repeated
 from simqat_jax.ir.program_builder import BATCH, ProgramBuilder
 from simqat_jax.ops.flat import as_primitives
 from simqat_jax.ops.operation import LoweredStep, Operation
@@ -81,11 +81,14 @@ class FloatOperation(Operation):
 
 def function_of(builder: ProgramBuilder, node: Node) -> Function:
     """Return what computes a node on the values of its data, at any batch size."""
-    fixed = _fixed(builder, node)
+    fixed, shapes = _fixed(builder, node), [builder.shape(v) for v in node.inputs]
 
     def function(values: Sequence[jax.Array], batch: int) -> Sequence[jax.Array]:
         rest = iter(values)
-        operands = [next(rest) if x is None else x for x in fixed]
+        operands = [
+            next(rest) if x is None else repeated(x, shape, batch)
+            for x, shape in zip(fixed, shapes, strict=True)
+        ]
         if builder.free_batch:
             results = replay.at_batch(node, operands, BATCH, batch)
             return [jnp.asarray(x) for x in results]
@@ -96,7 +99,7 @@ def function_of(builder: ProgramBuilder, node: Node) -> Function:
 
 def _fixed(builder: ProgramBuilder, node: Node) -> list[ArrayLike | None]:
     """Return the operands that do not depend on the data, None for the others."""
-    return [None if builder.is_data(v) else builder.value(v) for v in node.inputs]
+    return [None if builder.is_data(v) else builder.held(v) for v in node.inputs]
 
 
 def _append(builder: ProgramBuilder, node: Node, kind: type[FloatOp], why: str) -> FloatOp:

@@ -69,8 +69,16 @@ def reshaped(at: LoweredStep, source: int, shape: Shape) -> int:
     """Return a tensor of the program in another shape."""
     if at.shape_of(source) == shape:
         return source
-    grid = at.builder.tensors[source].grid
+    tensors = at.builder.tensors
+    tensor = tensors[source]
+    grid = tensor.grid
     assert grid is not None
+    if tensor.value is not None:
+        lengths = [1 if d < 0 else d for d in shape]
+        tensors[source] = dataclasses.replace(
+            tensor, shape=shape, value=tensor.value.reshape(lengths)
+        )
+        return source
     return at.between(Reshape, source, shape, grid)
 
 

@@ -15,7 +15,7 @@ from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized, scaled_and_shifted
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
-from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep, thin
+from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep, thinnest
 
 _LEAST = 2.0**-40
 """Squared codes that change no code: the variance of codes that differ is larger."""
@@ -50,9 +50,9 @@ class NormOperation(IntegerOperation):
         shape, grid = at.builder.graph.avals[node.inputs[0]].shape, at.in_grid()
         if not _fits(node, shape, grid):
             return False
-        values = [at.builder.value(v) for v in node.inputs[1:]]
+        values = [at.builder.held(v) for v in node.inputs[1:]]
         if node.layer is None:  # broadcast to the input
-            values = list(map(thin, values))
+            values = list(map(thinnest, values))
         else:
             at.layer_values()  # raises for what is not finite
         scale, shift = _affine(node, values, shape, at.out_grid)

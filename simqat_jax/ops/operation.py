@@ -244,15 +244,16 @@ class LoweredStep:
             grid = concrete(grid_of_range(*ends, quantizer.spec))
         codes = quantize(value, *grid.params, grid, None)
         array = np.asarray(codes).astype(grid.dtype)
-        return self.builder.constant(quantizer.name, array, "float32", grid)
+        return self.builder.constant(quantizer.name, self.builder.shape(v), array, "float32", grid)
 
     def mask(self, position: int) -> int:
         """Return the tensor of an input that is no number; a constant is as short as it may be."""
         v = self.node.inputs[position]
         if self.builder.is_data(v):
             return self.builder.number(v)
-        value = thin(self.builder.value(v))
-        return self.builder.constant(f"{self.path}/mask", value, str(value.dtype), None)
+        value = thinnest(self.builder.held(v))
+        name, dtype = f"{self.path}/mask", str(value.dtype)
+        return self.builder.add(name, value.shape, dtype, None, value)
 
     def layer_values(self) -> list[dict[str, jax.Array]]:
         """Return the parameters and statistics of each layer of the step, by name.
@@ -358,7 +359,7 @@ def on_last_axis(v: jax.Array, x: jax.Array) -> jax.Array:
     return along_channel(v, x.ndim, -1)
 
 
-def thin(value: ArrayLike) -> np.ndarray:
+def thinnest(value: ArrayLike) -> np.ndarray:
     """Return an array of length 1 along the axes that it is the same along, such as the batch."""
     array = np.asarray(value)
     for axis, stride in enumerate(array.strides):

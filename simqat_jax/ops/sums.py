@@ -26,7 +26,7 @@ from simqat_jax.ops.operation import (
     IntegerOperation,
     LoweredStep,
     requantize,
-    thin,
+    thinnest,
 )
 
 
@@ -74,11 +74,11 @@ class MeanOperation(IntegerOperation):
     def lower(self, at: LoweredStep) -> bool:
         node, grid = at.node, at.in_grid()
         assert isinstance(node, Mean) and isinstance(node.inputs[0], int)
-        divisor = 1.0 if node.divisor is None else at.builder.value(node.divisor)
+        divisor = 1.0 if node.divisor is None else at.builder.held(node.divisor)
         count = _count(node, at.builder.graph.avals[node.inputs[0]].shape)
         if not _fits(count, grid):
             return False
-        divisor = _divisor(thin(divisor))
+        divisor = _divisor(thinnest(divisor))
         multiplier = mean_multiplier(grid.scale, at.out_grid.scale, divisor)
         one = divisor.item() if divisor.size == 1 else 0.0
         given = {"clamp": at.clamp, "count": one, "arrays": {"multiplier": multiplier}}

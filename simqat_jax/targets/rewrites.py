@@ -27,7 +27,7 @@ def in_width_blocks(program: Program, columns: Mapping[int, int]) -> Program:
       program: the program, which stays as it is.
       columns: for numbers of input channels, how many columns of the input make a block.
     """
-    return _rewritten(program, lambda op, tensors: _blocked(op, tensors, columns))
+    return rewritten(program, lambda op, tensors: _blocked(op, tensors, columns))
 
 
 def pooling_rows_first(program: Program, channels: int) -> Program:
@@ -37,10 +37,10 @@ def pooling_rows_first(program: Program, channels: int) -> Program:
       program: the program, which stays as it is.
       channels: from how many channels on nothing changes.
     """
-    return _rewritten(program, lambda op, tensors: _rows_first(op, tensors, channels))
+    return rewritten(program, lambda op, tensors: _rows_first(op, tensors, channels))
 
 
-def _rewritten(program: Program, rewrite: Callable[[Op, list[Tensor]], list[Op] | None]) -> Program:
+def rewritten(program: Program, rewrite: Callable[[Op, list[Tensor]], list[Op] | None]) -> Program:
     """Replace operations; `rewrite` appends the tensors between new ones, or returns None."""
     tensors, ops = list(program.tensors), []
     for op in program.ops:
@@ -48,7 +48,16 @@ def _rewritten(program: Program, rewrite: Callable[[Op, list[Tensor]], list[Op] 
     return dataclasses.replace(program, tensors=tuple(tensors), ops=tuple(ops))
 
 
-def _between(op: Op, name: str, shape: Sequence[int], like: Tensor, tensors: list[Tensor]) -> int:
+def between(op: Op, name: str, shape: Sequence[int], like: Tensor, tensors: list[Tensor]) -> int:
+    """Append a tensor between two operations; return its number.
+
+    Args:
+      op: the operation that they replace.
+      name: of the tensor, behind that of the operation.
+      shape: behind the axis of the batch.
+      like: a tensor of the same grid and batch.
+      tensors: those of the program.
+    """
     tensors.append(Tensor(f"{op.path}/{name}", (like.shape[0], *shape), like.dtype, like.grid))
     return len(tensors) - 1
 
@@ -75,9 +84,9 @@ def _rows_first(op: Op, tensors: list[Tensor], most: int) -> list[Op] | None:
             padding=tuple(op.padding[k] if k == axis else (0, 0) for k in axes),
         )
 
-    wide = _between(op, "rows", (height, 1, width * channels), x, tensors)
-    pooled = _between(op, "pooled", (y.shape[1], 1, width * channels), x, tensors)
-    columns = _between(op, "columns", (y.shape[1], width, channels), x, tensors)
+    wide = between(op, "rows", (height, 1, width * channels), x, tensors)
+    pooled = between(op, "pooled", (y.shape[1], 1, width * channels), x, tensors)
+    columns = between(op, "columns", (y.shape[1], width, channels), x, tensors)
     return [
         Reshape(path=op.path, inputs=op.inputs, outputs=(wide,)),
         along(1, wide, pooled),
@@ -111,7 +120,7 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
     ops, source = [], op.inputs[0]
     if left or right:
         height += sum(vertical)
-        padded = _between(op, "padded", (height, count * block, channels), x, tensors)
+        padded = between(op, "padded", (height, count * block, channels), x, tensors)
         padding = ((0, 0, 0), (*vertical, 0), (left, right, 0), (0, 0, 0))
         ops.append(Pad(path=op.path, inputs=(source,), outputs=(padded,), padding=padding))
         source, vertical = padded, (0, 0)
@@ -124,8 +133,8 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
         if name != "kernel"
     }
     arrays["kernel"] = kernel.reshape(len(old), reach, block * channels, together * features)
-    blocks = _between(op, "blocks", (height, count, block * channels), x, tensors)
-    results = _between(op, "results", (rows, outputs // together, together * features), y, tensors)
+    blocks = between(op, "blocks", (height, count, block * channels), x, tensors)
+    results = between(op, "results", (rows, outputs // together, together * features), y, tensors)
     blocked = dataclasses.replace(
         op,
         inputs=(blocks,),

@@ -127,7 +127,7 @@ class Evaluation(Run):
         self, step: Step, grid: Grid, operands: list[Value], env: Values
     ) -> jax.Array | None:
         """Compute the codes of a step's output from those of its inputs, if that is exact."""
-        inputs = [self.operand_codes(step, i, value) for i, value in enumerate(operands)]
+        inputs = [self.operand_codes(step, i, value, env) for i, value in enumerate(operands)]
         if grid.per_channel or any(v is not None and v.grid.per_channel for v in inputs):
             return None
         return operation_of(step.node).codes(
@@ -153,14 +153,16 @@ class Evaluation(Run):
         ends = self.range(quantizer, kernel) if quantizer.has_state else None
         return kernel_codes(quantizer, ends, kernel)
 
-    def operand_codes(self, step: Step, position: int, value: Value) -> Codes | None:
+    def operand_codes(self, step: Step, position: int, value: Value, env: Values) -> Codes | None:
         """Return the codes of an operand with their grid; None where it lies on none."""
         v = step.node.inputs[position]
-        grid = self.placement.constants.get(Slot(step, position))
-        grid = grid or (self.placement.grids.get(v) if isinstance(v, int) else None)
+        constant = self.placement.constants.get(Slot(step, position))
+        grid = constant or (self.placement.grids.get(v) if isinstance(v, int) else None)
         if grid is None or value.codes is None:
             return None
-        return Codes(value.codes, self.grid(grid, value.real))
+        # The range of a constant is that of its values before they were rounded to the grid.
+        real = value.real if constant is None else jnp.asarray(read(v, env).real)
+        return Codes(value.codes, self.grid(grid, real))
 
     def moved(self, step: Step, v: int, x: jax.Array, operands: list[Value]) -> Value:
         """Return a tensor without a quantizer of its own.

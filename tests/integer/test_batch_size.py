@@ -2,13 +2,14 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from models import assert_same, export, trained
 from zoo import case
 
 import simqat_jax as sq
 
-ROW, IMAGE = (4, 6), (8, 8, 4)
+ROW, TOKENS, IMAGE = (4, 6), (4, 3, 6), (8, 8, 4)
 
 
 def centered(x):
@@ -16,9 +17,29 @@ def centered(x):
     return h - h.mean(0, keepdims=True)
 
 
+class Vit(nn.Module):
+    """A class token in front of the patches and a position table, repeated along the batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        normal = nn.initializers.normal(1.0)
+        token, table = (
+            self.param("token", normal, (1, 1, 6)),
+            self.param("table", normal, (1, 4, 6)),
+        )
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), nn.Dense(6)(x)], 1)
+        x = nn.relu(nn.Dense(5)(x + jnp.broadcast_to(table, x.shape)))
+        return nn.Dense(3)(x[:, 0])
+
+
 def class_token(x):
     token = jnp.broadcast_to(jnp.ones((1, 6)), (x.shape[0], 6))
     return nn.Dense(3)(jnp.concatenate([token, nn.Dense(6)(x)], -1))
+
+
+def rows_above(x):
+    rows = jnp.broadcast_to(jnp.linspace(-1, 1, 4), (x.shape[0], 1, x.shape[2], 4))
+    return nn.Conv(3, (3, 3))(jnp.concatenate([rows, nn.Conv(4, (3, 3))(x)], 1))
 
 
 def stacked(x):
@@ -28,7 +49,50 @@ def stacked(x):
 
 def zeros_behind(x):
     h = nn.Dense(6)(x)
-    return nn.Dense(3)(jnp.concatenate([h, jnp.zeros_like(h)], -1))
+    return nn.Dense(3)(jnp.concatenate([h, np.zeros(h.shape, np.float32)], -1))
+
+
+def zero_carry(x):
+    h = jnp.zeros((x.shape[0], 4))
+    for _ in range(2):
+        h = nn.relu(nn.Dense(4)(x) + h)
+    return h
+
+
+def queries(x):
+    q = jnp.repeat(jnp.linspace(-1, 1, 12).reshape(1, 2, 6), x.shape[0], 0)
+    return nn.Dense(3)(nn.Dense(6)(x)[:, :2] * q + jnp.tanh(q))
+
+
+def masked(x):
+    h = nn.Dense(4)(x)
+    mask = jnp.tril(jnp.ones((3, 3), bool))[None].repeat(x.shape[0], 0)
+    return nn.softmax(jnp.where(mask, h @ h.transpose(0, 2, 1), -1e9))
+
+
+def padded_mask(x):
+    """A mask of which one column is a constant."""
+    h = nn.Dense(4)(x)
+    keep = jnp.concatenate([jnp.ones((x.shape[0], 1), bool), x[:, 1:, 0] > 0], 1)
+    return nn.softmax(jnp.where(keep[:, None], h @ h.transpose(0, 2, 1), -1e9))
+
+
+def among_reals(x):
+    bounds = jnp.broadcast_to(jnp.linspace(-1, 1, 5), (x.shape[0], 5))
+    return nn.Dense(3)(jnp.sort(jnp.concatenate([x / 3, bounds], -1), -1))
+
+
+def counted(x):
+    return nn.Dense(3)(x), jnp.full((x.shape[0], 2), 7), jnp.ones((x.shape[0], 1), bool)
+
+
+def anchors(x):
+    return nn.Dense(3)(x), jnp.broadcast_to(jnp.linspace(0, 1, 4), (x.shape[0], 4))
+
+
+def numbered(x):
+    numbers = jnp.arange(1.0 * x.shape[0])[:, None]
+    return nn.Dense(3)(jnp.concatenate([nn.Dense(6)(x), jnp.broadcast_to(numbers, x.shape)], -1))
 
 
 DEPENDENT = {
@@ -37,9 +101,9 @@ DEPENDENT = {
     "mean over all": (lambda x: nn.Dense(6)(x).mean(keepdims=True), ROW),
     "centered": (centered, ROW),
     "unbatched image": (lambda x: nn.Dense(3)(nn.Conv(4, (3, 3))(x).mean((0, 1))), IMAGE),
-    "class token": (class_token, ROW),
-    "stacked with a constant": (stacked, ROW),
-    "zeros behind": (zeros_behind, ROW),
+    "constants that differ along it": (numbered, ROW),
+    "a constant counted by it": (lambda x: nn.Dense(3)(x) + jnp.ones_like(x).sum(), ROW),
+    "a product of constants": (lambda x: nn.Dense(6)(x) + nn.Dense(6)(jnp.ones_like(x)), ROW),
     "halves": (lambda x: jnp.split(nn.Dense(4)(jnp.concatenate([x, -x], 0)), 2), ROW),
     "last example": (lambda x: nn.Dense(3)(nn.Dense(5)(x)[-1]), ROW),
     "float function of it": (lambda x: nn.standardize(nn.Dense(4)(x), axis=0), ROW),
@@ -52,6 +116,18 @@ FREE = {
     "height": (lambda x: nn.Conv(3, (3, 3))(nn.relu(nn.Conv(4, (3, 3))(x))), (8, 8, 3)),
     "mean over positions": (lambda x: nn.Conv(3, (3, 3))(x).mean((1, 2)), (2, 8, 8, 4)),
     "float function": (lambda x: nn.softmax(nn.Dense(4)(x)), ROW),
+    "class token and position table": (Vit(), TOKENS),
+    "class token": (class_token, ROW),
+    "rows above": (rows_above, (4, 5, 5, 3)),
+    "stacked with a constant": (stacked, ROW),
+    "zeros behind": (zeros_behind, ROW),
+    "zero carry": (zero_carry, ROW),
+    "learned queries": (queries, TOKENS),
+    "a mask in float": (masked, TOKENS),
+    "a mask with a constant column": (padded_mask, TOKENS),
+    "a constant among real values": (among_reals, ROW),
+    "constant output": (anchors, ROW),
+    "constant outputs of integers and truth values": (counted, ROW),
 }
 
 
@@ -85,7 +161,21 @@ def test_every_other_model_takes_any(name, backend, tmp_path):
     assert model.tensors[model.inputs[0]].shape == (-1, *x.shape[1:])
     more = jnp.concatenate([x, 0.5 * x, x[:1]])
     assert_same(model(more), evaluate(more))
-    if name != "float function":
-        path = tmp_path / f"m.{backend}"
-        export(model, path)
-        assert sq.verify(model, path, more).differing == 0
+    path = tmp_path / f"m.{backend}"
+    export(model, path)
+    file = sq.open_file(path, isolated=False)
+    for images in (more, x, x[:1], x[:3]):
+        assert_same(file.run([np.asarray(images)]), model(images))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+def test_a_single_sample_tells_as_much(backend, tmp_path):
+    """With one example nothing is repeated, and nothing tells constants of examples apart."""
+    evaluate, model, x = converted(Vit(), (1, 3, 6), backend)
+    assert model.tensors[model.inputs[0]].shape == (-1, 3, 6)
+    more = jnp.concatenate([x, 0.5 * x, -x])
+    assert_same(model(more), evaluate(more))
+    export(model, tmp_path / f"m.{backend}")
+    assert sq.verify(model, tmp_path / f"m.{backend}", more).differing == 0
+    _, model, x = converted(numbered, (1, 6), backend)
+    assert model.tensors[model.inputs[0]].shape == (1, 6)

@@ -132,14 +132,6 @@ def test_a_remedy_for_where_it_stands(backend, tmp_path):
 # What TFLite alone cannot hold -----------------------------------------------------------------
 
 
-class Dilated(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3)(
-            nn.relu(nn.Conv(4, (3, 3), padding=((1, 1), (1, 1)), input_dilation=2)(x)).mean((1, 2))
-        )
-
-
 class Volume(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -156,7 +148,6 @@ class Unequal(nn.Module):
 
 
 TFLITE_ALONE = {
-    "input_dilation": (Dilated(), IMAGE, "input_dilation"),
     "three axes": (Volume(), IMAGE.reshape(4, 4, 4, 4, 3), "not three"),
     "ratio": (Unequal(), X[:, 0], "times its output's"),
 }

@@ -87,27 +87,11 @@ def _ordered(values: Sequence[T], layout: Layout) -> list[T]:
 
 def _conv_padding(w: Writer, op: Conv, x: str, tensor: Tensor) -> tuple[str, list[int]]:
     """Do what a convolution's own padding cannot; return the input and what is left to pad."""
-    padding = op.padding
-    zero = w.scale(tensor)[1]
-    dilation = op.input_dilation
-    if any(d != 1 for d in dilation):
-        # Write each element with d - 1 zeros behind it, then cut the last ones off.
-        lengths, channels = tensor.shape[1:-1], tensor.shape[-1]
-        spread = [v for n in lengths for v in (n, 1)]
-        x = w.node("Reshape", [x, w.ints([-1, channels, *spread], op.path)], op.path)
-        behind = [0, 0, *(v for d in dilation for v in (0, d - 1))]
-        pads = w.ints([0] * len(behind) + behind, op.path)
-        x = w.node("Pad", [x, pads, zero], op.path)
-        whole = [n * d for n, d in zip(lengths, dilation, strict=True)]
-        x = w.node("Reshape", [x, w.ints([-1, channels, *whole], op.path)], op.path)
-        ends = [n - d + 1 for n, d in zip(whole, dilation, strict=True)]
-        axes = list(range(2, 2 + len(ends)))
-        bounds = [w.ints(v, op.path) for v in ([0] * len(ends), ends, axes)]
-        x = w.node("Slice", [x, *bounds], op.path)
-    flat = [p[end] for end in (0, 1) for p in padding]
+    assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
+    flat = [p[end] for end in (0, 1) for p in op.padding]
     if min(flat) >= 0:
         return x, flat
-    half = len(flat) // 2
+    half, zero = len(flat) // 2, w.scale(tensor)[1]
     pads = w.ints([0, 0, *flat[:half], 0, 0, *flat[half:]], op.path)
     return w.node("Pad", [x, pads, zero], op.path), [0] * len(flat)
 

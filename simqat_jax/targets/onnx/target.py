@@ -9,10 +9,12 @@ from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_flag, check_kind
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
+from simqat_jax.targets.axes import moving_one_axis
 from simqat_jax.targets.onnx.ops import check, write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
+from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import Target
 
 _BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in ONNX Runtime 1.32
@@ -52,7 +54,9 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
 
 def _bytes(program: Program, integer_io: bool) -> bytes:
     check(program)
-    fast = pooling_rows_first(in_width_blocks(program, _BLOCKS), _FEW)
+    fast = pooling_rows_first(
+        in_width_blocks(in_subpixels(moving_one_axis(program)), _BLOCKS), _FEW
+    )
     return Writer(fast, integer_io).model_bytes(write_op)
 
 

@@ -133,8 +133,8 @@ class Writer:
         """Return the name of a tensor's codes in a layout; write them so where they are not."""
         names, tensor = self.written.setdefault(i, {}), self.model.tensors[i]
         if not names:
-            assert tensor.value is not None
-            names[LAST] = self.initializer(self.codes_of(tensor), tensor.name)
+            held = self.initializer(self.codes_of(tensor), tensor.name)
+            names[LAST] = _repeated(self, held, tensor) if tensor.repeats else held
         if layout not in names:
             rank = len(tensor.shape)
             to_first = (0, rank - 1, *range(1, rank - 1))
@@ -167,7 +167,9 @@ class Writer:
     def dequantized(self, op: Op, position: int, layout: Layout) -> str:
         """Return an input of an operation in real units, in a layout."""
         i = op.inputs[position]
-        return self.dequantize(self.get(i, layout), self.model.tensors[i])
+        tensor, thin = self.model.tensors[i], self.model.reads_thin(op, i)
+        codes = _held(self, tensor, layout) if thin else self.get(i, layout)
+        return self.dequantize(codes, tensor)
 
     def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
         """Quantize the real result of an operation."""
@@ -230,3 +232,23 @@ class Writer:
                 self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
             )
         return self.value_info(name, tensor)
+
+
+def _held(w: Writer, tensor: Tensor, layout: Layout) -> str:
+    """Write a constant that repeats along the batch as it is held, of length 1 there."""
+    codes = w.codes_of(tensor)
+    return w.initializer(np.moveaxis(codes, -1, 1) if layout == FIRST else codes, tensor.name)
+
+
+def _repeated(w: Writer, held: str, tensor: Tensor) -> str:
+    """Repeat a constant along the batch, whose size is that of the first input that has it."""
+    source, axis = next(
+        (w.model.tensors[i].name, axis)
+        for i in w.model.inputs
+        for axis, d in enumerate(w.model.tensors[i].shape)
+        if d == -1
+    )
+    size = w.node("Shape", [source], tensor.name, start=axis, end=axis + 1)
+    where = w.ints([int(d < 0) for d in tensor.shape], tensor.name)
+    lengths = w.node("Pow", [size, where], tensor.name)  # 1 where the batch is not
+    return w.node("Expand", [held, lengths], tensor.name)

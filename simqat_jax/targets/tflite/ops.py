@@ -104,8 +104,10 @@ def write_op(writer: Writer, op: Op) -> None:
         assert target is not None
         real = writer.real(op.inputs[0])
         writer.quantize(real.index, real.shape, target)
-    else:  # None stands for a tensor that is no code, or stays whole
-        replaced = _WRITERS[type(op)](writer, op, *map(writer.values.get, op.inputs), target)
+    else:
+        thin = writer.source.reads_thin
+        inputs = [writer.values[i] if thin(op, i) else writer.full(i) for i in op.inputs]
+        replaced = _WRITERS[type(op)](writer, op, *inputs, target)
     written = replaced or target
     if written is not None:
         writer.values[number] = written
@@ -137,12 +139,7 @@ def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
     kernel = op.arrays["kernel"]
     if len(op.strides) > 2:
         refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
-    if any(d != 1 for d in op.input_dilation):
-        refuse(
-            op,
-            f"TFLite has no convolution with input_dilation={op.input_dilation}",
-            OTHER_FILE,
-        )
+    assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
 

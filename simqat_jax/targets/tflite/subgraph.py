@@ -202,6 +202,13 @@ class Subgraph:
         self.emit("RESHAPE", [x.index], y.index, newShape=reshape_target(shape))
         return y
 
+    def cast(self, x: int, shape: Sequence[int], target: DTypeLike) -> int:
+        """Return the values of a tensor in another type."""
+        y = self.tensor(None, shape, target)
+        types = {"inDataType": self.tensors[x].type, "outDataType": self.tensors[y].type}
+        self.emit("CAST", [x], y, **types)
+        return y
+
     def strided_slice(
         self,
         x: Codes | Plain,

@@ -11,6 +11,7 @@ from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_flag, check_kind
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.targets.rewrites import in_width_blocks
+from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import Target
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
 from simqat_jax.targets.tflite.runtime import open_tflite
@@ -57,7 +58,7 @@ def _bytes(program: Program, integer_io: bool) -> bytes:
     flatbuffers = import_extra("flatbuffers")
     schema = import_extra("ai_edge_litert.schema_py_generated")
     check(program)
-    writer = Writer(in_width_blocks(program, _BLOCKS), schema, VERSIONS)
+    writer = Writer(in_width_blocks(in_subpixels(program), _BLOCKS), schema, VERSIONS)
     written = writer.model(integer_io, write_op)
     builder = _builder(flatbuffers)
     builder.Finish(written.Pack(builder), file_identifier=b"TFL3")

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.targets.refusals import each
+from simqat_jax.targets.tflite.repeated import false_of_each, repeated_codes, repeated_values
 from simqat_jax.targets.tflite.staying_whole import staying_whole
 from simqat_jax.targets.tflite.subgraph import (
     Codes,
@@ -27,6 +27,7 @@ class Writer(Subgraph):
       reals: likewise for each tensor in real values, integers or truth values.
       wholes: the number of the tensor that holds codes less their zero point, as float32.
       staying_whole: the tensors of which there is nothing else.
+      falses: the number of a tensor that is false for each example, once it is needed.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Writer(Subgraph):
         self.wholes: dict[int, int] = {}
         self.staying_whole = staying_whole(program)
         self.reals: dict[int, Plain] = {}
+        self.falses: int | None = None
 
     def model(self, integer_io: bool, write: Callable[["Writer", Op], None]) -> SchemaObject:
         """Return the model; `write` writes one operation."""
@@ -70,12 +72,27 @@ class Writer(Subgraph):
         self.emit("RESHAPE", [real], target, newShape=reshape_target(shape))
         return target
 
-    def cast(self, x: int, shape: Sequence[int], target: DTypeLike) -> int:
-        """Return the values of a tensor in another type."""
-        y = self.tensor(None, shape, target)
-        types = {"inDataType": self.tensors[x].type, "outDataType": self.tensors[y].type}
-        self.emit("CAST", [x], y, **types)
-        return y
+    def full(self, i: int) -> Codes | None:
+        """Return what stands for a tensor; a constant that repeats along the batch at full length.
+
+        None stands for a tensor that is no code, or stays whole.
+        """
+        tensor, held = self.source.tensors[i], self.values.get(i)
+        if held is not None and tensor.repeats and held.shape != tensor.shape:
+            held = self.values[i] = repeated_codes(self, tensor, held, self.false())
+        return held
+
+    def false(self) -> int:
+        """Return a truth value of each example, which is false."""
+        if self.falses is None:
+            i, axis = next(
+                (i, axis)
+                for i in self.source.inputs
+                for axis, d in enumerate(self.source.tensors[i].shape)
+                if d == -1
+            )
+            self.falses = false_of_each(self, self.values.get(i) or self.reals[i], axis)
+        return self.falses
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""
@@ -108,7 +125,11 @@ class Writer(Subgraph):
         tensor = self.source.tensors[i]
         if i not in self.reals and tensor.grid is not None:
             self.reals[i] = self.plain(f"{tensor.name}/real", tensor.shape, "float32")
-            self.emit("DEQUANTIZE", [self.values[i].index], self.reals[i].index)
+            codes = self.full(i)
+            assert codes is not None
+            self.emit("DEQUANTIZE", [codes.index], self.reals[i].index)
+        elif i not in self.reals and tensor.repeats:
+            self.reals[i] = repeated_values(self, tensor, self.false())
         elif i not in self.reals:
             assert tensor.value is not None
             index = self.constant(tensor.value, tensor.value.dtype)
@@ -133,8 +154,7 @@ class Writer(Subgraph):
         if self.source.tensors[i].grid is None:
             x = self.real(i)
             real = self.tensor(name, x.shape, np.dtype(x.dtype))
-            target = np.maximum(np.asarray(x.shape, np.int32), -1)
-            self.emit("RESHAPE", [x.index], real, newShape=target)
+            self.emit("RESHAPE", [x.index], real, newShape=reshape_target(x.shape))
             return real
         codes = self.values[i]
         if not integer_io:

@@ -19,7 +19,6 @@ from simqat_jax.targets.tflite import target as tflite
 CONFIG = sq.SimQATConfig(backend="tflite")
 REFUSED = {
     "conv 3d": "Conv_0: TFLite convolves over one or two axes",
-    "transposed input": r"Conv_0: TFLite has no convolution with input_dilation=\(2, 2\)",
 }
 FLOAT_PARTS = ("softmax", "attention", "preprocessing")
 TRAINING = ("batch norm train", "dropout train")

@@ -1,5 +1,7 @@
 """A recurrent network on the rows of images."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 
@@ -22,5 +24,5 @@ class RowLSTM(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         del train
         rows = x.reshape(x.shape[0], x.shape[1] // self.rows, -1)
-        outputs = nn.RNN(nn.OptimizedLSTMCell(self.features))(rows)
+        outputs: Any = nn.RNN(nn.OptimizedLSTMCell(self.features))(rows)
         return nn.Dense(self.num_classes)(outputs[:, -1])

@@ -47,10 +47,11 @@ def false_of_each(w: Subgraph, x: Codes | Plain, axis: int) -> int:
     else:
         one = Plain(w.tensor("one", shape, np.dtype(x.dtype)), shape, x.dtype)
     w.strided_slice(x, [0] * len(ends), ends, [1] * len(ends), one)
+    real = one.index
     if isinstance(one, Codes):
         real = w.tensor(None, shape, np.float32)
         w.emit("DEQUANTIZE", [one.index], real)
-    else:
+    elif one.dtype != "float32":
         real = w.cast(one.index, shape, np.float32)
     row = w.tensor(None, (-1,), np.float32)
     w.emit("RESHAPE", [real], row, newShape=reshape_target((-1,)))

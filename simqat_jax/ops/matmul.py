@@ -58,17 +58,18 @@ class MatMulOperation(Operation):
         if sums is None:
             return None
         factor = combined(node, at.reals)
-        return at.requantized(sums[0], _multiplier(a.grid, b.grid, at.grid, factor))
+        codes = at.requantized(sums[0], _multiplier(a.grid, b.grid, at.grid, factor))
+        return jnp.where(rounded_product(a.grid.params.scale, factor) > 0, codes, jnp.nan)
 
     def lower(self, at: LoweredStep) -> bool:
         node, grids = at.node, (at.in_grid(0), at.in_grid(1))
         assert isinstance(node, MatMul) and isinstance(node.inputs[0], int)
-        if not _fits(node, at.builder.graph.avals[node.inputs[0]].shape, *grids):
+        if not _fits(node, at.builder.shape(node.inputs[0]), *grids):  # or sums over a free batch
             return False
         known = [at.builder.is_data(v) or at.builder.value(v) for v in node.inputs]
         factor = combined(node, known)
         scaled = float(rounded_product(jnp.float32(grids[0].scale), factor))
-        if not scaled > 0:
+        if not scaled > 0:  # no scale of a tensor
             return False
         at.check_unit(scaled, grids[1].params.scale)
         (sums_a, sums_b), (batch_a, batch_b) = node.contraction.eqn.params["dimension_numbers"]
@@ -107,7 +108,8 @@ def _terms(node: MatMul, shape: Sequence[int]) -> int:
 
 def _fits(node: MatMul, shape: Sequence[int], a: Grid, b: Grid) -> bool:
     """Whether int32 holds every sum."""
-    return max(a.num_bits, b.num_bits) <= 8 and _terms(node, shape) * a.largest * b.largest <= MOST
+    terms = _terms(node, shape)
+    return max(a.num_bits, b.num_bits) <= 8 and 0 < terms * a.largest * b.largest <= MOST
 
 
 def _side(

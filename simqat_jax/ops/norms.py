@@ -47,8 +47,8 @@ class NormOperation(IntegerOperation):
     def lower(self, at: LoweredStep) -> bool:
         node, x = at.node, at.input()
         assert isinstance(node, Norm) and isinstance(node.inputs[0], int)
-        shape, grid = at.builder.graph.avals[node.inputs[0]].shape, at.in_grid()
-        if not _fits(node, shape, grid):
+        shape, grid = at.builder.shape(node.inputs[0]), at.in_grid()
+        if not _fits(node, shape, grid):  # or statistics over a free batch
             return False
         values = [at.builder.held(v) for v in node.inputs[1:]]
         if node.layer is None:  # broadcast to the input

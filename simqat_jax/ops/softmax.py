@@ -38,8 +38,7 @@ class SoftmaxOperation(IntegerOperation):
     def lower(self, at: LoweredStep) -> bool:
         node = at.node
         assert isinstance(node, Softmax) and isinstance(node.inputs[0], int)
-        shape = at.builder.graph.avals[node.inputs[0]].shape
-        if not _fits(node, shape, at.in_grid()):
+        if not _fits(node, at.builder.shape(node.inputs[0]), at.in_grid()):  # or a free batch
             return False
         inputs = [at.input()]
         if node.masked:

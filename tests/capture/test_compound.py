@@ -108,3 +108,21 @@ def test_a_lookup_has_codes_from_ids():
         lambda p: jnp.sum(jnp.asarray(qmodel.apply({**variables, "params": p}, IDS)))
     )
     assert jnp.any(gradient(variables["params"])["Embed_0"]["embedding"][7])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: jnp.einsum("bd,bk->dk", x, x[:, :3]) + x.sum(),
+        lambda x: nn.softmax(x, axis=0),
+        lambda x: -0.5 * (x @ x.T),
+        lambda x: nn.LayerNorm(reduction_axes=0)(x),
+    ],
+    ids=["products", "softmax", "negative", "norm"],
+)
+def test_what_mixes_examples_has_the_codes_of_evaluation(function):
+    """Over the batch, or scaled by a number below zero."""
+    model = Model(lambda x: nn.Dense(3)(function(nn.Dense(8)(x))))
+    qmodel, variables, _ = observed(model, X[:, 0])
+    y = jax.jit(qmodel.apply)(variables, X[:, 0])
+    np.testing.assert_array_equal(sq.convert(qmodel, variables, X[:, 0])(X[:, 0]), y)

@@ -8,7 +8,7 @@ import numpy as np
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.norms import find_norms
-from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.capture.parts import Parts, maker, number, repeated
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
     Constant,
@@ -47,20 +47,20 @@ def find_softmax(graph: Graph) -> Graph:
 def _merge_softmax(draft: Draft, division: Node) -> None:
     parts = Parts(draft, division)
     exp = parts.made_by(division.inputs[0], "exp", Elementwise)
-    total = parts.made_by(parts.behind(division.inputs[1], SAME), "reduce_sum", Mean)
+    total = parts.made_by(parts.behind(division.inputs[1]), "reduce_sum", Mean)
     if exp is None or total is None or total.inputs[0] != exp.outputs[0]:
         return
     parts.add(exp, total)
     axes, x = total.eqn.params["axes"], exp.inputs[0]
     difference = parts.made_by(x, "sub")
     if difference is not None:
-        highest = parts.made_by(parts.behind(difference.inputs[1], SAME), "reduce_max")
+        highest = parts.made_by(parts.behind(difference.inputs[1]), "reduce_max")
         if highest is not None and highest.inputs[0] == difference.inputs[0]:
             parts.add(difference, highest)
             x = difference.inputs[0]
     if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
         return
-    if not parts.are_closed():
+    if not parts.are_closed() or not parts.are_aligned(x):
         return
     fields = {"op": "softmax", "axis": int(axes[0])}
     selection = parts.made_by(x, "select_n")
@@ -136,20 +136,10 @@ def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
     for v, factor in pairs:
         free = not (isinstance(factor, int) and factor in draft.graph.data)
         if isinstance(v, int) and v in draft.graph.data and free:
-            source = _repeated(draft, factor)
+            source = repeated(draft, factor)
             if source is not None:
                 return v, source, node.primitive == "div"
     return None
-
-
-def _repeated(draft: Draft, v: Operand) -> Operand | None:
-    """Return the one number that a tensor repeats; None: there are several."""
-    while draft.aval(v).size > 1:
-        node = maker(draft, v)
-        if node is None or node.primitive != "broadcast_in_dim":
-            return None
-        v = node.inputs[0]
-    return v
 
 
 # Lookups -----------------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 import math
 from typing import NamedTuple
 
-from jax.extend import core
-
 from simqat_jax.capture.classify import function_name
 from simqat_jax.capture.draft import Draft
-from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.capture.parts import SAME, Parts, maker, number, reduced_axes, repeated
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.graph import Add, Elementwise, Float, Graph, Mean, Node, Operand
+from simqat_jax.numerics.requantize import FREE
 
 
 class _Variance(NamedTuple):
@@ -48,10 +47,14 @@ def _merge_norm(draft: Draft, root: Node) -> None:
     if affine is None:
         return
     _add_affine(parts, affine)
-    if not parts.are_closed():
+    rank = len(draft.avals[variance.x].shape)
+    placed = [(w, name) for v, name in affine if (w := _of_rank(draft, v, rank)) is not None]
+    if len(placed) < len(affine):
+        return
+    if not parts.are_closed() or not parts.are_aligned(variance.x):
         return
     last = parts.ordered[-1]
-    inputs = (variance.x, *(v for v, _ in affine))
+    inputs = (variance.x, *(v for v, _ in placed))
     parts.merged(
         Norm,
         inputs,
@@ -60,17 +63,22 @@ def _merge_norm(draft: Draft, root: Node) -> None:
         path=last.path,
         axes=variance.axes,
         groups=None,
-        feature_axes=tuple(range(len(draft.avals[variance.x].shape))),
+        feature_axes=tuple(range(rank)),
         centered=variance.centered,
         epsilon=epsilon,
-        affine=tuple(name for _, name in affine),
+        affine=tuple(name for _, name in placed),
     )
+
+
+def _of_rank(draft: Draft, v: Operand, rank: int) -> Operand | None:
+    """Return an operand that broadcasts to a tensor of so many axes; None: it does not."""
+    return v if len(draft.aval(v).shape) == rank else repeated(draft, v)
 
 
 def _variance(parts: Parts, root: Node) -> tuple[_Variance | None, float]:
     """Return the variance whose root it is, and what is added to it."""
     draft = parts.draft
-    v, epsilon = parts.behind(root.inputs[0], SAME), 0.0
+    v, epsilon = parts.behind(root.inputs[0]), 0.0
     added = parts.made_by(v, "add", Add)
     if added is not None:
         pair = [(a, number(draft, b)) for a, b in (added.inputs, added.inputs[::-1])]
@@ -79,7 +87,7 @@ def _variance(parts: Parts, root: Node) -> tuple[_Variance | None, float]:
             return None, 0.0
         parts.add(added)
         epsilon = known
-    v = parts.behind(v, (*SAME, "max"))
+    v = parts.behind(v, (FREE, (0.0, math.inf)))
     difference = parts.made_by(v, "sub", Add)
     if difference is not None:  # mean(x^2) - mean(x)^2
         parts.add(difference)
@@ -105,20 +113,18 @@ def _whole_variance(parts: Parts, v: Operand) -> _Variance | None:
     node = maker(parts.draft, v)
     if node is None or function_name(node.eqn) != "_var":
         return None
-    x, correction = node.inputs
-    (inner,) = core.jaxprs_in_params(node.eqn.params)
-    sums = {eqn.params["axes"] for eqn in inner.eqns if eqn.primitive.name == "reduce_sum"}
-    if not isinstance(x, int) or number(parts.draft, correction) != 0 or len(sums) != 1:
+    x, *others = node.inputs  # the correction, and what is left out
+    if not isinstance(x, int) or [number(parts.draft, v) for v in others] != [0]:
         return None
     parts.add(node)
-    return _Variance(x, tuple(map(int, sums.pop())), True)
+    return _Variance(x, reduced_axes(node), True)
 
 
 def _fast_variance(parts: Parts, difference: Node) -> _Variance | None:
-    mean = _mean(parts, parts.behind(difference.inputs[0], SAME))
+    mean = _mean(parts, parts.behind(difference.inputs[0]))
     x = None if mean is None else _squared(parts, mean.of)
-    of_mean = _squared(parts, parts.behind(difference.inputs[1], SAME))
-    other = None if of_mean is None else _mean(parts, parts.behind(of_mean, SAME))
+    of_mean = _squared(parts, parts.behind(difference.inputs[1]))
+    other = None if of_mean is None else _mean(parts, parts.behind(of_mean))
     if mean is None or x is None or other != _Mean(x, mean.axes):
         return None
     return _Variance(x, mean.axes, True)
@@ -134,7 +140,7 @@ def _mean(parts: Parts, v: Operand) -> _Mean | None:
     division = parts.made_by(v, "div")
     if division is None:
         return None
-    total = parts.made_by(parts.behind(division.inputs[0], SAME), "reduce_sum", Mean)
+    total = parts.made_by(parts.behind(division.inputs[0]), "reduce_sum", Mean)
     if total is None or not isinstance(total.inputs[0], int):
         return None
     x, axes = total.inputs[0], tuple(map(int, total.eqn.params["axes"]))
@@ -165,7 +171,7 @@ def _difference(draft: Draft, v: Operand, axes: tuple[int, ...]) -> Parts | None
     if node is None or node.primitive != "sub" or not isinstance(node.inputs[0], int):
         return None
     parts = Parts(draft, node)
-    mean = _mean(parts, parts.behind(node.inputs[1], SAME))
+    mean = _mean(parts, parts.behind(node.inputs[1]))
     return parts if mean == _Mean(node.inputs[0], axes) else None
 
 

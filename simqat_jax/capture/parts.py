@@ -1,13 +1,16 @@
 """Nodes of a graph that are to become one, found by what reads and makes what."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.extend import core
 
+from simqat_jax.capture.classify import function_name
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.passes import chain
 from simqat_jax.ir.graph import Clamp, Node, Operand, as_kind
+from simqat_jax.numerics.requantize import FREE, Bounds
 
 SAME = frozenset("broadcast_in_dim reshape expand_dims squeeze stop_gradient copy".split())
 """What repeats values or gives them another shape."""
@@ -24,10 +27,17 @@ class Parts:
         """Take nodes along."""
         self.nodes.update(dict.fromkeys(nodes))
 
-    def behind(self, v: Operand, kinds: Iterable[str]) -> Operand:
-        """Step over operations of these kinds, which become parts; return what they read."""
+    def behind(self, v: Operand, bounds: Iterable[Bounds] = (FREE,)) -> Operand:
+        """Step over what keeps values, which becomes parts; return what it reads.
+
+        Args:
+          v: an operand.
+          bounds: of clamps that keep the values at hand.
+        """
         node = maker(self.draft, v)
-        while node is not None and (node.primitive in kinds or _is_open(node)):
+        while node is not None and (
+            node.primitive in SAME or (isinstance(node, Clamp) and node.bounds in bounds)
+        ):
             self.add(node)
             v = next(x for x in node.inputs if isinstance(x, int))
             node = maker(self.draft, v)
@@ -57,6 +67,21 @@ class Parts:
             for node in inner
         )
 
+    def are_aligned(self, x: int) -> bool:
+        """Whether each axis that is reduced is put back in its place: `e / e.sum(-1)[..., None]`.
+
+        Args:
+          x: the tensor of which all parts are made.
+        """
+        known: dict[int, _Axes] = {x: tuple(range(len(self.draft.avals[x].shape)))}
+        for node in self.ordered:
+            made = [known[v] for v in node.inputs if isinstance(v, int) and v in known]
+            axes = _axes_behind(self.draft, node, made) if made else ()
+            if axes is None:
+                return False
+            known.update((v, axes) for v in node.outputs if made)
+        return True
+
     def merged(self, kind: type[Node], inputs: tuple[Operand, ...], **fields: Any) -> Node:
         """Put one node in the place of all, where the last one is.
 
@@ -77,15 +102,48 @@ class Parts:
         return node
 
 
+_Axes = tuple[int | None, ...]
+"""For each axis of a tensor the axis of another that it is; None: it repeats values."""
+
+
+def _axes_behind(draft: Draft, node: Node, operands: Sequence[_Axes]) -> _Axes | None:
+    """Return the axes of what a node makes of operands of these; None: they do not fit together."""
+    shape, first, reduced = draft.avals[node.outputs[0]].shape, operands[0], reduced_axes(node)
+    if reduced:
+        if len(shape) == len(first):
+            return tuple(None if k in reduced else axis for k, axis in enumerate(first))
+        return tuple(axis for k, axis in enumerate(first) if k not in reduced)
+    if node.primitive == "broadcast_in_dim":
+        places = dict(zip(node.eqn.params["broadcast_dimensions"], first, strict=True))
+        return tuple(places.get(k) for k in range(len(shape)))
+    if node.primitive in SAME:  # axes of length 1 come and go
+        before = draft.aval(node.inputs[0]).shape
+        long = [axis for axis, n in zip(first, before, strict=True) if n > 1]
+        if [n for n in before if n > 1] != [n for n in shape if n > 1]:
+            return None
+        rest = iter(long)
+        return tuple(next(rest) if n > 1 else None for n in shape)
+    found = [{axis for axis in axes if axis is not None} for axes in zip(*operands, strict=True)]
+    if any(len(axes) > 1 and n > 1 for axes, n in zip(found, shape, strict=True)):
+        return None
+    return tuple(min(axes, default=None) for axes in found)
+
+
+def reduced_axes(node: Node) -> tuple[int, ...]:
+    """Return the axes along which a node reduces its tensor, also as `jnp.var` does."""
+    if node.primitive.startswith("reduce_"):
+        return tuple(map(int, node.eqn.params["axes"]))
+    if function_name(node.eqn) != "_var":
+        return ()
+    (inner,) = core.jaxprs_in_params(node.eqn.params)
+    sums = [eqn.params["axes"] for eqn in inner.eqns if eqn.primitive.name == "reduce_sum"]
+    return tuple(map(int, sums[-1]))
+
+
 def maker(draft: Draft, v: Operand) -> Node | None:
     """Return the node that makes a tensor, unless it stands for several operations."""
     node = draft.producers.get(v) if isinstance(v, int) else None
     return None if node is None or node.parts else node
-
-
-def _is_open(node: Node) -> bool:
-    """Whether it clamps to no bound: `max(-inf, x)`."""
-    return isinstance(node, Clamp) and node.bounds == (-np.inf, np.inf)
 
 
 def number(draft: Draft, v: Operand) -> float | None:
@@ -96,3 +154,13 @@ def number(draft: Draft, v: Operand) -> float | None:
             return None
         v = node.inputs[0]
     return float(np.asarray(v.value)) if np.size(v.value) == 1 else None
+
+
+def repeated(draft: Draft, v: Operand) -> Operand | None:
+    """Return the one number that a tensor repeats; None: there are several."""
+    while draft.aval(v).size > 1:
+        node = maker(draft, v)
+        if node is None or node.primitive != "broadcast_in_dim":
+            return None
+        v = node.inputs[0]
+    return v

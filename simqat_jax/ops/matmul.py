@@ -177,13 +177,17 @@ class Multiplied(Op):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookUp(Op):
-    """Rows of codes, "table", that integers pick: the input, with a last axis of length 1."""
+    """Rows of codes, "table", that integers pick: the input, with a last axis of length 1.
+
+    Where there is no such row, codes of zero.
+    """
 
     kinds = ("lookup",)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
-        rows = jnp.take(c.grid.stored(c.arrays["table"]), inputs[0][..., 0], axis=0, mode="clip")
-        return (rows,)
+        table, zero = c.grid.stored(c.arrays["table"]), c.grid.stored_zero
+        given = {"mode": "fill", "fill_value": zero, "wrap_negative_indices": False}
+        return (table.at[inputs[0][..., 0]].get(**given),)
 
 
 OPERATIONS = {MatMul: MatMulOperation(), Lookup: LookupOperation()}

@@ -60,6 +60,9 @@ NO_NORMS = {
     "of less": lambda x: (x - mean(x)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-5),
     "over the batch": lambda x: (x - mean(x, 0)) / jnp.sqrt(var(x, 0) + 1e-5),
     "seen": lambda x: (x - mean(x)) / jnp.sqrt((v := var(x)) + 1e-5) + v,
+    "a floor": lambda x: (x - mean(x)) * lax.rsqrt(jnp.maximum(var(x), 0.1) + 1e-5),
+    "of some": lambda x: (x - mean(x)) / jnp.sqrt(x.var(-1, keepdims=True, where=SCALE > 1) + 1e-5),
+    "turned": lambda x: (y := x[:, :, :5]) / jnp.sqrt(mean(y * y)[:, None, :, 0] + 1e-5),
     "means of two": lambda x: (x - mean(x, 1)) / jnp.sqrt(var(x) + 1e-5),
 }
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.norms import find_norms
-from simqat_jax.capture.parts import Parts, maker, number, repeated
+from simqat_jax.capture.parts import Parts, maker, number, reduced_axes, repeated
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
     Constant,
@@ -55,7 +56,8 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
     difference = parts.made_by(x, "sub")
     if difference is not None:
         highest = parts.made_by(parts.behind(difference.inputs[1]), "reduce_max")
-        if highest is not None and highest.inputs[0] == difference.inputs[0]:
+        same = highest is not None and reduced_axes(highest) == reduced_axes(total)
+        if highest is not None and same and highest.inputs[0] == difference.inputs[0]:
             parts.add(difference, highest)
             x = difference.inputs[0]
     if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
@@ -78,7 +80,9 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
 
 def _masked(draft: Draft, selection: Node) -> tuple[int, bool] | None:
     """Return what a selection lets through, and for which value of its mask."""
-    _, *cases = selection.inputs
+    mask, *cases = selection.inputs
+    if len(cases) != 2 or draft.aval(mask).dtype != jnp.bool_:
+        return None
     lowest = [number(draft, v) for v in cases]
     for keeps, other in ((True, lowest[0]), (False, lowest[1])):
         v = cases[int(keeps)]
@@ -110,7 +114,9 @@ def _merge_product(draft: Draft, product: Contraction) -> None:
     parts, factors = Parts(draft, product), []
     for position, v in enumerate(operands):
         scaling = maker(draft, v)
-        if scaling is None or draft.only_reader(scaling.outputs[0], scaling) is not product:
+        if scaling is None or scaling in draft.instead:  # or it belongs to the product before
+            continue
+        if draft.only_reader(scaling.outputs[0], scaling) is not product:
             continue
         scaled = _scaled(draft, scaling)
         if scaled is not None:
@@ -149,7 +155,10 @@ def find_lookups(graph: Graph) -> Graph:
     """Find the gathers of whole rows of a table by integers that depend on the data."""
 
     def found(node: Node) -> Node:
-        return as_kind(Lookup, node, op="lookup") if _looks_up(graph, node) else node
+        if not _looks_up(graph, node):
+            return node
+        fills = node.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+        return as_kind(Lookup, node, op="lookup", clips=not fills)
 
     return dataclasses.replace(graph, nodes=tuple(map(found, graph.nodes)))
 
@@ -160,6 +169,9 @@ def _looks_up(graph: Graph, node: Node) -> bool:
     table, picked = node.inputs
     depends = [isinstance(v, int) and v in graph.data for v in (table, picked)]
     if depends != [False, True]:
+        return False
+    fill = node.eqn.params["fill_value"]
+    if fill is not None and fill != 0 and not np.isnan(fill):
         return False
     numbers, sizes = node.eqn.params["dimension_numbers"], node.eqn.params["slice_sizes"]
     rank = len(sizes)

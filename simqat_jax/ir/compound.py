@@ -64,8 +64,13 @@ class MatMul(Node):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Lookup(Node):
-    """Rows of a table, its first input, that integers, its second, pick."""
+    """Rows of a table, its first input, that integers, its second, pick.
 
+    Attributes:
+      clips: integers beyond the table's ends pick its ends; otherwise no row.
+    """
+
+    clips: bool
     kind: str = "lookup"
 
     def tensors(self, data: frozenset[int]) -> tuple[int, ...]:

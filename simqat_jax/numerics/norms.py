@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
 
 MOST_ELEMENTS = 2**24 // 256
-"""Of so many codes of 8 bits a float32 holds the sum, and int32 the sum of the squares."""
+"""Of so many codes of 8 bits float32 holds the sum, and int32 that of squared distances to it."""
 STEPS = 13
 """Of Heron's iteration: enough from its start, for variances of up to 2^16 codes."""
 
@@ -38,8 +38,9 @@ def reciprocal_count(count: int) -> np.float32:
 
 
 def heron_start(epsilon: ArrayLike) -> jax.Array:
-    """Return where Heron's iteration starts."""
-    return jnp.float32(epsilon) + np.float32(2)
+    """Return where Heron's iteration starts: near the root of a large `epsilon`, else at 2 or 3."""
+    _, exponent = jnp.frexp(jnp.float32(epsilon))
+    return jnp.ldexp(jnp.float32(1), (exponent + 1) // 2) + np.float32(2)
 
 
 def heron(v: jax.Array, epsilon: jax.Array) -> jax.Array:

@@ -139,11 +139,12 @@ class LookupOperation(Operation):
         return situation.needed or situation.wanted
 
     def lower(self, at: LoweredStep) -> bool:
+        assert isinstance(at.node, Lookup)
         table, picked = at.node.inputs
         grid = at.out_grid
         codes = np.asarray(grid.quantize(jnp.asarray(at.builder.value(table), jnp.float32)))
         indices = at.builder.number(picked)
-        at.emit(LookUp, (indices,), arrays={"table": codes})
+        at.emit(LookUp, (indices,), clips=at.node.clips, arrays={"table": codes})
         return True
 
 
@@ -179,14 +180,17 @@ class Multiplied(Op):
 class LookUp(Op):
     """Rows of codes, "table", that integers pick: the input, with a last axis of length 1.
 
-    Where there is no such row, codes of zero.
+    Attributes:
+      clips: integers beyond the table's ends pick its ends; otherwise they pick codes of zero.
     """
 
     kinds = ("lookup",)
+    clips: bool
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         table, zero = c.grid.stored(c.arrays["table"]), c.grid.stored_zero
-        given = {"mode": "fill", "fill_value": zero, "wrap_negative_indices": False}
+        mode = "clip" if self.clips else "fill"
+        given = {"mode": mode, "fill_value": zero, "wrap_negative_indices": False}
         return (table.at[inputs[0][..., 0]].get(**given),)
 
 

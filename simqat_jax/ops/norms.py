@@ -73,9 +73,11 @@ class NormOperation(IntegerOperation):
 
 def _fits(node: Norm, shape: Sequence[int], x: Grid) -> bool:
     """Whether sums of codes and of their squares are exact."""
-    grouped = _grouped(shape, node.groups)
-    count = math.prod(grouped[a] for a in node.axes)
-    return x.num_bits <= 8 and 0 < count <= MOST_ELEMENTS
+    lengths = [_grouped(shape, node.groups)[a] for a in node.axes]
+    if x.num_bits > 8 or not lengths or min(lengths) <= 0:
+        return False
+    count, largest = math.prod(lengths), 129 if node.centered else x.largest
+    return count <= MOST_ELEMENTS and count * largest**2 < 2**31
 
 
 def _grouped(shape: Sequence[int], groups: int | None) -> tuple[int, ...]:

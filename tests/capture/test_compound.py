@@ -136,3 +136,40 @@ def test_what_mixes_examples_has_the_codes_of_evaluation(function):
     qmodel, variables, _ = observed(model, X[:, 0])
     y = jax.jit(qmodel.apply)(variables, X[:, 0])
     np.testing.assert_array_equal(sq.convert(qmodel, variables, X[:, 0])(X[:, 0]), y)
+
+
+def test_a_number_between_two_products_belongs_to_one():
+    def linear(x):
+        q, k, v = (nn.Dense(8)(x) for _ in range(3))
+        return nn.Dense(2)(((q @ k.swapaxes(1, 2)) / 2.0) @ (v * 0.5))
+
+    qmodel, variables, _ = observed(Model(linear), X)
+    y = jax.jit(qmodel.apply)(variables, X)
+    np.testing.assert_array_equal(sq.convert(qmodel, variables, X)(X), y)
+
+
+def test_a_maximum_along_another_axis_stays():
+    def other(x):
+        e = jnp.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    model = Model(lambda x: other(nn.Dense(8)(x)))
+    qmodel, variables, _ = observed(model, X)
+    floats = model.apply({"params": variables["params"]}, X)
+    assert jnp.abs(qmodel.apply(variables, X) - floats).max() < 0.05
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", None])
+def test_ids_beyond_the_table(mode):
+    """As in evaluation, so in the integer model."""
+
+    class Table(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            t = self.param("t", nn.initializers.normal(1.0), (4, 8))
+            return nn.Dense(2)(t[ids] if mode is None else jnp.take(t, ids, axis=0, mode=mode))
+
+    qmodel, variables, _ = observed(Table(), jnp.array([[0, 1, 2, 3]]))
+    integer = sq.convert(qmodel, variables, jnp.array([[0, 1, 2, 3]]))
+    ids = jnp.array([[0, 5, 99, -1], [-9, -4, 4, 2]])
+    np.testing.assert_array_equal(integer(ids), jax.jit(qmodel.apply)(variables, ids))

@@ -1,5 +1,7 @@
 """Norms, softmax and products of two tensors alone: both runtimes compute the model's codes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,7 @@ def test_norms(backend, folder, a, b, seed, length, kind, centered, epsilon):
         ((-1, 7, 6, 5), (1, 2), 0, True),
         ((-1, 64), (2,), 8, True),
         ((-1, 2, MOST_ELEMENTS), (2,), 0, True),
+        ((-1, 2, 33_000), (2,), 0, False),
     ],
 )
 @pytest.mark.parametrize("kind", ["full", "one"])
@@ -120,6 +123,35 @@ def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
         ROUNDINGS[backend].norm.root,
     )
     np.testing.assert_allclose(got, (c - c.mean(-1, keepdims=True)) / deviation, 3e-6, 3e-6)
+
+
+@both
+@pytest.mark.parametrize("ends", [(-128, 127), (-127, 127), (1, 255), (-8, 7), (0, 15)])
+def test_grids_of_any_width(backend, folder, ends):
+    """Signed, narrow and of four bits: codes end where the grid does."""
+    lo, hi = ends
+    middle = (lo + hi + 1) // 2
+    x, y = (sq.Grid(2.0**-k, middle, lo, hi) for k in (3, 4))
+    rng, shape = np.random.default_rng(0), (-1, 20, 1500)
+    codes = rng.integers(lo, hi, (2, 20, 1500), endpoint=True).astype(x.dtype)
+    model = norm(backend, shape, x, y)
+    op = dataclasses.replace(model.ops[0], clamp=(lo, hi))
+    program = dataclasses.replace(model.program, ops=(op,))
+    compared(sq.IntegerModel(program), folder, [codes])
+    compared(softmax(backend, shape, x, sq.Grid(0.0001, lo, lo, hi)), folder, [codes])
+    square = ((-2, 20, 1500), (-2, 1500, 3), (-2, 20, 3))
+    arrays = {"multiplier": np.float32(2.0**-7)}
+    attributes = {"scale": 2.0**-8, "clamp": ends}
+    product = model_of(backend, "matmul", square, (x, x, y), attributes, arrays)
+    other = rng.integers(lo, hi, (2, 1500, 3), endpoint=True).astype(x.dtype)
+    compared(product, folder, [codes, other])
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1.0, 1e3, 1e7, 1e12, 1e20])
+def test_roots_of_both_runtimes_agree(epsilon):
+    v = jnp.float32(epsilon) + jnp.asarray([0.0, 0.01, 1.0, 16_256.0], jnp.float32)
+    roots = [rounding.norm.root(v, jnp.float32(epsilon)) for rounding in ROUNDINGS.values()]
+    np.testing.assert_allclose(*[r[1:] for r in roots], rtol=1e-6)
 
 
 # Softmax -----------------------------------------------------------------------------------------

@@ -71,11 +71,12 @@ def normalize(w: Writer, op: Normalize) -> None:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in grouped], np.int64))
     count = math.prod(grouped[a] for a in op.axes)
     part, rest = reciprocal_count(count), None
-    largest = w.grid(tensor).largest
+    grid = w.grid(tensor)
+    largest = grid.largest
     if op.centered:
         x = at("Sub", x, at("Round", at("Mul", at.sum(x, op.axes), part)))
         rest = at("Mul", at.sum(x, op.axes), part)
-        largest = largest / 2 + 1
+        largest = (grid.qmax - grid.qmin) / 2 + 1
     variance = at("Mul", at.sum_of_squares(x, op.axes, count * largest**2), part)
     if rest is not None:
         variance = at("Sub", variance, at("Mul", rest, rest))
@@ -138,4 +139,8 @@ def look_up(w: Writer, op: LookUp) -> None:
     offset = w.grid(output).unsigned_offset
     table = (op.arrays["table"].astype(np.int32) + offset).astype(np.uint8)
     picked = w.node("Squeeze", [w.get(op.inputs[0]), w.ints([-1], op.path)], op.path)
+    if op.clips:
+        dtype = np.dtype(w.model.tensors[op.inputs[0]].dtype)
+        ends = [w.initializer(np.asarray(v, dtype), op.path) for v in (0, len(table) - 1)]
+        picked = w.node("Clip", [picked, *ends], op.path)
     w.put(op.outputs[0], w.node("Gather", [w.initializer(table, op.path), picked], op.path))

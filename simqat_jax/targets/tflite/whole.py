@@ -48,7 +48,7 @@ class _Whole:
         w, i = self.w, self.op.outputs[0]
         tensor = w.source.tensors[i]
         grid, shape = grid_of(tensor), tensor.shape
-        free = (grid.qmin, grid.qmax) if y else ()
+        free = (grid.offset - 128, grid.offset + 127) if y else ()  # where QUANTIZE ends
         if y is None or tuple(clamp) != free:
             x = self("ROUND", shape, x)
             for kind, end in zip(("MAXIMUM", "MINIMUM"), clamp, strict=True):
@@ -71,12 +71,13 @@ def normalize(w: Writer, op: Normalize, *tensors: Codes | None) -> None:
     axes, count = op.axes, math.prod(shape[a] for a in op.axes)
     thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
     part, rest = reciprocal_count(count), None
-    largest = grid_of(tensor).largest
+    grid = grid_of(tensor)
+    largest = grid.largest
     if op.centered:
         near = at("ROUND", thin, at("MUL", thin, at.sum(shape, x, axes), part))
         x = at("SUB", shape, x, near)
         rest = at("MUL", thin, at.sum(shape, x, axes), part)
-        largest = largest / 2 + 1
+        largest = (grid.qmax - grid.qmin) / 2 + 1
     variance = at("MUL", thin, _sum_of_squares(at, shape, x, axes, count * largest**2), part)
     if rest is not None:
         variance = at("SUB", thin, variance, at("MUL", thin, rest, rest))
@@ -203,4 +204,9 @@ def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:
     shape = w.source.tensors[op.inputs[0]].shape[:-1]
     picked = w.tensor(None, shape, np.int32)
     w.emit("RESHAPE", [w.real(op.inputs[0]).index], picked, newShape=reshape_target(shape))
+    if op.clips:
+        for kind, end in (("MAXIMUM", 0), ("MINIMUM", len(op.arrays["table"]) - 1)):
+            clipped = w.tensor(None, shape, np.int32)
+            w.emit(kind, [picked, w.constant(end)], clipped)
+            picked = clipped
     w.emit("GATHER", [table.index, picked], y.index, axis=0, batchDims=0)

@@ -18,6 +18,7 @@ from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.observers import OBSERVERS, Observer
 from simqat_jax.numerics.requantize import FREE
 from simqat_jax.numerics.rounding import ROUNDINGS, Product, Rounding, Sum
+from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops import arithmetic
 from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
@@ -53,6 +54,7 @@ DOWN = Rounding(
     add=Sum("add_down", ratios, floor_of_sum(1)),
     subtract=Sum("sub_down", ratios, floor_of_sum(-1)),
     multiply=Product("mul_down", floor_of_product),
+    norm=XNNPACK.norm,
 )
 
 

@@ -81,10 +81,9 @@ def convert(
     free = call.captured_with_free_batch(sample.graph)
     if free is None or call.size is None:
         return IntegerModel(program)
+    given = {"free_batch": True, "examples": other_size(call.size)}
     try:
-        free_builder, free_program = lowered(
-            free, stats, free_batch=True, examples=other_size(call.size)
-        )
+        free_builder, free_program = lowered(free, stats, **given)
     except FixedBatchError:
         return IntegerModel(program)
     held = builder.float_constants, free_builder.float_constants

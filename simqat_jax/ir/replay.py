@@ -1,13 +1,14 @@
 """Run captured operations again: at other shapes, or with a rounding of its own for each."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 from jax.typing import ArrayLike
 
@@ -139,9 +140,20 @@ def _bind_pointwise(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> Sequence
         return (values[0],)
     arrays = [jnp.reshape(v, ()) if np.size(v) == 1 else jnp.asarray(v) for v in values]
     shape = np.broadcast_shapes(*(a.shape for a in arrays))
-    arrays = [jnp.broadcast_to(a, shape) for a in arrays]
+    arrays = _equally_varying([jnp.broadcast_to(a, shape) for a in arrays])
     # Nothing is rewritten as a pair, `exp(a) * exp(b)` for instance.
     return [lax.optimization_barrier(v) for v in results(eqn, arrays)]
+
+
+def _equally_varying(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Under `shard_map`, let all arrays vary over the mesh axes that any of them varies over.
+
+    A selection between equals takes the axes of its condition along, and compilers drop it.
+    """
+    if not any(isinstance(a, Tracer) for a in arrays):
+        return arrays
+    conditions = [lax.ne(a, a) for a in arrays]
+    return [reduce(lambda x, c: lax.select(c, x, x), conditions, a) for a in arrays]
 
 
 def pointwise(node: Node, values: Sequence[ArrayLike]) -> jax.Array:

@@ -34,7 +34,7 @@ from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.at import real_values
 from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
-from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer
+from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
@@ -284,7 +284,7 @@ def _table(w: Writer, op: Table) -> None:
     index = w.node("Cast", [w.get(op.inputs[0], layout)], op.path, to=w.onnx.TensorProto.INT32)
     shape = [-1 if d < 0 else d for d in tensor.shape]
     lengths = shape if layout == LAST else _ordered(shape, layout)
-    w.put(op.outputs[0], w.looked_up(padded, index, lengths, op.path), layout)
+    w.put(op.outputs[0], looked_up(w, padded, index, lengths, op.path), layout)
 
 
 def _clip(w: Writer, op: Clip) -> None:

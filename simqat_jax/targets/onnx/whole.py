@@ -12,7 +12,7 @@ from simqat_jax.numerics.norms import reciprocal_count
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.softmax import SoftmaxOfCodes
-from simqat_jax.targets.onnx.writer import Writer
+from simqat_jax.targets.onnx.writer import Writer, looked_up
 
 _EXACT = 2**24
 _MASKED = 256
@@ -106,7 +106,7 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     table = np.zeros(_MASKED + 1, np.float32)
     table[:_MASKED] = numbers.table(scale, source.shape[op.axis])
     shape = [max(d, -1) for d in source.shape]
-    e = w.looked_up(table, below, shape, op.path)
+    e = looked_up(w, table, below, shape, op.path)
     each = at("Div", np.float32(1) / np.float32(w.grid(target).scale), at.sum(e, axes))
     at.finish(op.outputs[0], at("Mul", e, each))
 

@@ -73,16 +73,6 @@ class Writer:
         """Add a constant of int64: ONNX takes shapes, axes and bounds as tensors."""
         return self.initializer(np.asarray(values, np.int64), stem)
 
-    def looked_up(self, table: np.ndarray, index: str, shape: Sequence[int], stem: str) -> str:
-        """Look numbers up in a table; `shape`: of the indices, int32, with -1 for the batch size.
-
-        As one row of a table with one row, which takes ONNX Runtime a sixteenth of Gather's time.
-        """
-        flat = self.node("Reshape", [index, self.ints([1, -1], stem)], stem)
-        row = self.initializer(table[None], stem)
-        found = self.node("GatherElements", [row, flat], stem, axis=1)
-        return self.node("Reshape", [found, self.ints(shape, stem)], stem)
-
     def grid(self, tensor: Tensor) -> Grid:
         """Return the grid of a tensor; raise ValueError where it has none of at most 8 bits."""
         grid = tensor.grid
@@ -252,3 +242,13 @@ def _repeated(w: Writer, held: str, tensor: Tensor) -> str:
     where = w.ints([int(d < 0) for d in tensor.shape], tensor.name)
     lengths = w.node("Pow", [size, where], tensor.name)  # 1 where the batch is not
     return w.node("Expand", [held, lengths], tensor.name)
+
+
+def looked_up(w: Writer, table: np.ndarray, index: str, shape: Sequence[int], stem: str) -> str:
+    """Look numbers up in a table; `shape`: of the indices, int32, with -1 for the batch size.
+
+    As one row of a table with one row, which takes ONNX Runtime a sixteenth of Gather's time.
+    """
+    flat = w.node("Reshape", [index, w.ints([1, -1], stem)], stem)
+    found = w.node("GatherElements", [w.initializer(table[None], stem), flat], stem, axis=1)
+    return w.node("Reshape", [found, w.ints(shape, stem)], stem)

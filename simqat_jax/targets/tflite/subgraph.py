@@ -209,30 +209,6 @@ class Subgraph:
         self.emit("CAST", [x], y, **types)
         return y
 
-    def strided_slice(
-        self,
-        x: Codes | Plain,
-        start: Sequence[int],
-        limit: Sequence[int | None],
-        strides: Sequence[int],
-        y: Codes | Plain,
-    ) -> None:
-        """Slice each axis; a limit of None is its end."""
-        bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]
-        masks = {
-            "beginMask": sum(1 << k for k, b in enumerate(start) if b == 0),
-            "endMask": sum(1 << k for k, b in enumerate(limit) if b is None),
-        }
-        self.emit(
-            "STRIDED_SLICE",
-            [x.index, *bounds],
-            y.index,
-            ellipsisMask=0,
-            newAxisMask=0,
-            shrinkAxisMask=0,
-            **masks,
-        )
-
     def quantize(self, real: int, shape: Sequence[int], codes: Codes) -> None:
         """Map real values to codes.
 

@@ -94,6 +94,30 @@ class Writer(Subgraph):
             self.falses = false_of_each(self, self.values.get(i) or self.reals[i], axis)
         return self.falses
 
+    def strided_slice(
+        self,
+        x: Codes | Plain,
+        start: Sequence[int],
+        limit: Sequence[int | None],
+        strides: Sequence[int],
+        y: Codes | Plain,
+    ) -> None:
+        """Slice each axis; a limit of None is its end."""
+        bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]
+        masks = {
+            "beginMask": sum(1 << k for k, b in enumerate(start) if b == 0),
+            "endMask": sum(1 << k for k, b in enumerate(limit) if b is None),
+        }
+        self.emit(
+            "STRIDED_SLICE",
+            [x.index, *bounds],
+            y.index,
+            ellipsisMask=0,
+            newAxisMask=0,
+            shrinkAxisMask=0,
+            **masks,
+        )
+
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""
         s = self.schema

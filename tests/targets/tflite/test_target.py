@@ -20,7 +20,7 @@ CONFIG = sq.SimQATConfig(backend="tflite")
 REFUSED = {
     "conv 3d": "Conv_0: TFLite convolves over one or two axes",
 }
-FLOAT_PARTS = ("softmax", "attention", "preprocessing")
+FLOAT_PARTS = ("preprocessing",)
 TRAINING = ("batch norm train", "dropout train")
 # Cases whose operations other cases hold, in models alike, or tests of single operations.
 SAME = (

@@ -60,7 +60,17 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", configs.CONFIGS)
+AT_NIGHT = ("resnet18_cifar10", "resnet50_cifar10", "mobilenetv2_cifar10", "mixer_cifar10")
+"""Those whose models others have as well."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly) if name in AT_NIGHT else name
+        for name in configs.CONFIGS
+    ],
+)
 def test_one_step_of_every_config(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = configs.CONFIGS[name]()
     model = functools.partial(full.model, **SMALLER[name]) if name in SMALLER else full.model

@@ -138,7 +138,7 @@ def converted(body, shape, backend):
     return lambda x: evaluate(variables, x), model, small.args[0]
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_a_model_that_depends_on_its_batch_size_keeps_it(name, backend, tmp_path):
     evaluate, model, x = converted(*DEPENDENT[name], backend)
@@ -168,7 +168,7 @@ def test_every_other_model_takes_any(name, backend, tmp_path):
         assert_same(file.run([np.asarray(images)]), model(images))
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
 def test_a_single_sample_tells_as_much(backend, tmp_path):
     """With one example nothing is repeated, and nothing tells constants of examples apart."""
     evaluate, model, x = converted(Vit(), (1, 3, 6), backend)

@@ -185,6 +185,7 @@ def test_float_parts_are_shown():
     model = Model(lambda x: nn.Dense(2)(nn.Dense(3)(x)))
     qmodel = sq.SimQAT(sq.SimQATConfig(exclude=("Dense_1",))).apply(model)
     variables = qmodel.init(KEY, X)
+    variables["params"]["Dense_1"]["bias"] = jnp.arange(3.0)  # held whole: no two are the same
     _, updates = qmodel.apply(variables, X, mutable=["quant_stats"])
     converted = sq.convert(qmodel, {**variables, **updates}, X)
     kinds = [op.kind for op in converted.ops]

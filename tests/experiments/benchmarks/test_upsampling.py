@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from experiments.benchmarks import upsampling
 
 
+@pytest.mark.nightly
 def test_upsampling(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     upsampling.main(channels=4, size=3, rounds=1, calls=1)

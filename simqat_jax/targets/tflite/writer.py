@@ -94,29 +94,23 @@ class Writer(Subgraph):
             self.falses = false_of_each(self, self.values.get(i) or self.reals[i], axis)
         return self.falses
 
-    def strided_slice(
-        self,
-        x: Codes | Plain,
-        start: Sequence[int],
-        limit: Sequence[int | None],
-        strides: Sequence[int],
-        y: Codes | Plain,
-    ) -> None:
-        """Slice each axis; a limit of None is its end."""
-        bounds = [self.constant(v) for v in (start, [b or 0 for b in limit], strides)]
-        masks = {
-            "beginMask": sum(1 << k for k, b in enumerate(start) if b == 0),
-            "endMask": sum(1 << k for k, b in enumerate(limit) if b is None),
-        }
-        self.emit(
-            "STRIDED_SLICE",
-            [x.index, *bounds],
-            y.index,
-            ellipsisMask=0,
-            newAxisMask=0,
-            shrinkAxisMask=0,
-            **masks,
-        )
+    def quantize(self, real: int, shape: Sequence[int], codes: Codes) -> None:
+        """Map real values to codes.
+
+        QUANTIZE alone multiplies with the rounded inverse of the scale, and so rounds values in
+        the middle between two codes, which normalized images often are, to either of them.
+        """
+        scale = self.constant(codes.grid.scale, np.float32)
+        for name in ("DIV", "ROUND", "MUL"):
+            result = self.tensor(name.lower(), shape, np.float32)
+            self.emit(name, [real] if name == "ROUND" else [real, scale], result)
+            real = result
+        limits = (codes.grid.qmin - codes.grid.offset, codes.grid.qmax - codes.grid.offset)
+        free = limits == (-128, 127)
+        target = codes if free else self.codes("unclamped", shape, codes.grid)
+        self.emit("QUANTIZE", [real], target.index)
+        if not free:
+            self.limit(target, limits, codes)
 
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""

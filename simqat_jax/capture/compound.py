@@ -9,9 +9,10 @@ from jax import lax
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.norms import find_norms
-from simqat_jax.capture.parts import Parts, maker, number, reduced_axes, repeated
+from simqat_jax.capture.parts import SAME, Parts, maker, number, reduced_axes, repeated
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
+    Add,
     Constant,
     Contraction,
     Elementwise,
@@ -62,13 +63,15 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
             x = difference.inputs[0]
     if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
         return
-    if not parts.are_closed() or not parts.are_aligned(x):
+    if not parts.are_closed() or not parts.are_aligned(x) or _is_biased(draft, x):
         return
     fields = {"op": "softmax", "axis": int(axes[0])}
     selection = parts.made_by(x, "select_n")
     if selection is not None:
         parts.add(selection)
         masked = _masked(draft, selection)
+        if masked is not None and _is_biased(draft, masked[0]):
+            return
         if masked is not None and parts.are_closed():
             x, keeps = masked
             mask = {"masked": True, "keeps": keeps}
@@ -76,6 +79,14 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
             return
         del parts.nodes[selection]
     parts.merged(Softmax, (x,), **fields)
+
+
+def _is_biased(draft: Draft, v: Operand) -> bool:
+    """Whether something is added to scores: maybe a mask, beside which grids have no digits."""
+    node = maker(draft, v)
+    while node is not None and node.primitive in SAME:
+        node = maker(draft, node.inputs[0])
+    return isinstance(node, Add)
 
 
 def _masked(draft: Draft, selection: Node) -> tuple[int, bool] | None:

@@ -1,7 +1,6 @@
 """Recognise what models make of several operations: softmax, products of two tensors, lookups."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +8,10 @@ from jax import lax
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.norms import find_norms
-from simqat_jax.capture.parts import SAME, Parts, maker, number, reduced_axes, repeated
+from simqat_jax.capture.parts import Parts, maker, number, reduced_axes, repeated, unwrapped
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
     Add,
-    Constant,
     Contraction,
     Elementwise,
     Float,
@@ -23,6 +21,7 @@ from simqat_jax.ir.graph import (
     Node,
     Operand,
     as_kind,
+    gathered_axis,
 )
 
 _MASKED = -1e4
@@ -83,10 +82,7 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
 
 def _is_biased(draft: Draft, v: Operand) -> bool:
     """Whether something is added to scores: maybe a mask, beside which grids have no digits."""
-    node = maker(draft, v)
-    while node is not None and node.primitive in SAME:
-        node = maker(draft, node.inputs[0])
-    return isinstance(node, Add)
+    return isinstance(maker(draft, unwrapped(draft, v)), Add)
 
 
 def _masked(draft: Draft, selection: Node) -> tuple[int, bool] | None:
@@ -184,18 +180,4 @@ def _looks_up(graph: Graph, node: Node) -> bool:
     fill = node.eqn.params["fill_value"]
     if fill is not None and fill != 0 and not np.isnan(fill):
         return False
-    numbers, sizes = node.eqn.params["dimension_numbers"], node.eqn.params["slice_sizes"]
-    rank = len(sizes)
-    indices = graph.avals[picked].shape if isinstance(picked, int) else ()
-    behind = tuple(range(len(indices) - 1, len(indices) - 1 + rank - 1))
-    return (
-        numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
-        and indices[-1:] == (1,)
-        and numbers.offset_dims == behind
-        and not numbers.operand_batching_dims
-        and tuple(sizes[1:]) == _shape(graph, table)[1:]
-    )
-
-
-def _shape(graph: Graph, v: Operand) -> Sequence[int]:
-    return np.shape(v.value) if isinstance(v, Constant) else graph.avals[v].shape
+    return gathered_axis(node.eqn) == 0

@@ -26,6 +26,7 @@ class Draft:
       producers: the node that makes each tensor of the graph.
       instead: what comes in the place of a node; of others, themselves.
       readers: the nodes of the graph that read each tensor.
+      places: of the nodes of the graph, in the order of evaluation.
     """
 
     def __init__(self, graph: Graph):
@@ -35,6 +36,7 @@ class Draft:
         self.producers: Mapping[int, Node] = {v: n for n in graph.nodes for v in n.outputs}
         self.instead: dict[Node, list[Node]] = {}
         self.readers = graph.readers()
+        self.places = {node: k for k, node in enumerate(graph.nodes)}
         self._turned: dict[object, int] = {}
 
     def finished(self) -> Graph:

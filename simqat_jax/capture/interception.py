@@ -298,9 +298,8 @@ def _call_norm(recorder: Recorder, call: _ModuleCall) -> object:
     def make(**common: Any) -> Node:
         special = bool(rest) or any(v is not None for v in given.values())
         if special or module.axis_name is not None:
-            return Float(**{"layer": layer, **common})
-        form = norm_form(module, jnp.shape(x), tuple(params))
-        return Norm(**{"layer": layer, **form, **common})
+            return Float(**common)
+        return Norm(**norm_form(module, jnp.shape(x), tuple(params)), **common)
 
     operands = (x, *params.values(), *rest)
     return recorder.bind(layer, make, call.base.__name__, fn, *operands)[0]

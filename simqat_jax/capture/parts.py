@@ -51,7 +51,7 @@ class Parts:
     @property
     def ordered(self) -> list[Node]:
         """The nodes, in the order of evaluation."""
-        return [n for n in self.draft.graph.nodes if n in self.nodes]
+        return sorted(self.nodes, key=self.draft.places.__getitem__)
 
     def are_closed(self) -> bool:
         """Whether nothing else reads what leaves any but the last, inside of one `nn.remat`."""
@@ -146,14 +146,21 @@ def maker(draft: Draft, v: Operand) -> Node | None:
     return None if node is None or node.parts else node
 
 
+def unwrapped(draft: Draft, v: Operand, *others: str) -> Operand:
+    """Return what an operand repeats, or is in another shape; `others`: also behind these."""
+    node = maker(draft, v)
+    while node is not None and node.primitive in (*SAME, *others):
+        v = node.inputs[0]
+        node = maker(draft, v)
+    return v
+
+
 def number(draft: Draft, v: Operand) -> float | None:
     """Return the number that a tensor consists of; None: it is none, or not known."""
-    while isinstance(v, int):
-        node = maker(draft, v)
-        if node is None or node.primitive not in (*SAME, "convert_element_type"):
-            return None
-        v = node.inputs[0]
-    return float(np.asarray(v.value)) if np.size(v.value) == 1 else None
+    v = unwrapped(draft, v, "convert_element_type")
+    if isinstance(v, int) or np.size(v.value) != 1:
+        return None
+    return float(np.asarray(v.value))
 
 
 def repeated(draft: Draft, v: Operand) -> Operand | None:

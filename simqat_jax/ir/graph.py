@@ -57,6 +57,19 @@ def shape_of(v: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
+def gathered_axis(eqn: core.JaxprEqn) -> int | None:
+    """Return the axis along which a gather picks, as `jnp.take` does; None: it picks otherwise."""
+    x, indices = (shape_of(v).shape for v in eqn.invars)
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    axis, lead = int(numbers.start_index_map[0]), len(indices) - 1
+    offset = (*range(axis), *range(axis + lead, len(x) - 1 + lead))
+    whole = all(sizes[k] == d for k, d in enumerate(x) if k != axis)
+    usual = numbers.collapsed_slice_dims == (axis,) and numbers.offset_dims == offset
+    return axis if usual and whole else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Remat:
     """A call of `nn.remat`.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -136,6 +137,11 @@ class Context:
 def at_batch(dims: Sequence[int], batch: int) -> tuple[int, ...]:
     """Put the batch size into lengths of which -k stands for k times it."""
     return tuple(-d * batch if d < 0 else d for d in dims)
+
+
+def joined(lengths: Sequence[int]) -> int:
+    """Return the length of axes that are made one; negative where the batch is among them."""
+    return abs(math.prod(lengths)) * (-1 if any(d < 0 for d in lengths) else 1)
 
 
 def repeated(value: ArrayLike, dims: Sequence[int], batch: int) -> ArrayLike:

@@ -150,7 +150,7 @@ def _equally_varying(arrays: list[jax.Array]) -> list[jax.Array]:
 
     A selection between equals takes the axes of its condition along, and compilers drop it.
     """
-    if not any(isinstance(a, Tracer) for a in arrays):
+    if len(arrays) < 2 or not any(isinstance(a, Tracer) for a in arrays):
         return arrays
     conditions = [lax.ne(a, a) for a in arrays]
     return [reduce(lambda x, c: lax.select(c, x, x), conditions, a) for a in arrays]

@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Lookup, MatMul
 from simqat_jax.ir.graph import Node
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Op, joined
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.ops.moves import Reshape, Transpose, reshaped
+from simqat_jax.ops.moves import Reshape, reshaped, turned
 from simqat_jax.ops.operation import (
     Clamp,
     Demand,
@@ -116,20 +116,11 @@ def _side(
     at: LoweredStep, source: int, batch: tuple[int, ...], sums: tuple[int, ...], *, last: bool
 ) -> int:
     """Bring an operand to three axes: batch, then rows and terms, or terms and columns."""
-    shape, grid = at.shape_of(source), at.builder.tensors[source].grid
-    assert grid is not None
+    shape = at.shape_of(source)
     free = tuple(a for a in range(len(shape)) if a not in (*batch, *sums))
     groups = (batch, free, sums) if last else (batch, sums, free)
-    order = tuple(a for group in groups for a in group)
-    if order != tuple(range(len(shape))):
-        turned = tuple(shape[a] for a in order)
-        source = at.between(Transpose, source, turned, grid, permutation=order)
-    return reshaped(at, source, tuple(_joined([shape[a] for a in group]) for group in groups))
-
-
-def _joined(lengths: Sequence[int]) -> int:
-    """Return the length of axes that are made one; negative where the batch is among them."""
-    return abs(math.prod(lengths)) * (-1 if any(d < 0 for d in lengths) else 1)
+    source = turned(at, source, tuple(a for group in groups for a in group))
+    return reshaped(at, source, tuple(joined([shape[a] for a in group]) for group in groups))
 
 
 class LookupOperation(Operation):

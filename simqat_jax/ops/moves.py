@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from simqat_jax.ir.graph import Concat, Dropout, Graph, Move, Node
-from simqat_jax.ir.program import Context, Op, Shape
+from simqat_jax.ir.graph import Concat, Dropout, Graph, Move, Node, gathered_axis
+from simqat_jax.ir.program import Context, Op, Shape, grid_of
 from simqat_jax.numerics.grid import Grid, codes_fit
 from simqat_jax.ops.floats import emit_move
 from simqat_jax.ops.operation import (
@@ -80,6 +80,15 @@ def reshaped(at: LoweredStep, source: int, shape: Shape) -> int:
         )
         return source
     return at.between(Reshape, source, shape, grid)
+
+
+def turned(at: LoweredStep, source: int, order: tuple[int, ...]) -> int:
+    """Return a tensor of the program with its axes in another order."""
+    if order == tuple(range(len(order))):
+        return source
+    tensor = at.builder.tensors[source]
+    shape = tuple(tensor.shape[a] for a in order)
+    return at.between(Transpose, source, shape, grid_of(tensor), permutation=order)
 
 
 # Lowering, by primitive: False where it takes a function after all -------------------------------
@@ -158,20 +167,12 @@ def _gather(at: LoweredStep) -> bool:
     assert isinstance(x, int)
     if at.builder.is_data(picked):
         return False
-    params = at.node.eqn.params
-    numbers, lengths = params["dimension_numbers"], at.builder.graph.avals[x].shape
-    indices, axes = np.asarray(at.builder.value(picked)), numbers.start_index_map
-    others = tuple(a for a in range(len(lengths)) if a not in axes)
-    whole = all(params["slice_sizes"][a] == lengths[a] for a in others)
-    if len(axes) != 1 or numbers.collapsed_slice_dims != axes or indices.ndim != 2:
+    axis, indices = gathered_axis(at.node.eqn), np.asarray(at.builder.value(picked))
+    if axis is None or indices.ndim != 2 or not indices.size or at.builder.shape(x)[axis] < 0:
         return False
-    if numbers.offset_dims != others or numbers.operand_batching_dims or not whole:
+    if not 0 <= indices.min() <= indices.max() < at.builder.graph.avals[x].shape[axis]:
         return False
-    if at.builder.shape(x)[axes[0]] < 0 or not indices.size:
-        return False
-    if not 0 <= indices.min() <= indices.max() < lengths[axes[0]]:
-        return False
-    at.emit(Take, (at.input(),), axis=int(axes[0]), indices=tuple(map(int, indices[:, 0])))
+    at.emit(Take, (at.input(),), axis=axis, indices=tuple(map(int, indices[:, 0])))
     return True
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from simqat_jax.ir import replay
-from simqat_jax.ir.graph import shape_of
+from simqat_jax.ir.graph import gathered_axis, shape_of
 from simqat_jax.ir.program import Context, Op, Shape, Tensor
 
 T = TypeVar("T")
@@ -211,19 +211,13 @@ def _slice_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
 
 
 def _gather_params(eqn: core.JaxprEqn, dims: Dims) -> Params:
-    """Return the parameters of a gather along one axis, as `jnp.take` makes it."""
+    """Return the parameters of a gather along one axis."""
     del dims
-    params, (x, indices) = eqn.params, (shape_of(v).shape for v in eqn.invars)
-    numbers, axes = params["dimension_numbers"], params["dimension_numbers"].start_index_map
-    lead, mode = len(indices) - 1, params["mode"]
-    if len(axes) != 1 or numbers.collapsed_slice_dims != axes or numbers.operand_batching_dims:
-        raise UnknownPrimitive("gather along several axes")
-    axis = int(axes[0])
-    offset = (*range(axis), *range(axis + lead, len(x) - 1 + lead))
-    whole = all(params["slice_sizes"][k] == d for k, d in enumerate(x) if k != axis)
+    axis, mode, fill = gathered_axis(eqn), eqn.params["mode"], eqn.params["fill_value"]
     fills = mode == lax.GatherScatterMode.FILL_OR_DROP
-    usual = not fills or params["fill_value"] is None or np.isnan(params["fill_value"])
-    if numbers.offset_dims != offset or not whole or not usual:
+    if axis is None and len(eqn.params["dimension_numbers"].start_index_map) != 1:
+        raise UnknownPrimitive("gather along several axes")
+    if axis is None or (fills and fill is not None and not np.isnan(fill)):
         raise UnknownPrimitive("gather of parts")
     return {"axis": axis, "mode": mode.name}
 

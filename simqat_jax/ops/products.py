@@ -16,14 +16,14 @@ from jax import lax
 
 from simqat_jax.ir.graph import Node, Product, shape_of
 from simqat_jax.ir.plan import Quantizer, Step
-from simqat_jax.ir.program import Context, Op, Shape
+from simqat_jax.ir.program import Context, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.grid import Codes, Grid, centered_codes, grid_of_range
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.requantize import integer_bias, room_for_bias
 from simqat_jax.ops.batch_norm import folded
-from simqat_jax.ops.moves import Reshape, Transpose, reshaped
+from simqat_jax.ops.moves import Reshape, Transpose, reshaped, turned
 from simqat_jax.ops.operation import (
     Clamp,
     Demand,
@@ -269,11 +269,6 @@ def _emit(
     at.emit(Reshape, (v,))
 
 
-def _joined(lengths: Shape) -> int:
-    """Return the length of axes that are made one; negative where the batch is among them."""
-    return abs(math.prod(lengths)) * (-1 if any(d < 0 for d in lengths) else 1)
-
-
 def _padding(node: Product) -> Pads:
     """Return what is padded with zeros, by the convolution and in front of it."""
     sides = np.asarray(node.contraction.eqn.params["padding"])
@@ -285,13 +280,11 @@ def _padding(node: Product) -> Pads:
 
 def _lower_dense(at: LoweredStep, node: Product, arrays: dict[str, np.ndarray]) -> None:
     (sums, _), (batch, _) = node.contraction.eqn.params["dimension_numbers"]
-    source, grid = at.input(), at.in_grid()
+    source = at.input()
     shape = at.shape_of(source)
     rows = tuple(a for a in range(len(shape)) if a not in (*sums, *batch))
     order = (*rows, *batch, *sums)
-    if order != tuple(range(len(shape))):
-        moved = tuple(shape[a] for a in order)
-        source = at.between(Transpose, source, moved, grid, permutation=order)
+    source = turned(at, source, order)
     depth, groups = (math.prod(shape[a] for a in axes) for axes in (sums, batch))
     lead = tuple(shape[a] for a in rows)
     if batch:
@@ -325,7 +318,7 @@ def _lower_groups(
         "clamp": at.clamp,
         "arrays": arrays,
     }
-    rows = _joined(lead)
+    rows = joined(lead)
     source = reshaped(at, source, (rows, 1, 1, groups * depth))
     # The convolution puts its rows first, the product its groups.
     result, count = _result(at, node), len(node.contraction.eqn.params["dimension_numbers"][1][0])

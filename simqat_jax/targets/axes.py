@@ -7,10 +7,9 @@ their places at the end, each product needs no more than its own axis moved to t
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-from simqat_jax.ir.program import Op, Program, Shape, Tensor
+from simqat_jax.ir.program import Op, Program, Shape, Tensor, joined
 from simqat_jax.ops.moves import Reshape, Transpose
 from simqat_jax.ops.products import Dense
 
@@ -70,7 +69,7 @@ def _moved(chain: Sequence[Op], tensors: list[Tensor]) -> list[Op]:
             order = tuple(order[a] for a in link.permutation)
             continue
         axis, count, product = order[-1], link.arrays["kernel"].shape[-1], link.outputs[0]
-        lead, trail = (_length(part) for part in (shape[:axis], shape[axis + 1 :]))
+        lead, trail = (joined(part) for part in (shape[:axis], shape[axis + 1 :]))
         split = made(source, (lead, shape[axis], trail))
         last = made(source, (lead, trail, shape[axis]))
         result = made(product, (lead, trail, count))
@@ -83,8 +82,3 @@ def _moved(chain: Sequence[Op], tensors: list[Tensor]) -> list[Op]:
         ]
         source, shape = back, (*shape[:axis], count, *shape[axis + 1 :])
     return [*ops, Reshape(path=path, inputs=(source,), outputs=chain[-1].outputs)]
-
-
-def _length(lengths: Shape) -> int:
-    """Return the length of axes that are made one; negative where the batch is among them."""
-    return abs(math.prod(lengths)) * (-1 if min(lengths, default=1) < 0 else 1)

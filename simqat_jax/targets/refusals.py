@@ -43,6 +43,12 @@ def refuse_primitive(program: Program, op: Op, problem: str) -> NoReturn:
     refuse(op, problem, _remedy(place(program, op)))
 
 
+def check_shape(op: Op, shape: Sequence[int]) -> None:
+    """Raise RefusedError for a shape that no reshape can name: -1 stands for one length alone."""
+    if sum(d < 0 for d in shape) > 1:
+        refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
+
+
 def check_types(program: Program, op: Primitive) -> None:
     """Raise RefusedError for a primitive on numbers of a type that no file computes with."""
     known = _COMPUTED if op.computes_reals else _HELD

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program, Shape, Tensor, at_batch
+from simqat_jax.ir.program import Op, Program, Shape, Tensor, at_batch, joined
 from simqat_jax.ir.program_builder import BATCH
 from simqat_jax.ops.moves import Reshape, Slice, Transpose
 from simqat_jax.ops.products import Conv
@@ -171,7 +171,7 @@ def _interleaved(
     shape = (batch, *blocks, op.groups, *phases, features // op.groups)
     places = itertools.chain(*((1 + k, 2 + count + k) for k in range(count)))
     order = (0, *places, 1 + count, len(shape) - 1)
-    shape, order = _joined(shape, order)
+    shape, order = _without_neighbours(shape, order)
     ops, at = [], source
     if order != tuple(range(len(order))):
         split = _added(op, "split", shape, tensors, source)
@@ -182,7 +182,7 @@ def _interleaved(
     return [*ops, Reshape(path=op.path, inputs=(at,), outputs=(target,))]
 
 
-def _joined(shape: Shape, order: Sequence[int]) -> tuple[Shape, tuple[int, ...]]:
+def _without_neighbours(shape: Shape, order: Sequence[int]) -> tuple[Shape, tuple[int, ...]]:
     """Return a transposition without axes of length 1, neighbours that stay together as one axis.
 
     Args:
@@ -197,10 +197,7 @@ def _joined(shape: Shape, order: Sequence[int]) -> tuple[Shape, tuple[int, ...]]
             groups[-1].append(a)
         else:
             groups.append([a])
-    lengths = [
-        abs(math.prod(length)) * (-1 if min(length) < 0 else 1)
-        for length in ([shape[a] for a in group] for group in groups)
-    ]
+    lengths = [joined([shape[a] for a in group]) for group in groups]
     rank = sorted(range(len(groups)), key=lambda g: groups[g])
     return tuple(lengths[g] for g in rank), tuple(map(rank.index, range(len(groups))))
 

@@ -350,7 +350,10 @@ class Branched(nn.Module):
 class Looped(nn.Module):
     @nn.compact
     def __call__(self, x):
-        step = lambda m, x: nn.Dense(6, name="layer")(x)  # noqa: E731
+        def step(module, x):
+            del module
+            return nn.Dense(6, name="layer")(x)
+
         step(self, x)
         return nn.Dense(2)(nn.while_loop(lambda m, x: x.sum() > 0, step, self, x))
 

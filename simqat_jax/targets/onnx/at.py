@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from simqat_jax.ir.program import Shape, Tensor
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.targets.onnx.writer import Writer
-from simqat_jax.targets.refusals import refuse, refuse_primitive
+from simqat_jax.targets.refusals import check_shape, refuse_primitive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +58,7 @@ class At:
 
     def reshaped(self, x: str, shape: Shape) -> str:
         """Return the same values in another shape."""
-        if sum(d < 0 for d in shape) > 1:
-            refuse(
-                self.op,
-                "more than one of its lengths depends on the batch size",
-                "Reshape to others.",
-            )
+        check_shape(self.op, shape)
         return self.node("Reshape", x, self.ints([-1 if d < 0 else d for d in shape]))
 
     def refuse(self, problem: str) -> NoReturn:

@@ -9,8 +9,8 @@ from numpy.typing import ArrayLike
 
 from simqat_jax.ir.program import Shape, Tensor
 from simqat_jax.ops.primitives import Primitive
-from simqat_jax.targets.refusals import refuse, refuse_primitive
-from simqat_jax.targets.tflite.subgraph import Codes, Plain
+from simqat_jax.targets.refusals import check_shape, refuse_primitive
+from simqat_jax.targets.tflite.subgraph import Codes, Plain, reshape_target
 from simqat_jax.targets.tflite.writer import Writer
 
 
@@ -57,13 +57,8 @@ class At:
         """Return the same values in another shape."""
         if tuple(shape) == x.shape:
             return x
-        if sum(d < 0 for d in shape) > 1:
-            refuse(
-                self.op,
-                "more than one of its lengths depends on the batch size",
-                "Reshape to others.",
-            )
-        target = np.maximum(np.asarray(shape, np.int32), -1)
+        check_shape(self.op, shape)
+        target = reshape_target(shape)
         return self.make("RESHAPE", x, shape=tuple(shape), dtype=x.dtype, newShape=target)
 
     def transposed(self, x: Plain, order: Sequence[int]) -> Plain:
@@ -77,12 +72,7 @@ class At:
         """Convert to another type."""
         if x.dtype == dtype:
             return x
-        made = self.w.plain(self.op.path, x.shape, dtype)
-        types = {
-            k: self.w.tensors[v.index].type for k, v in (("inDataType", x), ("outDataType", made))
-        }
-        self.w.emit("CAST", [x.index], made.index, **types)
-        return made
+        return Plain(self.w.cast(x.index, x.shape, np.dtype(dtype)), x.shape, dtype)
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise RefusedError for what LiteRT lacks."""

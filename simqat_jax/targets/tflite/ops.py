@@ -32,7 +32,7 @@ from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
-from simqat_jax.targets.refusals import OTHER_FILE, refuse, refuse_float, refuse_wide
+from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
@@ -368,8 +368,7 @@ def _concat(w: Writer, op: Concatenate, *tensors: Codes) -> None:
 
 def _reshape(w: Writer, op: Reshape, x: Codes, y: Codes | None) -> None:
     shape = w.source.tensors[op.outputs[0]].shape
-    if sum(d < 0 for d in shape) > 1:
-        refuse(op, "more than one of its lengths depends on the batch size", "Reshape to others.")
+    check_shape(op, shape)
     if y is None:
         w.wholes[op.outputs[0]] = w.reshaped(w.whole(op.inputs[0]), shape)
     else:

@@ -76,8 +76,13 @@ def _fits(node: Norm, shape: Sequence[int], x: Grid) -> bool:
     lengths = [_grouped(shape, node.groups)[a] for a in node.axes]
     if x.num_bits > 8 or not lengths or min(lengths) <= 0:
         return False
-    count, largest = math.prod(lengths), 129 if node.centered else x.largest
-    return count <= MOST_ELEMENTS and count * largest**2 < 2**31
+    count = math.prod(lengths)
+    return count <= MOST_ELEMENTS and count * _largest_square(x, node.centered) < 2**31
+
+
+def _largest_square(x: Grid, centered: bool) -> float:
+    """Return the largest square that a sum has, on average: codes lie around their mean."""
+    return ((x.qmax - x.qmin) / 2 + 1) ** 2 if centered else x.largest**2
 
 
 def _grouped(shape: Sequence[int], groups: int | None) -> tuple[int, ...]:
@@ -147,6 +152,14 @@ class Normalize(Op):
     def grouped(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the input's shape with its last axis in groups."""
         return _grouped(shape, self.groups)
+
+    def count(self, shape: Sequence[int]) -> int:
+        """Return how many elements a sum has; `shape`: the input's."""
+        return math.prod(self.grouped(shape)[a] for a in self.axes)
+
+    def largest_sum(self, shape: Sequence[int], x: Grid) -> float:
+        """Return what a sum of squares may reach; `x`: the input's grid."""
+        return self.count(shape) * _largest_square(x, self.centered)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         x = c.in_grid().centered(inputs[0]).astype(jnp.float32)

@@ -3,8 +3,6 @@
 Codes less their zero point are whole numbers: dequantized with a scale of 1.
 """
 
-import math
-
 import numpy as np
 
 from simqat_jax.numerics import softmax as numbers
@@ -12,7 +10,7 @@ from simqat_jax.numerics.norms import reciprocal_count
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.softmax import SoftmaxOfCodes
-from simqat_jax.targets.onnx.writer import Writer, looked_up
+from simqat_jax.targets.onnx.writer import LAST, Writer, looked_up
 
 _EXACT = 2**24
 _MASKED = 256
@@ -44,10 +42,8 @@ class _Whole:
 
     def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None) -> None:
         """Round numbers in units of a code, add the zero point and clip them."""
-        codes, tensor = (
-            self("QuantizeLinear", x, np.float32(1), self.zero(i)),
-            self.w.model.tensors[i],
-        )
+        codes = self("QuantizeLinear", x, np.float32(1), self.zero(i))
+        tensor = self.w.model.tensors[i]
         grid = self.w.grid(tensor)
         self.w.put(i, self.w.clip(codes, tensor, clamp or (grid.qmin, grid.qmax)))
 
@@ -69,15 +65,12 @@ def normalize(w: Writer, op: Normalize) -> None:
     x, grouped = at.input(op.inputs[0]), op.grouped(tensor.shape)
     if op.groups:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in grouped], np.int64))
-    count = math.prod(grouped[a] for a in op.axes)
-    part, rest = reciprocal_count(count), None
-    grid = w.grid(tensor)
-    largest = grid.largest
+    part, rest = reciprocal_count(op.count(tensor.shape)), None
     if op.centered:
         x = at("Sub", x, at("Round", at("Mul", at.sum(x, op.axes), part)))
         rest = at("Mul", at.sum(x, op.axes), part)
-        largest = (grid.qmax - grid.qmin) / 2 + 1
-    variance = at("Mul", at.sum_of_squares(x, op.axes, count * largest**2), part)
+    largest = op.largest_sum(tensor.shape, w.grid(tensor))
+    variance = at("Mul", at.sum_of_squares(x, op.axes, largest), part)
     if rest is not None:
         variance = at("Sub", variance, at("Mul", rest, rest))
         x = at("Sub", x, rest)
@@ -127,10 +120,7 @@ def multiplied(w: Writer, op: Multiplied) -> None:
     scale = w.initializer(np.float32(op.scale), op.path)
     left = w.node("DequantizeLinear", [w.get(op.inputs[0]), scale, zero], op.path)
     right = w.dequantize(w.get(op.inputs[1]), b)
-    output = w.model.tensors[op.outputs[0]]
-    real = w.node("MatMul", [left, right], op.path)
-    codes = w.node("QuantizeLinear", [real, *w.scale(output)], output.name)
-    w.put(op.outputs[0], w.clip(codes, output, op.clamp))
+    w.finish(op, w.node("MatMul", [left, right], op.path), LAST, op.clamp)
 
 
 def look_up(w: Writer, op: LookUp) -> None:

@@ -4,7 +4,6 @@ Codes less their zero point are whole numbers: the same bytes under a scale of 1
 stay in float where nothing else reads them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,17 +67,15 @@ def normalize(w: Writer, op: Normalize, *tensors: Codes | None) -> None:
     x, shape = w.whole(op.inputs[0]), op.grouped(tensor.shape)
     if op.groups:
         x = w.reshaped(x, shape)
-    axes, count = op.axes, math.prod(shape[a] for a in op.axes)
+    axes = op.axes
     thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
-    part, rest = reciprocal_count(count), None
-    grid = grid_of(tensor)
-    largest = grid.largest
+    part, rest = reciprocal_count(op.count(tensor.shape)), None
     if op.centered:
         near = at("ROUND", thin, at("MUL", thin, at.sum(shape, x, axes), part))
         x = at("SUB", shape, x, near)
         rest = at("MUL", thin, at.sum(shape, x, axes), part)
-        largest = (grid.qmax - grid.qmin) / 2 + 1
-    variance = at("MUL", thin, _sum_of_squares(at, shape, x, axes, count * largest**2), part)
+    largest = op.largest_sum(tensor.shape, grid_of(tensor))
+    variance = at("MUL", thin, _sum_of_squares(at, shape, x, axes, largest), part)
     if rest is not None:
         variance = at("SUB", thin, variance, at("MUL", thin, rest, rest))
         x = at("SUB", shape, x, rest)

@@ -108,6 +108,15 @@ def test_norms_of_any_axes(backend, folder, shape, axes, groups, centered, kind)
     compared(model, folder, [codes_of(np.random.default_rng(1), (2, *shape[1:]), kind)])
 
 
+@both
+@pytest.mark.parametrize("seed", range(2))
+def test_norms_of_millions(backend, folder, seed):
+    """A runtime that rounds once less, as `x / y` in place of `x * (1 / y)`, is off in a few."""
+    model = norm(backend, (-1, 500, 64), grid((0.05, 120)), grid((0.012, 128)), seed=seed)
+    codes = codes_of(np.random.default_rng(seed), (128, 500, 64), "full")
+    compared(model, folder, [codes])
+
+
 @given(grids, seeds, st.integers(2, 400), kinds, st.sampled_from(sorted(ROUNDINGS)))
 @settings(max_examples=15, deadline=None)
 def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
@@ -192,6 +201,15 @@ def test_softmax(backend, folder, a, b, seed, length, kind, masked, keeps):
 def test_softmax_along_any_axis(backend, folder, axis):
     model = softmax(backend, (-1, 4, 5, 6), grid((0.05, 9)), grid((0.004, 0)), axis=axis)
     compared(model, folder, [codes_of(np.random.default_rng(0), (2, 4, 5, 6), "full")])
+
+
+@both
+@pytest.mark.parametrize("scale", [0.004, 1.0])
+def test_softmax_of_millions(backend, folder, scale):
+    """A runtime that divides once, in place of multiplying by a quotient, is off in a few."""
+    model = softmax(backend, (-1, 500, 2), grid((0.004, 3)), grid((scale, 0)))
+    codes = codes_of(np.random.default_rng(0), (4000, 500, 2), "near")
+    compared(model, folder, [codes])
 
 
 @both

@@ -16,6 +16,9 @@ _EXACT = 2**24
 _MASKED = 256
 """So far below the highest code, a number is masked, and its exponential is zero."""
 
+_NOT_ONE = 2.0
+"""A dividend: of `x * (1 / y)` ONNX Runtime makes `x / y`, which rounds once instead of twice."""
+
 
 class _Whole:
     """Writes one operation, on whole numbers."""
@@ -40,9 +43,9 @@ class _Whole:
         grid = self.w.grid(self.w.model.tensors[i])
         return np.asarray(grid.zero_point + grid.unsigned_offset, np.uint8)
 
-    def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None) -> None:
-        """Round numbers in units of a code, add the zero point and clip them."""
-        codes = self("QuantizeLinear", x, np.float32(1), self.zero(i))
+    def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None, unit: float = 1) -> None:
+        """Round numbers, `unit` of which are one code, add the zero point and clip them."""
+        codes = self("QuantizeLinear", x, np.float32(unit), self.zero(i))
         tensor = self.w.model.tensors[i]
         grid = self.w.grid(tensor)
         self.w.put(i, self.w.clip(codes, tensor, clamp or (grid.qmin, grid.qmax)))
@@ -75,10 +78,10 @@ def normalize(w: Writer, op: Normalize) -> None:
         variance = at("Sub", variance, at("Mul", rest, rest))
         x = at("Sub", x, rest)
     deviation = at("Sqrt", at("Add", variance, np.float32(op.epsilon)))
-    x = at("Mul", x, at("Div", np.float32(1), deviation))
+    x = at("Mul", x, at("Div", np.float32(_NOT_ONE), deviation))
     if op.groups:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in tensor.shape], np.int64))
-    x = at("Mul", x, op.arrays["scale"])
+    x = at("Mul", x, op.arrays["scale"] / _NOT_ONE)
     if "shift" in op.arrays:
         x = at("Add", x, op.arrays["shift"])
     at.finish(op.outputs[0], x, op.clamp)
@@ -100,8 +103,10 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     table[:_MASKED] = numbers.table(scale, source.shape[op.axis])
     shape = [max(d, -1) for d in source.shape]
     e = looked_up(w, table, below, shape, op.path)
-    each = at("Div", np.float32(1) / np.float32(w.grid(target).scale), at.sum(e, axes))
-    at.finish(op.outputs[0], at("Mul", e, each))
+    each = np.float32(1) / np.float32(w.grid(target).scale)
+    unit = _NOT_ONE if each == 1 else 1
+    x = at("Mul", e, at("Div", np.float32(each * unit), at.sum(e, axes)))
+    at.finish(op.outputs[0], x, unit=unit)
 
 
 def _masked(at: _Whole, op: SoftmaxOfCodes, x: str) -> str:

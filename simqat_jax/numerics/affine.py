@@ -174,22 +174,47 @@ def dequantize(
 def _fake_quant(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
 ) -> jax.Array:
+    return _rounded(x, scale, zero_point, bounds)[0]
+
+
+def _rounded(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Return values on the grid, and whether each was inside of the range."""
     codes = _codes(x.astype(jnp.float32), scale, zero_point)
+    inside = (codes >= bounds[0]) & (codes <= bounds[1])
     codes = lax.clamp(jnp.float32(bounds[0]), codes, jnp.float32(bounds[1]))
-    return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
+    return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype), inside
 
 
 def _fake_quant_fwd(x, scale, zero_point, bounds):
-    # The barrier makes the backward pass divide again. Otherwise XLA stores the quotients.
-    residuals = x, lax.optimization_barrier(scale), zero_point
-    return _fake_quant(x, scale, zero_point, bounds), residuals
+    y, inside = _rounded(x, scale, zero_point, bounds)
+    return y, _packed(inside)
 
 
-def _fake_quant_bwd(bounds, residuals, g):
-    x, scale, zero_point = residuals
-    codes = _codes(x.astype(jnp.float32), scale, zero_point)
-    inside = (codes >= bounds[0]) & (codes <= bounds[1])
-    return lax.select(inside, g, lax.full_like(g, 0)), None, None
+def _fake_quant_bwd(bounds, packed, g):
+    return lax.select(_unpacked(packed, g.shape), g, lax.full_like(g, 0)), None, None
+
+
+def _packed(mask: jax.Array) -> jax.Array:
+    """Store a mask in the bits of bytes, along its last axis.
+
+    Compilers fuse the comparison that makes a mask into what reads it, so that the backward pass
+    would keep the whole float tensor for it; they do not fuse this reduction.
+    """
+    mask = jnp.atleast_1d(mask)
+    whole = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
+    bits = whole.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
+    bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, bits.ndim - 1)
+    return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (bits.ndim - 1,))
+
+
+def _unpacked(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return the mask of this shape that `_packed` stored."""
+    shifts = lax.broadcasted_iota(jnp.uint8, (*packed.shape, 8), packed.ndim)
+    bits = (packed[..., None] >> shifts) & np.uint8(1)
+    mask = bits.reshape(*packed.shape[:-1], -1) != 0
+    return mask[..., : shape[-1] if shape else 1].reshape(shape)
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)

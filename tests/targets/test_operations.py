@@ -54,6 +54,21 @@ def test_additions_that_tie(backend, folder, zeros, subtract):
 
 
 @both
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize(
+    "scales",
+    [(1.0, 0.003, 1 / 283), (0.003, 1.0, 0.003), (1.0, 1.0, 1e-6), (1e-5, 0.03, 0.05), (1, 1, 3e3)],
+)
+def test_additions_of_scales_that_differ_widely(backend, folder, scales, subtract):
+    """One is one to some, 256 and more times the output's, or less than a thousandth."""
+    a, b, c = zip(scales, (3, 130, 77), strict=True)
+    codes = np.random.default_rng(0).integers(0, 256, (2, 4000, 16))
+    codes[:, 2000:] = np.clip(codes[:, 2000:] % 4 + np.array([2, 129])[:, None, None], 0, 255)
+    model = addition(backend, a, b, c, subtract, (9, 255))
+    compared(model, folder, list(codes.astype(np.uint8)))
+
+
+@both
 @given(grids, grids, grids, seeds)
 @settings(max_examples=20, deadline=None)
 def test_products(backend, folder, a, b, c, seed):

@@ -139,17 +139,22 @@ class Volume(nn.Module):
 
 
 class Unequal(nn.Module):
-    """A sum whose terms are of very different size."""
+    """A sum or product that is clipped to a tiny part of what it may be."""
+
+    factor: float
+    clip: float = np.inf
+    product: bool = False
 
     @nn.compact
     def __call__(self, x):
-        y = nn.Dense(4)(x)
-        return nn.Dense(3)(y + nn.Dense(4)(x * 1e-5))
+        y, z = nn.Dense(4)(x * self.factor), nn.Dense(4)(x)
+        y = jnp.clip(y, -self.clip, self.clip) if self.clip < np.inf else y
+        return nn.Dense(3)(nn.relu6(y * z if self.product else y + z))
 
 
 TFLITE_ALONE = {
     "three axes": (Volume(), IMAGE.reshape(4, 4, 4, 4, 3), "not three"),
-    "ratio": (Unequal(), X[:, 0], "times its output's"),
+    "ratio": (Unequal(1e5, product=True), X[:, 0], "times its output's"),
 }
 
 
@@ -171,6 +176,18 @@ class Clipped(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Dense(4)(nn.relu6(nn.Conv(6, (3, 3))(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_results_beyond_int32(product, tmp_path):
+    """And the remedy, followed to the letter."""
+    path, x = tmp_path / "model.onnx", X[:, 0]
+    far = Unequal(1e9, product=product)
+    text = refusal(converted(far, x, backend="onnx"), "onnx", path)
+    assert "rounds to int32" in text and "Clip its inputs in the model (jnp.clip)" in text
+    model = converted(far.clone(clip=100.0), x, backend="onnx")
+    sq.export_onnx(model, path)
+    assert not sq.verify(model, path, x).differing
 
 
 @pytest.mark.parametrize("backend", EXPORTS)

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from simqat_jax.ir.program import Op, Program, Tensor
+from simqat_jax.ir.program import Op, Program, Tensor, grid_of
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
@@ -66,7 +66,23 @@ def _check(program: Program, op: Op) -> None:
         refuse_float(program, op)
     if isinstance(op, Primitive):
         primitives.check(program, op)
+    if isinstance(op, Multiply) or op.kind == ONNXRUNTIME.add.kind:
+        _check_reach(program, op)
     refuse_wide(program, op)
+
+
+def _check_reach(program: Program, op: Op) -> None:
+    """Refuse sums and products beyond int32, to which ONNX Runtime rounds before it clips."""
+    a, b, y = (grid_of(program.tensors[i]) for i in (*op.inputs, *op.outputs))
+    terms = (a.largest * a.scale, b.largest * b.scale)
+    reach = (math.prod if isinstance(op, Multiply) else sum)(terms) / y.scale
+    if reach >= 2**31 - 256:
+        refuse(
+            op,
+            f"results of up to {reach:.3g} codes are clipped to those of its output, and ONNX "
+            "Runtime rounds to int32 before",
+            "Clip its inputs in the model (jnp.clip), so that their range is not so much wider.",
+        )
 
 
 # Operations --------------------------------------------------------------------------------------

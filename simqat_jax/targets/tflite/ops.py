@@ -37,7 +37,7 @@ from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
 from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
-from simqat_jax.targets.tflite.whole import look_up, multiplied, normalize, softmax
+from simqat_jax.targets.tflite.whole import added, look_up, multiplied, normalize, softmax
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -59,6 +59,7 @@ VERSIONS = {
     "DEQUANTIZE": (None, 2),
     "DIV": ("DivOptions", 1),
     "FLOOR": (None, 1),
+    "FLOOR_DIV": ("FloorDivOptions", 2),
     "FULLY_CONNECTED": ("FullyConnectedOptions", 5),
     "GATHER": ("GatherOptions", 2),
     "GELU": ("GeluOptions", 2),
@@ -287,7 +288,10 @@ def _ones(
 
 def _add(w: Writer, op: Sum, a: Codes, b: Codes, y: Codes) -> None:
     ratios = [np.float32(v.grid.scale) / np.float32(y.grid.scale) for v in (a, b)]
-    check_ratio(op, ratios, 2.0**-10)
+    if not all(2.0**-10 <= ratio < 2.0**8 for ratio in ratios):  # what XNNPACK takes
+        check_ratio(op, ratios, 0, 2.0**20)
+        added(w, op, y)
+        return
     name = "SUB" if op.multipliers[1] < 0 else "ADD"
     w.clamped(op, name, [a.index, b.index], y, op.clamp)
 

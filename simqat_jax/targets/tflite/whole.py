@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from simqat_jax.ir.program import Op, grid_of
 from simqat_jax.numerics import softmax as numbers
 from simqat_jax.numerics.norms import STEPS, heron_start, reciprocal_count
+from simqat_jax.ops.arithmetic import Sum
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.softmax import SoftmaxOfCodes
@@ -20,6 +21,8 @@ from simqat_jax.targets.tflite.subgraph import Codes, reshape_target
 from simqat_jax.targets.tflite.writer import Writer
 
 _EXACT = 2**24
+_FAR = 512
+"""Centered codes so far from zero are clipped on any grid."""
 Shape = tuple[int, ...]
 
 
@@ -36,6 +39,12 @@ class _Whole:
         numbers = [v if isinstance(v, int) else self.w.constant(v, np.float32) for v in inputs]
         result = self.w.tensor(None, shape, np.float32)
         self.w.emit(kind, numbers, result, **options)
+        return result
+
+    def int32(self, kind: str, shape: Sequence[int], x: int, y: int) -> int:
+        """Add an operator on integers."""
+        result = self.w.tensor(None, shape, np.int32)
+        self.w.emit(kind, [x, y], result)
         return result
 
     def sum(self, shape: Shape, x: int, axes: Sequence[int]) -> int:
@@ -168,7 +177,7 @@ def multiplied(w: Writer, op: Multiplied, *tensors: Codes | None) -> None:
             x = _part(at, a, (*left.shape[:2], end - start), 2, start)
             y = _part(at, b, (right.shape[0], end - start, right.shape[2]), 1, start)
         sums.append(at("BATCH_MATMUL", shape, x, y, adjX=False, adjY=False))
-    real = _added(at, shape, sums)
+    real = _total(at, shape, sums)
     at.finish(at("MUL", shape, real, np.float32(op.arrays["multiplier"])), op.clamp, tensors[-1])
 
 
@@ -179,20 +188,31 @@ def _part(at: _Whole, x: int, shape: Shape, axis: int, start: int) -> int:
     return at("SLICE", shape, x, at.w.constant(begin), at.w.constant(sizes))
 
 
-def _added(at: _Whole, shape: Shape, sums: Sequence[int]) -> int:
+def _total(at: _Whole, shape: Shape, sums: Sequence[int]) -> int:
     """Add whole numbers, and round once: of more than two in int32."""
     if len(sums) <= 2:
         return sums[0] if len(sums) == 1 else at("ADD", shape, *sums)
-    w, total = at.w, None
-    for part in sums:
-        whole = w.cast(part, shape, np.int32)
-        if total is not None:
-            both = w.tensor(None, shape, np.int32)
-            w.emit("ADD", [total, whole], both)
-            whole = both
-        total = whole
-    assert total is not None
-    return w.cast(total, shape, np.float32)
+    total, *rest = (at.w.cast(part, shape, np.int32) for part in sums)
+    for part in rest:
+        total = at.int32("ADD", shape, total, part)
+    return at.w.cast(total, shape, np.float32)
+
+
+def added(w: Writer, op: Sum, y: Codes) -> None:
+    """Write a sum of tensors whose scales differ widely, see `numerics.rounding.xnnpack`."""
+    at, (*multipliers, shift) = _Whole(w, op), map(int, op.multipliers)
+    terms = []
+    for i, multiplier in zip(op.inputs, multipliers, strict=True):
+        shape = w.source.tensors[i].shape
+        whole = w.cast(w.whole(i), shape, np.int32)
+        terms.append(at.int32("MUL", shape, whole, w.constant(multiplier)))
+    shape = w.source.tensors[op.outputs[0]].shape
+    total = at.int32("ADD", shape, *terms)
+    total = at.int32("ADD", shape, total, w.constant(1 << (shift - 1)))
+    total = at.int32("FLOOR_DIV", shape, total, w.constant(1 << shift))
+    for kind, end in (("MAXIMUM", -_FAR), ("MINIMUM", _FAR)):
+        total = at.int32(kind, shape, total, w.constant(end))
+    at.finish(w.cast(total, shape, np.float32), op.clamp, y)
 
 
 def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:
@@ -202,8 +222,7 @@ def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:
     picked = w.tensor(None, shape, np.int32)
     w.emit("RESHAPE", [w.real(op.inputs[0]).index], picked, newShape=reshape_target(shape))
     if op.clips:
+        at = _Whole(w, op)
         for kind, end in (("MAXIMUM", 0), ("MINIMUM", len(op.arrays["table"]) - 1)):
-            clipped = w.tensor(None, shape, np.int32)
-            w.emit(kind, [picked, w.constant(end)], clipped)
-            picked = clipped
+            picked = at.int32(kind, shape, picked, w.constant(end))
     w.emit("GATHER", [table.index, picked], y.index, axis=0, batchDims=0)

@@ -180,10 +180,17 @@ def test_every_tensor_as_an_output(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "grids", [((0.1, 0), (0.1, 0), (200.0, 0)), ((0.1, 0), (100.0, 0), (0.1, 0))]
+    ("kind", "grids"),
+    [
+        ("add", ((0.1, 0), (2e5, 0), (0.1, 0))),
+        ("mul", ((0.1, 0), (1e4, 0), (0.1, 0))),
+        ("mul", ((0.1, 0), (1e-5, 0), (0.1, 0))),
+    ],
 )
-def test_scales_that_xnnpack_leaves_to_others(grids, tmp_path):
-    model = single("tflite", "add", grids, {"multipliers": [1, 1, 1]})
+def test_scales_that_differ_too_much(kind, grids, tmp_path):
+    fields = {"multipliers": [1, 1, 1]} if kind == "add" else {}
+    arrays = {} if kind == "add" else {"multiplier": np.float32(0.1) * grids[1][0] / grids[2][0]}
+    model = single("tflite", kind, grids, fields, arrays)
     with pytest.raises(ValueError, match=r"layer: .* times its output's"):
         sq.export_tflite(model, tmp_path / "m.tflite")
 

@@ -5,7 +5,7 @@ OLDEST ?= $(call at-hand,python3.11)
 NEWEST ?= $(call at-hand,python3.14 python3.13 python3.12)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs
+.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs peers
 
 venv: .venv/.installed
 
@@ -54,3 +54,7 @@ lint: venv
 
 docs: venv
 	$(RUN) -m mkdocs build --strict
+
+peers:  ## others' converters, for benchmarks alone, in an environment of their own
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet jax2onnx litert-converter flax

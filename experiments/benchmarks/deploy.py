@@ -3,22 +3,24 @@
 Example:
   python -m experiments.benchmarks.deploy --model lenet5
   python -m experiments.benchmarks.deploy --model resnet50
+  make peers; python -m experiments.benchmarks.deploy --model vit_s --peers .venv-peers/bin/python
 """
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import flax.linen as nn
 import jax
 import numpy as np
 import tyro
+from flax import serialization
 from jax.typing import ArrayLike
 from rich.console import Console
 from rich.table import Table
@@ -26,39 +28,13 @@ from rich.table import Table
 import simqat_jax as sq
 from experiments.benchmarks import float_files
 from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.data import in_batches
-from experiments.models import LeNet5, ResNet20, ResNet50
 
 T = TypeVar("T")
 
 _BATCH = 8
 """Images in a batch where codes are compared."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is exported and timed.
-
-    Attributes:
-      model: the float model.
-      image: shape of one image.
-      batches: batch sizes to time.
-      calls: calls in one timing, for each of `batches`.
-    """
-
-    model: Callable[[], nn.Module]
-    image: tuple[int, int, int]
-    batches: tuple[int, ...]
-    calls: tuple[int, ...]
-
-
-WORKLOADS = {
-    "lenet5": Workload(LeNet5, (32, 32, 1), (1, 64), (200, 10)),
-    "resnet20": Workload(ResNet20, (32, 32, 3), (1, 64), (20, 1)),
-    "resnet50": Workload(
-        functools.partial(ResNet50, cifar_stem=False, num_classes=1000), (224, 224, 3), (1,), (1,)
-    ),
-}
 
 
 def _images(key: jax.Array, count: int, image: tuple[int, int, int]) -> jax.Array:
@@ -118,10 +94,24 @@ def _openvino(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: model([x])[0]
 
 
+def _written_by_peers(python: Path, name: str, variables: Any, folder: Path) -> None:
+    """Have the converters of another environment write the float network's files."""
+    values = folder / "variables.msgpack"
+    values.write_bytes(serialization.to_bytes(variables))
+    command = [python, "-m", "experiments.benchmarks.peers.float_files", name, values, folder]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+
 def _rows(
-    workload: Workload, backend: Literal["tflite", "onnx"], folder: Path, rounds: int, count: int
+    model: str,
+    backend: Literal["tflite", "onnx"],
+    folder: Path,
+    rounds: int,
+    count: int,
+    peers: Path | None,
 ) -> tuple[list[list[str]], str]:
     """Return the table's rows for one runtime, and what writing its file took."""
+    workload = WORKLOADS[model]
     qmodel, variables, images = trained(workload, backend)
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
     float_bytes = sum(a.nbytes for a in jax.tree.leaves(floats))
@@ -134,7 +124,10 @@ def _rows(
     }[backend]
     int8, real = folder / f"int8.{suffix}", folder / f"float.{suffix}"
     _, seconds, peak = _peak(lambda: export(integer, int8))
-    write_float(integer, real)
+    if peers is None:
+        write_float(integer, real)
+    elif not real.exists():
+        _written_by_peers(peers, model, floats, folder)
 
     images = np.asarray(images[:count])
     evaluate = jax.jit(functools.partial(qmodel.apply, train=False))
@@ -197,15 +190,21 @@ def _check_float(
 
 
 def main(
-    model: str = "lenet5", rounds: int = 40, images: int = 64, folder: Path | None = None
+    model: str = "lenet5",
+    rounds: int = 40,
+    images: int = 64,
+    folder: Path | None = None,
+    peers: Path | None = None,
 ) -> None:
     """Print size, latency of one thread, ratio to float, and codes that differ from evaluation.
 
     Args:
-      model: lenet5, resnet20 or resnet50 (224x224).
+      model: lenet5, resnet20, resnet50 (224x224) or vit_s (224x224, with `peers` alone).
       rounds: interleaved timings of each file.
       images: how many images codes are compared on, up to 64.
-      folder: where to leave the files; by default nowhere.
+      folder: where to leave the files, empty; by default nowhere.
+      peers: Python of `make peers`, whose converters write the float files; by default this package
+        does, which knows LeNet-5 and ResNets.
     """
     title = f"{model}, one thread, jax {jax.__version__}; random weights"
     table = Table("", "batch", "µs", "ratio", "kB", "codes that differ", title=title)
@@ -214,7 +213,7 @@ def main(
         place.mkdir(parents=True, exist_ok=True)
         notes = []
         for backend in ("tflite", "onnx"):
-            rows, note = _rows(WORKLOADS[model], backend, place, rounds, images)
+            rows, note = _rows(model, backend, place, rounds, images, peers)
             notes.append(note)
             for row in rows:
                 table.add_row(*row)

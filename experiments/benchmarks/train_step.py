@@ -3,9 +3,11 @@
 Example:
   python -m experiments.benchmarks.train_step --model lenet5
   python -m experiments.benchmarks.train_step --model resnet20
+  python -m experiments.benchmarks.train_step --model vit
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from rich.table import Table
 
 import simqat_jax as sq
 from experiments.benchmarks.timing import interleaved
-from experiments.models import LeNet5, ResNet20
+from experiments.models import LeNet5, ResNet20, VisionTransformer
 
 State = tuple[Any, dict[str, Any], optax.OptState]
 """Parameters, other collections and the optimizer's state."""
@@ -47,6 +49,12 @@ class Workload:
 WORKLOADS = {
     "lenet5": Workload(LeNet5, (32, 32, 1), (32, 128), ("one_conv",)),
     "resnet20": Workload(ResNet20, (32, 32, 3), (64,), ("none", "one_conv", "two_conv")),
+    "vit": Workload(
+        functools.partial(VisionTransformer, num_classes=10, patch=4, layers=4, width=128, heads=4),
+        (32, 32, 3),
+        (32,),
+        ("one_conv",),
+    ),
 }
 
 
@@ -95,17 +103,20 @@ class Trainer:
 
 
 def main(model: str = "lenet5", rounds: int = 40, calls: int = 5, compilations: int = 3) -> None:
-    """Print step times, compile times (the fastest of some) and bytes accessed, with ratios.
+    """Print step times, compile times (the fastest of some) and memory, with ratios.
+
+    "compile s" includes tracing; "GB" are accessed in a step, "MB" are temporary.
 
     Args:
-      model: lenet5 or resnet20.
+      model: lenet5, resnet20 or vit.
       rounds: interleaved timings of each step.
       calls: steps in one timing.
       compilations: of each step.
     """
     workload = WORKLOADS[model]
     title = f"{model}: training step on {jax.devices()[0]}, jax {jax.__version__}"
-    table = Table("batch", "step", "ms", "ratio", "compile s", "ratio", "GB", "ratio", title=title)
+    measures = [column for name in ("ms", "compile s", "GB", "MB") for column in (name, "ratio")]
+    table = Table("batch", "step", *measures, title=title)
     for batch_size in workload.batch_sizes:
         models = {"float": workload.model()}
         for fold in workload.bn_folds:
@@ -121,6 +132,7 @@ def main(model: str = "lenet5", rounds: int = 40, calls: int = 5, compilations: 
                 *_with_ratio(seconds[name] * 1e3, seconds["float"] * 1e3),
                 *_with_ratio(*(min(c[n] for c in compiling) for n in (name, "float"))),
                 *_with_ratio(_gigabytes(trainer), _gigabytes(trainers["float"])),
+                *_with_ratio(_temporary(trainer), _temporary(trainers["float"])),
             )
     Console().print(table)
 
@@ -132,6 +144,11 @@ def _with_ratio(value: float, base: float) -> tuple[str, str]:
 def _gigabytes(trainer: Trainer) -> float:
     analysis: Any = trainer.compiled.cost_analysis()
     return analysis["bytes accessed"] / 1e9
+
+
+def _temporary(trainer: Trainer) -> float:
+    analysis: Any = trainer.compiled.memory_analysis()
+    return analysis.temp_size_in_bytes / 1e6
 
 
 if __name__ == "__main__":

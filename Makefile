@@ -45,7 +45,8 @@ test-oldest test-newest: test-%: .venv-%/.installed
 notebooks: venv  ## run them; the second one only where TFDS_DATA_DIR says where CIFAR-10 is
 	$(if $(TFDS_DATA_DIR),,@echo "02_cifar10_resnet.ipynb is skipped: TFDS_DATA_DIR is not set.")
 	$(RUN) -m pytest --nbmake --nbmake-timeout=1200 -p no:xdist \
-	  notebooks/01_mnist_lenet5.ipynb $(if $(TFDS_DATA_DIR),notebooks/02_cifar10_resnet.ipynb)
+	  notebooks/01_mnist_lenet5.ipynb $(if $(TFDS_DATA_DIR),notebooks/02_cifar10_resnet.ipynb) \
+	  notebooks/03_vision_transformer.ipynb
 
 lint: venv
 	$(RUN) -m ruff check .

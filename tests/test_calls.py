@@ -1,5 +1,6 @@
 """How a model may be called: keywords, random keys, intermediates, immutable ranges, NNX."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -189,6 +190,32 @@ def test_intermediates_make_their_collection_mutable():
     y, updates = qmodel.apply(variables, IMAGE, capture_intermediates=True)  # as Flax returns them
     assert set(updates) == {"intermediates"}
     assert_same(y, qmodel.apply(variables, IMAGE))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(2)(x, x)
+
+
+def sowing(next_fun, args, kwargs, context):
+    if isinstance(context.module, nn.MultiHeadDotProductAttention):
+        kwargs = {**kwargs, "sow_weights": True}
+    return next_fun(*args, **kwargs)
+
+
+def test_an_interceptor_sows_the_attention_weights_of_the_integer_model():
+    x = jax.random.normal(KEY, (4, 5, 8))
+    qmodel, variables = observed(Attention(), x)
+    with nn.intercept_methods(sowing):
+        y, updates = qmodel.apply(variables, x, mutable=["intermediates"])
+    (weights,) = jax.tree.leaves(updates)
+    assert weights.shape == (4, 2, 5, 5)
+    program = sq.convert(qmodel, variables, x).program
+    (softmax,) = [op for op in program.ops if op.kind == "softmax"]
+    outputs = (*program.outputs, *softmax.outputs)
+    integer = sq.IntegerModel(dataclasses.replace(program, outputs=outputs, structure=[0, 1]))
+    assert_same([y, weights], integer(x))
 
 
 # Ranges that stand still -----------------------------------------------------------------------

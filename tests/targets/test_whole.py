@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from single_operations import both, compared, grids, integer_model, operation, seeds
+from single_operations import both, compared, grids, integer_model, operation, random_codes, seeds
 
 import simqat_jax as sq
 from simqat_jax.ir.program import Tensor
@@ -250,3 +250,23 @@ def test_long_products_of_two(backend, folder, terms):
     left, right = rng.integers(250, 256, (2, 3, terms)), rng.integers(0, 6, (2, terms, 5))
     model = product(backend, 3, terms, 5, a, b, y)
     compared(model, folder, [left.astype(np.uint8), right.astype(np.uint8)])
+
+
+@both
+@pytest.mark.parametrize("clamp", [(0, 255), (70, 180)])
+def test_operations_behind_each_other(backend, folder, clamp):
+    """What one of them returns and the next one reads, TFLite leaves in float."""
+    scores, shares, values = grid((0.05, 120)), grid((0.004, 0)), grid((0.02, 128))
+    long, wide, short = (-2, 20, 30), (-2, 30, 9), (-2, 20, 9)
+    described = [(long, scores), (wide, values), (long, shares), (short, values), (short, shares)]
+    scale = np.float32(shares.scale)
+    product = {"scale": scale.item(), "clamp": clamp}
+    arrays = {"multiplier": scale * np.float32(values.scale) / np.float32(values.scale)}
+    ops = [
+        operation("softmax", (0,), (2,), {"axis": 2, "keeps": True}, path="first"),
+        operation("matmul", (2, 1), (3,), product, arrays, path="product"),
+        operation("softmax", (3,), (4,), {"axis": 2, "keeps": True}, path="last"),
+    ]
+    tensors = [Tensor(f"t{n}", s, "float32", g) for n, (s, g) in enumerate(described)]
+    model = integer_model(backend, tensors, ops, [0, 1], [4])
+    compared(model, folder, random_codes(model, 3))

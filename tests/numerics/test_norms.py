@@ -39,9 +39,9 @@ def test_norms_round_every_operation(centered, length):
         return x.sum(-1, dtype=np.int64, keepdims=True).astype(F32)
 
     @jax.jit
-    def codes(c, scale, shift):
+    def computed(c, scale, shift):
         y = normalized(c, Statistics((1,), centered), epsilon, heron)
-        return scaled_and_shifted(y, scale, shift)
+        return y, scaled_and_shifted(y, scale, shift)
 
     x, rest = c, F32(0)
     if centered:
@@ -51,5 +51,7 @@ def test_norms_round_every_operation(centered, length):
     deviation = np.full_like(variance, 3)
     for _ in range(13):
         deviation = (deviation + variance / deviation) * F32(0.5)
-    want = np.rint((x - rest) * (F32(1) / deviation) * scale + shift)
-    np.testing.assert_array_equal(codes(c, scale, shift), want)
+    want = (x - rest) * (F32(1) / deviation)
+    y, codes = computed(c, scale, shift)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(codes, np.rint(want * scale + shift))

@@ -241,15 +241,30 @@ def test_products_of_two(backend, folder, a, b, y, seed, rows, terms, columns):
     compared(model, folder, [c.astype(np.uint8) for c in codes])
 
 
+def factors_of_sums_beside_ties(rng, terms, step):
+    """Pairs of rows from 0 to 255, whose products add up to halves of `step`, 1 more or less."""
+    a, b = rng.integers(200, 256, (2, 300, terms))
+    b[rng.random((300, terms)) < np.linspace(0, 1, 300)[:, None]] = 0
+    fill = step // 255**2 + 3
+    a[:, -fill:], b[:, -fill:] = 0, 255
+    missing = step - (a * b).sum(1) % step - step // 2 + rng.integers(-1, 2, 300)
+    missing %= step
+    for k in range(fill - 2):
+        a[:, -fill + k] = np.where(missing >= 255**2, 255, 0)
+        missing -= a[:, -fill + k] * 255
+    a[:, -2], a[:, -1], b[:, -1] = missing // 255, missing % 255, 1
+    return a, b
+
+
 @both
-@pytest.mark.parametrize("terms", [258, 259, 700, 2000])
-def test_long_products_of_two(backend, folder, terms):
-    """All sums are as large as codes make them."""
-    a, b, y = grid((0.01, 0)), grid((0.01, 255)), grid((terms * 0.00006, 200))
-    rng = np.random.default_rng(0)
-    left, right = rng.integers(250, 256, (2, 3, terms)), rng.integers(0, 6, (2, terms, 5))
-    model = product(backend, 3, terms, 5, a, b, y)
-    compared(model, folder, [left.astype(np.uint8), right.astype(np.uint8)])
+@pytest.mark.parametrize(("terms", "bits"), [(258, 16), (259, 16), (700, 18), (2000, 19)])
+def test_long_products_of_two(backend, folder, terms, bits):
+    """Of sums that lie halfway between two codes, or beside, up to the largest ones."""
+    grids = (grid((2.0**-2, 0)), grid((2.0**-6, 255)), grid((2.0 ** (bits - 10), 255)))
+    model = product(backend, 1, terms, 1, *grids)
+    a, b = factors_of_sums_beside_ties(np.random.default_rng(0), terms, 2**bits)
+    codes = [a[:, None].astype(np.uint8), (255 - b)[..., None].astype(np.uint8)]
+    compared(model, folder, codes)
 
 
 @both

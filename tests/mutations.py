@@ -1,10 +1,13 @@
 """Change the code in one place, and see whether a test notices; again and again.
 
-Example:
+Examples:
   cd tests && ../.venv/bin/python -m mutations numerics/requantize.py numerics/exact_sums.py
+  cd tests && ../.venv/bin/python -m mutations ops/norms.py --sample 15 \
+      --tests tests/capture/test_norms.py tests/targets/test_whole.py
 
 Prints every change that the test file of the same name does not notice, and how many it did. What
-cannot alter a result is among them: judge what is printed.
+cannot alter a result is among them: judge what is printed. Tests run in the order in which they are
+named, to the first that fails: name the fast ones first.
 """
 
 import os
@@ -14,6 +17,7 @@ os.environ.update(CI="true", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS
 import argparse
 import ast
 import copy
+import random
 import shutil
 import signal
 import sys
@@ -21,8 +25,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import flax.linen  # noqa: F401  # what every child needs, imported once
+import ai_edge_litert.interpreter  # what every child needs, imported once
+import ai_edge_litert.schema_py_generated  # noqa: F401
+import flax.linen  # noqa: F401
 import jax  # noqa: F401
+import onnx  # noqa: F401
+import onnxruntime  # noqa: F401
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -107,7 +115,10 @@ def _with(field: str, value: object) -> Callable[[ast.AST], ast.AST]:
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Yield each change of a source, in words, and the source with it."""
     tree = ast.parse(source)
+    types = _annotations(tree)
     for place, node in enumerate(ast.walk(tree)):
+        if node in types:
+            continue
         for number, (what, _) in enumerate(changes(node)):
             changed = copy.deepcopy(tree)
             target = list(ast.walk(changed))[place]
@@ -118,6 +129,14 @@ def mutants(source: str) -> Iterator[tuple[str, str]]:
             line = getattr(node, "lineno", 0)
             after = ast.unparse(ast.fix_missing_locations(result)).splitlines()[0]
             yield f"line {line}, {what}: {before}  ->  {after}", ast.unparse(changed)
+
+
+def _annotations(tree: ast.AST) -> set[ast.AST]:
+    """Return what says types: `int & None` would stop every import, and show nothing."""
+    found = (
+        getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")
+    )
+    return {part for node in found if node is not None for part in ast.walk(node)}
 
 
 class _Replaced(ast.NodeTransformer):
@@ -146,12 +165,20 @@ def notices(package: Path, tests: list[str]) -> bool:
     return status != 0
 
 
+def _sample(changed: list[tuple[str, str]], count: int | None, seed: int) -> list[tuple[str, str]]:
+    if count is None or count >= len(changed):
+        return changed
+    places = random.Random(seed).sample(range(len(changed)), count)
+    return [changed[place] for place in sorted(places)]
+
+
 def main() -> None:
     """Change each file named in all ways, one at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", help="in simqat_jax/")
     parser.add_argument("--tests", nargs="+", help="by default the one of the file's name")
-    parser.add_argument("--every", type=int, default=1, help="try one change of so many")
+    parser.add_argument("--sample", type=int, help="try so many changes of a file, by chance")
+    parser.add_argument("--seed", type=int, default=0, help="of that chance")
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +190,7 @@ def main() -> None:
             if notices(Path(folder), tests):
                 sys.exit(f"{tests} fail as it is.")
             source = (ROOT / "simqat_jax" / name).read_text()
-            found, tried = 0, list(mutants(source))[:: arguments.every]
+            found, tried = 0, _sample(list(mutants(source)), arguments.sample, arguments.seed)
             for what, changed in tried:
                 (copied / name).write_text(changed)
                 if notices(Path(folder), tests):

@@ -141,7 +141,7 @@ def quantize(
     scale: ArrayLike,
     zero_point: ArrayLike,
     spec: CodeRange,
-    channel_axis: int | None = -1,
+    channel_axis: int | None,
 ) -> jax.Array:
     """Map real values to integer codes, see `checked.quantize`."""
     x = jnp.asarray(x, jnp.float32)
@@ -158,7 +158,7 @@ def dequantize(
     codes: ArrayLike,
     scale: ArrayLike,
     zero_point: ArrayLike,
-    channel_axis: int | None = -1,
+    channel_axis: int | None,
 ) -> jax.Array:
     """Map integer codes to real values, see `checked.dequantize`."""
     codes = jnp.asarray(codes).astype(jnp.int32)

@@ -1,5 +1,7 @@
 """Quantization against an independent NumPy oracle, exactly."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +127,13 @@ def test_per_channel_equals_a_loop_over_channels(spec, x, axis):
         np.testing.assert_array_equal(got[channel], want)
 
 
+def test_channels_lie_along_the_last_axis_unless_said():
+    spec, hi = sq.QuantSpec(), np.array([0.5, 1, 2, 3], F32)
+    x = np.random.default_rng(0).normal(0, 2, (2, 3, 4)).astype(F32)
+    got = numerics.fake_quant(x, -hi, hi, spec)
+    np.testing.assert_array_equal(got, sq.fake_quant(x, -hi, hi, spec, channel_axis=2))
+
+
 def test_the_grid_of_a_unit_range():
     spec = sq.QuantSpec()
     params = sq.quant_params(0.0, 1.0, spec)
@@ -160,6 +169,16 @@ def test_a_range_beside_zero_is_widened_to_hold_it():
 def test_a_static_zero_is_the_same_as_a_traced_one():
     for spec in (sq.QuantSpec(), sq.QuantSpec(narrow_range=True), sq.QuantSpec(symmetric=True)):
         assert sq.quant_params(0.0, 5.0, spec) == sq.quant_params(jnp.float32(0), 5.0, spec)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (3, 17), (2, 3, 0)])
+def test_the_backward_pass_keeps_a_bit_of_each_number(shape):
+    x = np.random.default_rng(0).normal(0, 150, shape).astype(F32)
+    _, backward = jax.vjp(lambda x: sq.fake_quant(x, -128.0, 127.0, sq.QuantSpec()), x)
+    rows, length = (shape[:-1], shape[-1]) if shape else ((), 1)
+    assert sum(a.nbytes for a in jax.tree.leaves(backward)) == math.prod(rows) * -(-length // 8)
+    (gradient,) = backward(jnp.full(shape, 3.0))
+    np.testing.assert_array_equal(gradient, np.where((x > -128.5) & (x < 127.5), 3, 0))
 
 
 def test_infinities_saturate_and_nan_stays_visible():

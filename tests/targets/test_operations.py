@@ -53,6 +53,16 @@ def test_additions_that_tie(backend, folder, zeros, subtract):
     compared(addition(backend, a, b, c, subtract), folder, list(pairs))
 
 
+@pytest.mark.parametrize("seed", [1, 5, 7])
+def test_additions_that_tell_one_rounding_from_two(folder, seed):
+    """With these grids, a product that is rounded before it is added gives another code."""
+    rng = np.random.default_rng(seed)
+    scales, zeros = rng.uniform(0.003, 0.3, 3).astype(np.float32), rng.integers(0, 256, 3)
+    a, b, c = ((float(s), int(z)) for s, z in zip(scales, zeros, strict=True))
+    pairs = np.indices((256, 256)).reshape(2, -1, 16).astype(np.uint8)
+    compared(addition("onnx", a, b, c), folder, list(pairs))
+
+
 @both
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from single_operations import both, compared, grids, integer_model, operation, seeds
+from single_operations import both, compared, grids, integer_model, operation, random_codes, seeds
 
 import simqat_jax as sq
 from simqat_jax.ir.program import Tensor
@@ -241,12 +241,47 @@ def test_products_of_two(backend, folder, a, b, y, seed, rows, terms, columns):
     compared(model, folder, [c.astype(np.uint8) for c in codes])
 
 
+def factors_of_sums_beside_ties(rng, terms, step):
+    """Pairs of rows from 0 to 255, whose products add up to halves of `step`, 1 more or less."""
+    a, b = rng.integers(200, 256, (2, 300, terms))
+    b[rng.random((300, terms)) < np.linspace(0, 1, 300)[:, None]] = 0
+    fill = step // 255**2 + 3
+    a[:, -fill:], b[:, -fill:] = 0, 255
+    missing = step - (a * b).sum(1) % step - step // 2 + rng.integers(-1, 2, 300)
+    missing %= step
+    for k in range(fill - 2):
+        a[:, -fill + k] = np.where(missing >= 255**2, 255, 0)
+        missing -= a[:, -fill + k] * 255
+    a[:, -2], a[:, -1], b[:, -1] = missing // 255, missing % 255, 1
+    return a, b
+
+
 @both
-@pytest.mark.parametrize("terms", [258, 259, 700, 2000])
-def test_long_products_of_two(backend, folder, terms):
-    """All sums are as large as codes make them."""
-    a, b, y = grid((0.01, 0)), grid((0.01, 255)), grid((terms * 0.00006, 200))
-    rng = np.random.default_rng(0)
-    left, right = rng.integers(250, 256, (2, 3, terms)), rng.integers(0, 6, (2, terms, 5))
-    model = product(backend, 3, terms, 5, a, b, y)
-    compared(model, folder, [left.astype(np.uint8), right.astype(np.uint8)])
+@pytest.mark.parametrize(("terms", "bits"), [(258, 16), (259, 16), (700, 18), (2000, 19)])
+def test_long_products_of_two(backend, folder, terms, bits):
+    """Of sums that lie halfway between two codes, or beside, up to the largest ones."""
+    grids = (grid((2.0**-2, 0)), grid((2.0**-6, 255)), grid((2.0 ** (bits - 10), 255)))
+    model = product(backend, 1, terms, 1, *grids)
+    a, b = factors_of_sums_beside_ties(np.random.default_rng(0), terms, 2**bits)
+    codes = [a[:, None].astype(np.uint8), (255 - b)[..., None].astype(np.uint8)]
+    compared(model, folder, codes)
+
+
+@both
+@pytest.mark.parametrize("clamp", [(0, 255), (70, 180)])
+def test_operations_behind_each_other(backend, folder, clamp):
+    """What one of them returns and the next one reads, TFLite leaves in float."""
+    scores, shares, values = grid((0.05, 120)), grid((0.004, 0)), grid((0.02, 128))
+    long, wide, short = (-2, 20, 30), (-2, 30, 9), (-2, 20, 9)
+    described = [(long, scores), (wide, values), (long, shares), (short, values), (short, shares)]
+    scale = np.float32(shares.scale)
+    product = {"scale": scale.item(), "clamp": clamp}
+    arrays = {"multiplier": scale * np.float32(values.scale) / np.float32(values.scale)}
+    ops = [
+        operation("softmax", (0,), (2,), {"axis": 2, "keeps": True}, path="first"),
+        operation("matmul", (2, 1), (3,), product, arrays, path="product"),
+        operation("softmax", (3,), (4,), {"axis": 2, "keeps": True}, path="last"),
+    ]
+    tensors = [Tensor(f"t{n}", s, "float32", g) for n, (s, g) in enumerate(described)]
+    model = integer_model(backend, tensors, ops, [0, 1], [4])
+    compared(model, folder, random_codes(model, 3))

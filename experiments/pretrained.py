@@ -4,10 +4,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from experiments import torch_archive
 from experiments.checkpoints import check_tree, leaf_shapes
@@ -62,7 +62,7 @@ def variables_of(
         for name, value in weights.items()
         if not name.endswith(".num_batches_tracked")  # only counts, for averages of equal weight
     )
-    variables = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    variables = traverse_util.unflatten_dict(leaves, sep="/")
     images = jnp.zeros((1, 224, 224, 3))
     expected = jax.eval_shape(model.init, jax.random.key(0), images)
     check_tree(leaf_shapes(expected), leaf_shapes(variables), str(source))

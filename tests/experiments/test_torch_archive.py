@@ -51,7 +51,8 @@ class Pickler(pickle._Pickler):  # type: ignore[name-defined]
         return None
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
-        self.write(f"c{obj.__module__}\n{obj.__qualname__}\n".encode())
+        called = f"c{obj.__module__}\n{obj.__qualname__}\n"
+        self.write(called.encode())  # type: ignore[attr-defined]
 
 
 def tensor(storage: Storage, offset: Any, shape: tuple, strides: tuple) -> Called:

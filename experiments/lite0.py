@@ -77,9 +77,17 @@ def quantize(
       arguments: of the command.
 
     Raises:
-      ExperimentError: photos are missing, or the files cannot be written.
+      ExperimentError: photos are missing, none are left to compare on, or the files cannot be
+        written.
     """
-    chosen, others = photos.load(arguments.photos).split(arguments.calibration)
+    found = photos.load(arguments.photos)
+    if not 0 < arguments.calibration < len(found) or arguments.examples == 0:
+        raise ExperimentError(
+            f"--calibration {arguments.calibration} and --examples {arguments.examples} of "
+            f"{len(found)} photos: some are needed for ranges, and others to compare on. Give a "
+            f"--calibration of 1 to {len(found) - 1}, and no --examples 0."
+        )
+    chosen, others = found.split(arguments.calibration)
     network = calibrate(module, sq.SimQATConfig(), variables, preprocess(chosen.pixels))
     pixels, labels = others.pixels[: arguments.examples], others.labels[: arguments.examples]
     images = comparison.Labelled(x=preprocess(pixels), labels=labels, batch=_BATCH)

@@ -1,5 +1,6 @@
 """The command that calibrates: what it writes computes what evaluation shows, and weights stay."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 import simqat_jax as sq
 from experiments import comparison, lite0
+from experiments.errors import ExperimentError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,6 +41,9 @@ def test_files_have_the_codes_of_evaluation(
         Image.fromarray(coarse).resize((256, 256)).save(folder / f"{index:03}_noise.jpg")
     variables = Small().init(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
     arguments = lite0.Arguments(folder=tmp_path / "out", photos=folder, calibration=3, examples=4)
+    for wrong in ({"calibration": 8}, {"calibration": 0}, {"examples": 0}):
+        with pytest.raises(ExperimentError, match="8 photos: some are needed for ranges"):
+            lite0.quantize(Small(), variables, dataclasses.replace(arguments, **wrong))
     rows = lite0.quantize(Small(), variables, arguments)
     assert [row.differing for row in rows] == [None] + [0] * 6
     assert all(row.sqnr_db > 15 for row in rows if row.sqnr_db is not None)

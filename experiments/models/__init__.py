@@ -1,5 +1,6 @@
 """Models in plain flax.linen: nothing in them knows of quantization."""
 
+from experiments.models.efficientnet import EfficientNetLite0
 from experiments.models.lenet import LeNet5
 from experiments.models.mobilenet import MobileNetV2
 from experiments.models.recurrent import RowLSTM
@@ -7,6 +8,7 @@ from experiments.models.resnet import ResNet18, ResNet20, ResNet50
 from experiments.models.vit import MLPMixer, VisionTransformer
 
 __all__ = [
+    "EfficientNetLite0",
     "LeNet5",
     "MLPMixer",
     "MobileNetV2",

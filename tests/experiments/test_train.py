@@ -17,7 +17,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import checkpoints, configs, data, deploy, errors, evaluate, phases, runs, train
+from experiments import (
+    checkpoints,
+    comparison,
+    configs,
+    data,
+    deploy,
+    errors,
+    evaluate,
+    phases,
+    runs,
+    train,
+)
 
 ROOT = Path(__file__).parents[2]
 ARGUMENTS = train.Arguments(
@@ -244,7 +255,7 @@ def test_deployed_files_compute_what_evaluation_shows(finished: Path, tmp_path: 
         assert (run / "deploy" / name).stat().st_size < 75_000
     report = json.loads((run / "deploy" / "deploy.json").read_text())
     assert (report["phase"], report["images"], len(report["rows"])) == ("qat_finetune", 200, 7)
-    deploy.show(rows, run, Console(quiet=True))
+    comparison.show(rows, str(run), Console(quiet=True))
 
 
 def test_deploy_refuses_what_holds_nothing_quantized(finished: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.models import (
+    EfficientNetLite0,
     LeNet5,
     MLPMixer,
     MobileNetV2,
@@ -22,6 +23,7 @@ from experiments.models import (
 @pytest.mark.parametrize(
     ("model", "image", "count"),
     [
+        (EfficientNetLite0(), (224, 224, 3), 4_652_008),
         (LeNet5(), (32, 32, 1), 61_684),
         (ResNet20(), (32, 32, 3), 272_474),
         (ResNet18(cifar_stem=False, num_classes=1000), (224, 224, 3), 11_689_512),

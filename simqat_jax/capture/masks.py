@@ -22,6 +22,8 @@ _FAR = 1e3
 each of which divides a share by 50."""
 _MOST_VALUES = 16
 """A constant of more is no mask."""
+_MOST_TENSORS = 64
+"""What is made of more is none either."""
 
 # Each value of what these make of multiples of a number, their first operand, is one as well.
 _KEEP_MULTIPLES = SAME | set(
@@ -104,7 +106,7 @@ def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Sel
         eqn = traced(jax.jit(kept), *map(draft.aval, operands))
         outputs = (draft.new(shape_of(eqn.outvars[0])),)
         whole = {"inputs": operands, "outputs": outputs, "run": bound(eqn), "eqn": eqn}
-        return as_kind(Float, softmax, op="mask", layer=None, parts=(), why="a mask", **whole)
+        return as_kind(Float, softmax, op="mask", layer=None, parts=(), **whole)
 
     return Selected(draft.once((tuple(masks), axis), softmax, made), keeps=True)
 
@@ -159,9 +161,10 @@ def _is_far(draft: Draft, v: Operand, known: _Units) -> bool:
 
 
 def _unit(draft: Draft, v: Operand, known: _Units) -> float | None:
-    if v not in known:
-        node = maker(draft, v)
+    if v not in known and len(known) < _MOST_TENSORS:
+        known[v] = None
         if isinstance(v, int):
+            node = maker(draft, v)
             known[v] = None if node is None else _unit_behind(draft, node, known)
         else:  # of what is traced, values are not known
             traces = isinstance(v.value, Tracer)
@@ -169,7 +172,7 @@ def _unit(draft: Draft, v: Operand, known: _Units) -> float | None:
         unit, whole = known[v], not jnp.issubdtype(draft.aval(v).dtype, jnp.inexact)
         if whole and (unit is None or unit % 1):  # ids, lengths, truth values; what is cut to them
             known[v] = 1.0
-    return known[v]
+    return known.get(v)
 
 
 def _unit_behind(draft: Draft, node: Node, known: _Units) -> float | None:

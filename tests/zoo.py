@@ -95,6 +95,14 @@ def pre_activation(x):
     return x + y
 
 
+def picked(x):
+    """Pairs, of neighbouring axes and of others, and a grid of places."""
+    z = nn.Dense(36)(x).reshape(-1, 3, 4, 3)
+    rows, columns = jnp.tril_indices(3, -1)
+    parts = z[:, rows, columns], z[:, rows, :, columns].swapaxes(0, 1), z[:, jnp.array([[2, 0]])]
+    return nn.Dense(3)(jnp.concatenate([part.reshape(x.shape[0], -1) for part in parts], -1))
+
+
 def two_heads(x):
     x = nn.relu(nn.Dense(5)(x))
     return {"a": nn.Dense(2)(x), "b": (nn.Dense(3)(x), x)}
@@ -235,6 +243,7 @@ CASES: dict[str, Case] = {
         3,
         2,
     ),
+    "picked along two axes": case(picked, ROW, 3, 2),
     "split": case(lambda x: [nn.Dense(2)(p) for p in jnp.split(nn.Dense(6)(x), 2, -1)], ROW, 4, 3),
     "flatten": case(lambda x: nn.Dense(3)(Block(4)(x).reshape(2, -1)), IMAGE, 3, 2),
     "constant per channel": case(

@@ -7,8 +7,9 @@ import numpy as np
 from jax import lax
 
 from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.masks import joined, take_masks
 from simqat_jax.capture.norms import find_norms
-from simqat_jax.capture.parts import Parts, maker, number, reduced_axes, repeated, unwrapped
+from simqat_jax.capture.parts import Parts, maker, reduced_axes, repeated, unwrapped
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
     Add,
@@ -23,9 +24,6 @@ from simqat_jax.ir.graph import (
     as_kind,
     gathered_axis,
 )
-
-_MASKED = -1e4
-"""What a mask puts in the place of a number is no higher."""
 
 
 def find_compound(graph: Graph) -> Graph:
@@ -62,40 +60,22 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
             x = difference.inputs[0]
     if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
         return
-    if not parts.are_closed() or not parts.are_aligned(x) or _is_biased(draft, x):
+    if not parts.are_aligned(x):
         return
-    fields = {"op": "softmax", "axis": int(axes[0])}
-    selection = parts.made_by(x, "select_n")
-    if selection is not None:
-        parts.add(selection)
-        masked = _masked(draft, selection)
-        if masked is not None and _is_biased(draft, masked[0]):
-            return
-        if masked is not None and parts.are_closed():
-            x, keeps = masked
-            mask = {"masked": True, "keeps": keeps}
-            parts.merged(Softmax, (x, selection.inputs[0]), **mask, **fields)
-            return
-        del parts.nodes[selection]
-    parts.merged(Softmax, (x,), **fields)
+    scores, masks = take_masks(parts, x)
+    if not parts.are_closed() or _is_biased(draft, scores):
+        return
+    inputs, fields = (scores,), {"op": "softmax", "axis": int(axes[0])}
+    if masks:
+        mask = joined(draft, division, masks, fields["axis"])
+        inputs = (scores, mask.tensor)
+        fields.update(masked=True, keeps=mask.keeps)
+    parts.merged(Softmax, inputs, **fields)
 
 
 def _is_biased(draft: Draft, v: Operand) -> bool:
-    """Whether something is added to scores: maybe a mask, beside which grids have no digits."""
+    """Whether numbers are added to scores that may be a mask, beside which grids have no digits."""
     return isinstance(maker(draft, unwrapped(draft, v)), Add)
-
-
-def _masked(draft: Draft, selection: Node) -> tuple[int, bool] | None:
-    """Return what a selection lets through, and for which value of its mask."""
-    mask, *cases = selection.inputs
-    if len(cases) != 2 or draft.aval(mask).dtype != jnp.bool_:
-        return None
-    lowest = [number(draft, v) for v in cases]
-    for keeps, other in ((True, lowest[0]), (False, lowest[1])):
-        v = cases[int(keeps)]
-        if other is not None and other <= _MASKED and isinstance(v, int) and v in draft.graph.data:
-            return v, keeps
-    return None
 
 
 # Products of two tensors -------------------------------------------------------------------------

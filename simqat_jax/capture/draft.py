@@ -1,7 +1,7 @@
 """A graph while its nodes are replaced: new tensors, new nodes, what reads what."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class Draft:
         self.instead: dict[Node, list[Node]] = {}
         self.readers = graph.readers()
         self.places = {node: k for k, node in enumerate(graph.nodes)}
-        self._turned: dict[object, int] = {}
+        self._made: dict[Hashable, int] = {}
 
     def finished(self) -> Graph:
         """Return the graph with its nodes replaced."""
@@ -75,14 +75,26 @@ class Draft:
         whole = {"inputs": (source,), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
         return as_kind(Move, node, op=name, layer=None, parts=(), **whole)
 
+    def once(self, key: Hashable, node: Node, make: Callable[[], Node]) -> int:
+        """Return the tensor that a new node makes, which comes in front of `node`.
+
+        Args:
+          key: what tells it from all other new nodes; inside of one `nn.remat` each comes once.
+          node: the first one that reads the tensor.
+          make: returns the new node.
+        """
+        key = (key, node.remat)
+        if key not in self._made:
+            made = make()
+            self.instead.setdefault(node, []).append(made)
+            self._made[key] = made.outputs[0]
+        return self._made[key]
+
     def turned(self, node: Node, v: Operand, order: Axes) -> int:
         """Return a tensor with its axes in another order; a constant becomes a tensor."""
-        key = (v, order, node.remat)
-        if key not in self._turned:
-            turn = self.made(node, v, transposition(self.aval(v), order))
-            self.instead.setdefault(node, []).append(turn)
-            self._turned[key] = turn.outputs[0]
-        return self._turned[key]
+        return self.once(
+            (v, order), node, lambda: self.made(node, v, transposition(self.aval(v), order))
+        )
 
     def converted(self, node: Node, v: int, dtype: DTypeLike) -> Node:
         """Return a node that converts a tensor."""

@@ -98,7 +98,7 @@ class Parts:
         whole = {"inputs": inputs, "run": chain(parts, inputs), "parts": tuple(parts)}
         node = as_kind(kind, last, **whole, **fields)
         self.draft.instead.update((part, []) for part in parts[:-1])
-        self.draft.instead[last] = [node]
+        self.draft.instead.setdefault(last, []).append(node)
         return node
 
 

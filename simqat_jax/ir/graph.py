@@ -57,17 +57,28 @@ def shape_of(v: core.Var | core.Literal) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
+def gathered_axes(eqn: core.JaxprEqn) -> tuple[int, ...] | None:
+    """Return the axes at which a gather picks, in the order of its indices; None: it picks parts.
+
+    What it picks is whole along all other axes.
+    """
+    x, numbers = shape_of(eqn.invars[0]).shape, eqn.params["dimension_numbers"]
+    axes = tuple(map(int, numbers.start_index_map))
+    sizes = tuple(1 if k in axes else d for k, d in enumerate(x))
+    collapses = tuple(numbers.collapsed_slice_dims) == tuple(sorted(axes))
+    whole = collapses and tuple(eqn.params["slice_sizes"]) == sizes
+    return axes if whole and not numbers.operand_batching_dims else None
+
+
 def gathered_axis(eqn: core.JaxprEqn) -> int | None:
     """Return the axis along which a gather picks, as `jnp.take` does; None: it picks otherwise."""
-    x, indices = (shape_of(v).shape for v in eqn.invars)
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+    axes = gathered_axes(eqn)
+    if axes is None or len(axes) != 1:
         return None
-    axis, lead = int(numbers.start_index_map[0]), len(indices) - 1
-    offset = (*range(axis), *range(axis + lead, len(x) - 1 + lead))
-    whole = all(sizes[k] == d for k, d in enumerate(x) if k != axis)
-    usual = numbers.collapsed_slice_dims == (axis,) and numbers.offset_dims == offset
-    return axis if usual and whole else None
+    (axis,), (x, indices) = axes, (shape_of(v).shape for v in eqn.invars)
+    lead = len(indices) - 1
+    usual = (*range(axis), *range(axis + lead, len(x) - 1 + lead))
+    return axis if eqn.params["dimension_numbers"].offset_dims == usual else None
 
 
 @dataclasses.dataclass(frozen=True)

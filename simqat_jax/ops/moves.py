@@ -1,6 +1,7 @@
 """What moves codes without changing them: reshapes, slices, max pooling, concatenation."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from simqat_jax.ir.graph import Concat, Dropout, Graph, Move, Node, gathered_axis
+from simqat_jax.ir.graph import Concat, Dropout, Graph, Move, Node, gathered_axes
 from simqat_jax.ir.program import Context, Op, Shape, grid_of
 from simqat_jax.numerics.grid import Grid, codes_fit
 from simqat_jax.ops.floats import emit_move
@@ -162,18 +163,42 @@ def _max_pool(at: LoweredStep) -> bool:
 
 
 def _gather(at: LoweredStep) -> bool:
-    """Lower a gather that picks elements along one axis."""
+    """Lower a gather with constant indices: the axes at which it picks become one."""
     x, picked = at.node.inputs
     assert isinstance(x, int)
-    if at.builder.is_data(picked):
+    axes, shape = gathered_axes(at.node.eqn), at.builder.shape(x)
+    if axes is None or at.builder.is_data(picked) or any(shape[a] < 0 for a in axes):
         return False
-    axis, indices = gathered_axis(at.node.eqn), np.asarray(at.builder.value(picked))
-    if axis is None or indices.ndim != 2 or not indices.size or at.builder.shape(x)[axis] < 0:
+    lead, lengths = at.builder.shape(picked)[:-1], [shape[a] for a in axes]
+    place = _place_of(lead, at.node.eqn.params["dimension_numbers"].offset_dims)
+    if place is None or 0 in lead or any(d < 0 for d in lead):
         return False
-    if not 0 <= indices.min() <= indices.max() < at.builder.graph.avals[x].shape[axis]:
+    indices = np.moveaxis(np.asarray(at.builder.value(picked)), -1, 0)
+    if any(i.min() < 0 or i.max() >= d for i, d in zip(indices, lengths, strict=True)):
         return False
-    at.emit(Take, (at.input(),), axis=axis, indices=tuple(map(int, indices[:, 0])))
+    rest = tuple(a for a in range(len(shape)) if a not in axes)
+    before, behind = rest[:place], rest[place:]
+    y = turned(at, at.input(), (*before, *axes, *behind))
+    lo, hi = (tuple(shape[a] for a in part) for part in (before, behind))
+    y = reshaped(at, y, (*lo, math.prod(lengths), *hi))
+    flat = np.ravel_multi_index(tuple(indices), lengths).ravel()
+    fields = {"axis": place, "indices": tuple(map(int, flat))}
+    if len(lead) == 1:
+        at.emit(Take, (y,), **fields)
+    else:
+        at.emit(Reshape, (at.between(Take, y, (*lo, len(flat), *hi), at.out_grid, **fields),))
     return True
+
+
+def _place_of(lead: Shape, others: Sequence[int]) -> int | None:
+    """Return the first of the axes that indices become in a gather's output; None: they are apart.
+
+    Args:
+      lead: the lengths of these axes.
+      others: the other axes of the output.
+    """
+    first = next(k for k, axis in enumerate((*others, -1)) if k != axis)
+    return first if all(axis >= first + len(lead) for axis in others[first:]) else None
 
 
 _RULES: Mapping[str, Callable[[LoweredStep], bool]] = {

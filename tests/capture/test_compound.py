@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import observed
+from models import EXPORTS, observed
 from zoo import Model
 
 import simqat_jax as sq
@@ -73,6 +73,111 @@ def test_a_sum_along_another_axis_makes_no_softmax():
         return e / e.sum(-1)[:, None, :]
 
     assert "softmax" not in [row.kind for row in rows(Model(lambda x: turned(nn.Dense(8)(x))), X)]
+
+
+# Masks that are added ---------------------------------------------------------------------------
+
+TOKENS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0], [8, 0, 0, 0, 0, 0], [2] * 6])
+FUTURE = np.triu(np.full((1, 6, 6), -1e9, np.float32), 1)
+
+
+def from_ids(*masked):
+    """Attention on tokens; in each layer whole numbers, 0 and 1, mask its scores in a way."""
+
+    def call(ids):
+        x, mask = nn.Embed(10, 8)(ids), (ids > 0).astype(jnp.int32)[:, None, :]
+        for layer in masked:
+            q, k, v = (nn.Dense(8)(x) for _ in range(3))
+            x = nn.softmax(layer(q @ k.swapaxes(1, 2), mask)) @ v
+        return nn.Dense(2)(x)
+
+    return Model(call)
+
+
+ADDED = {
+    "of whole numbers": lambda w, m: w + (1.0 - m.astype(w.dtype)) * -10000.0,
+    "subtracted": lambda w, m: w - 1e9 * (1.0 - m),
+    "divided": lambda w, m: w + (m - 1.0) / 1e-6,
+    "converted last": lambda w, m: w + (1 - m) * -10000,
+    "selected": lambda w, m: w + jnp.where(m > 0, 0.0, jnp.finfo(w.dtype).min),
+    "a constant": lambda w, m: w + FUTURE,
+    "infinite": lambda w, m: w + jnp.triu(jnp.full((6, 6), -jnp.inf), 1)[None],
+    "a sum of two": lambda w, m: w + (FUTURE + jnp.where(m == 0, -1e9, 0.0)),
+    "one behind the other": lambda w, m: (w + FUTURE) - 1e4 * (1 - m),
+    "behind a selection": lambda w, m: jnp.where(m == 0, -1e9, w + FUTURE),
+    "selected twice": lambda w, m: jnp.where(CAUSAL, jnp.where(m == 0, -1e9, w), -jnp.inf),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_numbers_far_apart_are_a_mask(name):
+    found = [row.kind for row in rows(from_ids(ADDED[name]), TOKENS)]
+    assert found.count("softmax") == 1
+    assert found.count("matmul") == 2
+
+
+@pytest.mark.parametrize(
+    "biased",
+    [
+        lambda w, m: w + jnp.where(m > 0, 0.0, -1.0),
+        lambda w, m: w + jnp.where(m > 0, -1e4, -1e4 + 900.0),
+        lambda w, m: w + (1.0 - m) * -0.5e3,
+        lambda w, m: w - 0.5 * jnp.abs(jnp.arange(6.0)[:, None] - jnp.arange(6.0)[None])[None],
+        lambda w, m: w - 1e9 * jnp.exp(1.0 * m),
+        lambda w, m: w + 1e9 * (m * jnp.tanh(w)),
+        lambda w, m: w + (1e6 * jnp.sin(1.0 * m)).astype(jnp.int32),
+    ],
+    ids=["of one", "near", "of 500", "distances", "an exponential", "of scores", "cut to integers"],
+)
+def test_other_numbers_are_none(biased):
+    found = [row.kind for row in rows(from_ids(biased), TOKENS)]
+    assert "softmax" not in found
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+def test_added_masks_have_the_codes_of_evaluation_and_files(backend, tmp_path):
+    """Also of a sentence of nothing but padding, and their numbers are in no range."""
+    config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))
+    masks = [ADDED[name] for name in ("of whole numbers", "one behind the other")]
+    model, ids = from_ids(*masks), TOKENS.at[3].set(0)
+    qmodel, variables, _ = observed(model, ids, config=config)
+    y = jax.jit(qmodel.apply)(variables, ids)
+    floats = jnp.asarray(model.apply({"params": variables["params"]}, ids))[:3]
+    assert jnp.linalg.norm(y[:3] - floats) < 0.05 * jnp.linalg.norm(floats)
+    integer = sq.convert(qmodel, variables, ids)
+    np.testing.assert_array_equal(integer(ids), y)
+    path = tmp_path / f"model.{backend}"
+    EXPORTS[backend](integer, path)
+    found = sq.verify(integer, path, ids)
+    assert (found.codes, found.differing) == (y.size, 0)
+    assert not any("exp" in part for part in found.float_parts)
+
+
+def test_an_added_mask_of_nothing():
+    """Beside -1e4 a score has digits, beside -1e9 none, as in float."""
+
+    def call(x):
+        return [
+            attention(lambda w, lowest=lowest: w + jnp.full((1, 6, 6), lowest))(x)
+            for lowest in (-1e4, -1e9)
+        ]
+
+    config = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
+    qmodel, variables, _ = observed(Model(call), X, config=config)
+    floats = Model(call).apply({"params": variables["params"]}, X)
+    pairs = zip(qmodel.apply(variables, X), floats, strict=True)
+    for y, want in (map(jnp.asarray, pair) for pair in pairs):
+        assert jnp.linalg.norm(y - want) < 0.05 * jnp.linalg.norm(want)
+
+
+def test_masked_scores_that_are_returned_keep_a_softmax_float():
+    """They hold -1e9, beside which a grid has no digits."""
+
+    def call(x):
+        scores = jnp.where(CAUSAL, nn.Dense(6)(x), -1e9)
+        return nn.softmax(scores), scores
+
+    assert "softmax" not in [row.kind for row in rows(Model(call), X)]
 
 
 @pytest.mark.parametrize("name", ["query divided", "causal", "left out"])

@@ -1,8 +1,9 @@
 """Build an ONNX graph: nodes, initializers, and tensors of codes in two layouts."""
 
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ _OPSET, _IR_VERSION = 19, 9
 OnnxObject = Any
 """A message of ONNX, which has no types."""
 _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
+_FEW = 16
+"""Constants of so few numbers bear the name of what they belong to."""
 LAST, FIRST = "channels last", "channels first"
 Layout = str | tuple[int, ...]
 """Where channels are; a shape: flattened from it with channels first."""
@@ -32,6 +35,7 @@ class Writer:
         self.model, self.integer_io = model, integer_io
         self.nodes: list[OnnxObject] = []
         self.initializers: list[OnnxObject] = []
+        self.constants: dict[Hashable, str] = {}
         self.outputs = model.output_names()
         self.names = {*self.outputs, *(model.tensors[i].name for i in model.inputs)}
         self.scales: dict[Grid, tuple[str, str]] = {}
@@ -64,9 +68,13 @@ class Writer:
         return output
 
     def initializer(self, value: ArrayLike, stem: str) -> str:
-        """Add a constant; return its name."""
-        name = self.name(stem)
-        self.initializers.append(self.numpy.from_array(np.array(value, order="C"), name))
+        """Add a constant, large ones once; return its name."""
+        value = np.array(value, order="C")
+        key = (value.dtype, value.shape, hashlib.sha256(value.data).digest())
+        if value.size > _FEW and key in self.constants:
+            return self.constants[key]
+        name = self.constants[key] = self.name(stem)
+        self.initializers.append(self.numpy.from_array(value, name))
         return name
 
     def ints(self, values: Sequence[int], stem: str) -> str:

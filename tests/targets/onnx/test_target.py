@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from models import converted
-from zoo import CASES
+from zoo import CASES, Case
 
 import simqat_jax as sq
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates
@@ -142,3 +143,21 @@ def test_outputs_have_the_names_of_the_model(tmp_path):
     sq.export_onnx(converted(CASES["two heads"], CONFIG), tmp_path / "m.onnx")
     names = [o.name for o in session(tmp_path / "m.onnx").get_outputs()]
     assert names == ["a", "b/0", "b/1"]
+
+
+class ReadTwice(nn.Module):
+    """One layer for two inputs, as a cell for all times."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(24)
+        return layer(jnp.tanh(layer(x)))
+
+
+def test_a_kernel_of_several_operations_is_held_once(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
+    model, path = converted(Case(ReadTwice(), (x,), 3, 1), CONFIG), tmp_path / "m.onnx"
+    sq.export_onnx(model, path)
+    held = [i for i in onnx.load(path).graph.initializer if tuple(i.dims) == (24, 24)]
+    assert len(held) == 1
+    assert not sq.verify(model, path, x).differing

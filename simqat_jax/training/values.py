@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
-from simqat_jax.numerics.affine import fake_quant
+from simqat_jax.numerics.affine import fake_quant, straight_through
 from simqat_jax.numerics.observers import Range, RangeState
 from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
@@ -177,8 +178,13 @@ class Run:
         quantizer = self.placement.weights[node]
         flat = kernel.reshape(-1, node.num_channels)
         lo, hi = self.kernel_range(quantizer, flat, seen)
-        rounded = fake_quant(flat, lo, hi, quantizer.spec).reshape(kernel.shape)
-        return self.after_delay(quantizer.spec.quant_delay, rounded, kernel)
+        if quantizer.spec.symmetric and not quantizer.has_state:
+            # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
+            exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
+            rounded = straight_through(exact, flat)
+        else:
+            rounded = fake_quant(flat, lo, hi, quantizer.spec)
+        return self.after_delay(quantizer.spec.quant_delay, rounded.reshape(kernel.shape), kernel)
 
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:
         """Return `quantized` once `delay` training steps have passed, `real` before."""

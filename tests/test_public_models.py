@@ -7,7 +7,7 @@ import pytest
 from public_models import MODELS
 from public_models.measures import Measured
 
-EACH_TIME = ("BiT", "GPT-2", "LSTM, nn.RNN")
+EACH_TIME = ("BiT", "GPT-2")
 """Those that are tried each time; `.ci/nightly` tries all."""
 TRIED = MODELS if os.environ.get("SIMQAT_PUBLIC_MODELS") == "all" else EACH_TIME
 KNOWN: dict[tuple[str, str], str] = {}

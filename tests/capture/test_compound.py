@@ -134,7 +134,7 @@ def test_other_numbers_are_none(biased):
     assert "softmax" not in found
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
 def test_added_masks_have_the_codes_of_evaluation_and_files(backend, tmp_path):
     """Also of a sentence of nothing but padding, and their numbers are in no range."""
     config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))

@@ -60,8 +60,11 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-AT_NIGHT = ("resnet18_cifar10", "resnet50_cifar10", "mobilenetv2_cifar10", "mixer_cifar10")
-"""Those whose models others have as well."""
+AT_NIGHT = (
+    *("resnet18_cifar10", "resnet50_cifar10", "mobilenetv2_cifar10", "mixer_cifar10"),
+    *("mobilenetv2_strided_cifar10", "vit_tiny_cifar10"),
+)
+"""Those whose models other tests have as well."""
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_missing_weights_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPat
         pretrained.efficientnet_lite0()
 
 
+@pytest.mark.nightly
 def test_published_weights_classify_photos() -> None:
     if not os.environ.get(photos.VARIABLE):
         pytest.skip(f"{photos.VARIABLE} names no directory of labelled photos")

@@ -131,7 +131,7 @@ class Writer:
         """Return the name of a tensor's codes in a layout; write them so where they are not."""
         names, tensor = self.written.setdefault(i, {}), self.model.tensors[i]
         if not names:
-            held = self.initializer(self.codes_of(tensor), tensor.name)
+            held = self.initializer(_codes(self, tensor), tensor.name)
             names[LAST] = _repeated(self, held, tensor) if tensor.repeats else held
         if layout not in names:
             rank = len(tensor.shape)
@@ -146,13 +146,6 @@ class Writer:
         if not self.written.get(i):
             self.get(i)
         return self.written[i]
-
-    def codes_of(self, tensor: Tensor) -> np.ndarray:
-        """Return a constant's codes as they are stored, uint8; without a grid its values."""
-        assert tensor.value is not None
-        if tensor.grid is None:
-            return tensor.value
-        return (tensor.value.astype(np.int32) + self.grid(tensor).unsigned_offset).astype(np.uint8)
 
     def layout(self, op: Op) -> str:
         """Return the layout in which an operation that works in both costs no transposition."""
@@ -232,9 +225,17 @@ class Writer:
         return self.value_info(name, tensor)
 
 
+def _codes(w: Writer, tensor: Tensor) -> np.ndarray:
+    """Return a constant's codes as they are stored, uint8; without a grid its values."""
+    assert tensor.value is not None
+    if tensor.grid is None:
+        return tensor.value
+    return (tensor.value.astype(np.int32) + w.grid(tensor).unsigned_offset).astype(np.uint8)
+
+
 def _held(w: Writer, tensor: Tensor, layout: Layout) -> str:
     """Write a constant that repeats along the batch as it is held, of length 1 there."""
-    codes = w.codes_of(tensor)
+    codes = _codes(w, tensor)
     return w.initializer(np.moveaxis(codes, -1, 1) if layout == FIRST else codes, tensor.name)
 
 

@@ -6,13 +6,12 @@ Sums, products, quotients, comparisons, moves and integers are exact in ONNX Run
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from simqat_jax.ir.program import Program
 from simqat_jax.ops.primitives import Primitive, by_squares
 from simqat_jax.targets.onnx import along_axes
 from simqat_jax.targets.onnx.at import At, real_values
-from simqat_jax.targets.onnx.writer import Writer
+from simqat_jax.targets.onnx.writer import Writer, quotient
 from simqat_jax.targets.refusals import check_types, refuse, refuse_primitive
 
 _UNARY = {
@@ -56,13 +55,8 @@ def _binary(at: At, a: str, b: str) -> str:
 def _div(at: At, a: str, b: str) -> str:
     numerator = at.inputs[0]
     if numerator.value is not None and numerator.dtype == "float32" and numerator.value.size == 1:
-        return _quotient(at, numerator.value, b)
+        return quotient(at.w, numerator.value, b, at.op.path)
     return at.node("Div", a, b)
-
-
-def _quotient(at: At, number: ArrayLike, b: str) -> str:
-    """Divide a number; ONNX Runtime makes `c / b` of `(1 / b) * c`, but not of `-(-1 / b) * c`."""
-    return at.node("Neg", at.node("Div", at.number(-np.asarray(number)), b))
 
 
 def _rem(at: At, a: str, b: str) -> str:
@@ -111,7 +105,7 @@ def _integer_pow(at: At, x: str) -> str:
     if not y:
         return at.node("Pow", x, at.number(0, at.inputs[0].dtype))
     power = by_squares(x, abs(y), lambda a, b: at.node("Mul", a, b))
-    return power if y > 0 else _quotient(at, 1, power)
+    return power if y > 0 else quotient(at.w, 1, power, at.op.path)
 
 
 def _round(at: At, x: str) -> str:
@@ -125,7 +119,7 @@ def _convert(at: At, x: str) -> str:
 
 
 def _rsqrt(at: At, x: str) -> str:
-    return _quotient(at, 1, at.node("Sqrt", x))
+    return quotient(at.w, 1, at.node("Sqrt", x), at.op.path)
 
 
 def _cbrt(at: At, x: str) -> str:

@@ -10,14 +10,11 @@ from simqat_jax.numerics.norms import reciprocal_count
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.softmax import SoftmaxOfCodes
-from simqat_jax.targets.onnx.writer import LAST, Writer, looked_up
+from simqat_jax.targets.onnx.writer import LAST, Writer, looked_up, quotient
 
 _EXACT = 2**24
 _MASKED = 256
 """So far below the highest code, a number is masked, and its exponential is zero."""
-
-_NOT_ONE = 2.0
-"""A dividend: of `x * (1 / y)` ONNX Runtime makes `x / y`, which rounds once instead of twice."""
 
 
 class _Whole:
@@ -43,9 +40,9 @@ class _Whole:
         grid = self.w.grid(self.w.model.tensors[i])
         return np.asarray(grid.zero_point + grid.unsigned_offset, np.uint8)
 
-    def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None, unit: float = 1) -> None:
-        """Round numbers, `unit` of which are one code, add the zero point and clip them."""
-        codes = self("QuantizeLinear", x, np.float32(unit), self.zero(i))
+    def finish(self, i: int, x: str, clamp: tuple[int, int] | None = None) -> None:
+        """Round numbers in units of a code, add the zero point and clip them."""
+        codes = self("QuantizeLinear", x, np.float32(1), self.zero(i))
         tensor = self.w.model.tensors[i]
         grid = self.w.grid(tensor)
         self.w.put(i, self.w.clip(codes, tensor, clamp or (grid.qmin, grid.qmax)))
@@ -78,10 +75,10 @@ def normalize(w: Writer, op: Normalize) -> None:
         variance = at("Sub", variance, at("Mul", rest, rest))
         x = at("Sub", x, rest)
     deviation = at("Sqrt", at("Add", variance, np.float32(op.epsilon)))
-    x = at("Mul", x, at("Div", np.float32(_NOT_ONE), deviation))
+    x = at("Mul", x, quotient(w, 1, deviation, op.path))
     if op.groups:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in tensor.shape], np.int64))
-    x = at("Mul", x, op.arrays["scale"] / _NOT_ONE)
+    x = at("Mul", x, op.arrays["scale"])
     if "shift" in op.arrays:
         x = at("Add", x, op.arrays["shift"])
     at.finish(op.outputs[0], x, op.clamp)
@@ -104,9 +101,7 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     shape = [max(d, -1) for d in source.shape]
     e = looked_up(w, table, below, shape, op.path)
     each = np.float32(1) / np.float32(w.grid(target).scale)
-    unit = _NOT_ONE if each == 1 else 1
-    x = at("Mul", e, at("Div", np.float32(each * unit), at.sum(e, axes)))
-    at.finish(op.outputs[0], x, unit=unit)
+    at.finish(op.outputs[0], at("Mul", e, quotient(w, each, at.sum(e, axes), op.path)))
 
 
 def _masked(at: _Whole, op: SoftmaxOfCodes, x: str) -> str:

@@ -261,3 +261,12 @@ def looked_up(w: Writer, table: np.ndarray, index: str, shape: Sequence[int], st
     flat = w.node("Reshape", [index, w.ints([1, -1], stem)], stem)
     found = w.node("GatherElements", [w.initializer(table[None], stem), flat], stem, axis=1)
     return w.node("Reshape", [found, w.ints(shape, stem)], stem)
+
+
+def quotient(w: Writer, number: ArrayLike, divisor: str, stem: str) -> str:
+    """Divide a number: of `x * (1 / y)` ONNX Runtime makes `x / y`, but not of `x * -(-1 / y)`."""
+    return w.node(
+        "Neg",
+        [w.node("Div", [w.initializer(-np.asarray(number, np.float32), stem), divisor], stem)],
+        stem,
+    )

@@ -14,6 +14,7 @@ from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
+from simqat_jax.numerics.convolution import convolve
 from simqat_jax.numerics.requantize import FREE, Bounds
 
 V = TypeVar("V")
@@ -233,12 +234,12 @@ class Product(Node):
         for node in self.before:
             fixed = [jnp.asarray(v.value, x.dtype) for v in node.inputs if isinstance(v, Constant)]
             x = node.eqn.primitive.bind(x, *fixed, **node.eqn.params)
-        eqn = self.contraction.eqn
-        exact = {
-            "precision": (lax.Precision.HIGHEST, lax.Precision.HIGHEST),
-            "preferred_element_type": np.dtype(np.float32),
-        }
-        result = eqn.primitive.bind(x, kernel, **{**eqn.params, **exact})
+        params = self.contraction.eqn.params
+        if self.contraction.convolves:
+            result = convolve(x, kernel, np.float32, **params)
+        else:
+            dims, highest = params["dimension_numbers"], lax.Precision.HIGHEST
+            result = lax.dot_general(x, kernel, dims, precision=highest)
         return result.transpose(self.order).reshape(self.shape)
 
 

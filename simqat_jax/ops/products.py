@@ -18,6 +18,7 @@ from simqat_jax.ir.graph import Node, Product, shape_of
 from simqat_jax.ir.plan import Quantizer, Step
 from simqat_jax.ir.program import Context, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
+from simqat_jax.numerics.convolution import convolve
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.grid import Codes, Grid, centered_codes, grid_of_range
 from simqat_jax.numerics.observers import Range
@@ -349,17 +350,20 @@ class Conv(Op):
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
-        spatial = "DHW"[-len(self.strides) :]
-        kernel = c.arrays["kernel"]
-        acc = lax.conv_general_dilated(
+        kernel = c.arrays["kernel"].astype(x.dtype)
+        rank = len(self.strides)
+        spatial = tuple(range(1, rank + 1))
+        last = (0, rank + 1, *spatial)
+        acc = convolve(
             self._padded(x, c.in_grid()),
-            kernel.astype(x.dtype),
-            self.strides,
-            "VALID",
+            kernel,
+            np.int32,
+            window_strides=self.strides,
+            padding=((0, 0),) * rank,
+            lhs_dilation=(1,) * rank,
             rhs_dilation=self.kernel_dilation,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            dimension_numbers=lax.ConvDimensionNumbers(last, (rank + 1, rank, *range(rank)), last),
             feature_group_count=self.groups,
-            preferred_element_type=jnp.int32,
         )
         bias = _offset_bias(c, tuple(range(kernel.ndim - 1)))
         return (requantize(c, acc + on_last_axis(bias, acc), self.clamp),)

@@ -28,6 +28,7 @@ from simqat_jax.numerics.checked import (
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.observers import RangeState
 from simqat_jax.numerics.spec import QuantSpec
+from simqat_jax.rules import Rule
 from simqat_jax.targets import OpenFile
 from simqat_jax.targets.onnx.target import export_onnx
 from simqat_jax.targets.open_file import open_file
@@ -52,6 +53,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedModule",
     "RangeState",
+    "Rule",
     "SimQAT",
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",

@@ -1,11 +1,14 @@
 """What to quantize and how, for a whole model: a frozen dataclass, validated at construction."""
 
 import dataclasses
-from typing import Literal, get_args
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
+from simqat_jax.rules import Rule, check_symmetric
 
 FloatParts = Literal["allow", "refuse"]
 """What `convert` does with what has no exact integer form."""
@@ -41,9 +44,12 @@ class SimQATConfig:
     freeze_bn: int | None = None
     """Training step from which BatchNorm uses its running statistics and leaves them alone;
     None: never."""
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
     """Module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
-    (`fnmatch` patterns). A pattern that matches no module is an error."""
+    (patterns as in `Rule.path`). A pattern that matches no module is an error."""
+    rules: Sequence[Rule] = ()
+    """What is quantized otherwise, behind `exclude`; the first that matches decides. A rule that
+    decides nothing, or a part of one without effect, is an error."""
     backend: Backend = "tflite"
     """Whose rounding of sums and products of tensors evaluation mirrors, code for code: `tflite`
     (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both."""
@@ -71,15 +77,79 @@ class SimQATConfig:
                     f"SimQATConfig.freeze_bn must be a number of steps, 0 or more, or None, got "
                     f"{self.freeze_bn}."
                 )
-        if not self.weight.symmetric:
-            raise ValueError(
-                "SimQATConfig.weight must be symmetric: integer kernels of every target have "
-                "zero point 0. Use QuantSpec(symmetric=True, ...)."
-            )
-        check_type(self, "exclude", tuple)
-        for pattern in self.exclude:
-            if not isinstance(pattern, str) or not pattern:
-                raise (TypeError if pattern != "" else ValueError)(
-                    f"SimQATConfig.exclude must hold module paths such as 'head/Dense_0', got "
-                    f"{pattern!r}."
+        check_symmetric("SimQATConfig", self.weight)
+        for field, kind, example in (("exclude", str, "'head/*'"), ("rules", Rule, "Rule(...)")):
+            given = getattr(self, field)
+            if not isinstance(given, (tuple, list)) or not all(isinstance(v, kind) for v in given):
+                raise TypeError(
+                    f"SimQATConfig.{field} must be a tuple of {kind.__name__}, as ({example},), "
+                    f"got {given!r}."
                 )
+            object.__setattr__(self, field, tuple(given))
+        if "" in self.exclude:
+            raise ValueError("SimQATConfig.exclude must hold paths such as 'head/*', got ''.")
+
+    @property
+    def decisions(self) -> tuple[Rule, ...]:
+        """All rules in the order in which they decide: what is excluded, then `rules`."""
+        return (*(Rule(path=path, quantize=False) for path in self.exclude), *self.rules)
+
+    def to_json(self) -> str:
+        """Return the configuration as text, to be kept in a file and read by `from_json`.
+
+        Examples:
+          >>> config = SimQATConfig(rules=[Rule(path="head", bn_fold="none")])
+          >>> SimQATConfig.from_json(config.to_json()) == config
+          True
+        """
+        return json.dumps({"version": RECIPE_VERSION} | dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SimQATConfig":
+        """Return the configuration that `to_json` wrote.
+
+        What the text leaves out has its default.
+
+        Args:
+          text: JSON, of this version.
+
+        Raises:
+          ValueError: no JSON object, another version, an unknown field; what the fields refuse.
+          TypeError: a field of the wrong type.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the recipe is no JSON: {error}.") from error
+        if not isinstance(fields, dict) or fields.pop("version", None) != RECIPE_VERSION:
+            raise ValueError(
+                f'the recipe must be a JSON object with "version": {RECIPE_VERSION}, as '
+                f"SimQATConfig.to_json writes it with this version, got {text[:80]!r}."
+            )
+        return _from_fields(cls, fields)
+
+
+T = TypeVar("T")
+RECIPE_VERSION = 1
+"""Of the text that `to_json` writes."""
+
+
+def _from_fields(kind: type[T], given: Any) -> T:
+    """Return an object of a dataclass that holds others, from what JSON has for it.
+
+    Raises:
+      ValueError: a field that it does not have.
+    """
+    names = {field.name for field in dataclasses.fields(cast(Any, kind))}
+    if not isinstance(given, dict) or not names >= set(given):
+        extra = sorted(set(given) - names) if isinstance(given, dict) else given
+        raise ValueError(
+            f"a recipe's {kind.__name__} holds {', '.join(sorted(names))}, and not {extra}."
+        )
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    for name in fields.keys() & {"weight", "activation"}:
+        if fields[name] is not None:
+            fields[name] = _from_fields(QuantSpec, fields[name])
+    if "rules" in fields:
+        fields["rules"] = tuple(_from_fields(Rule, rule) for rule in fields["rules"])
+    return kind(**fields)

@@ -15,6 +15,7 @@ SOURCES = {
 LAYERS = [
     {"files"},
     {"numerics"},
+    {"rules"},
     {"config"},
     {"ir"},
     {"capture", "ops"},

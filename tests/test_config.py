@@ -48,10 +48,12 @@ def test_spec_refuses(field, value, error):
         ("freeze_bn", -1, ValueError),
         ("freeze_bn", True, TypeError),
         ("freeze_bn", 1.5, TypeError),
-        ("exclude", ["Dense_0"], TypeError),
+        ("exclude", {"Dense_0"}, TypeError),
         ("exclude", "Dense_0", TypeError),
         ("exclude", ("",), ValueError),
         ("exclude", (3,), TypeError),
+        ("rules", sq.Rule(), TypeError),
+        ("rules", ({"path": "head"},), TypeError),
         ("strict", 1, TypeError),
     ],
 )
@@ -99,3 +101,52 @@ def test_defaults():
     assert (activation.symmetric, activation.per_channel) == (False, False)
     assert (weight.num_bits, activation.num_bits, activation.ema_decay) == (8, 8, 0.99)
     assert config.strict and config.bn_fold == "one_conv" and config.freeze_bn is None
+
+
+RULES = (
+    sq.Rule(path="head", weight=sq.QuantSpec(num_bits=4, symmetric=True), bn_fold="none"),
+    sq.Rule(op="add", quantize=False),
+)
+
+
+def test_lists_are_taken_as_tuples():
+    config = sq.SimQATConfig(exclude=["head"], rules=list(RULES))
+    assert config == sq.SimQATConfig(exclude=("head",), rules=RULES)
+    assert hash(config) is not None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        sq.SimQATConfig(),
+        sq.SimQATConfig(exclude=("a", "b/*"), rules=RULES, freeze_bn=3, backend="onnx"),
+        sq.SimQATConfig(activation=sq.QuantSpec(ema_decay=0.5, quant_delay=7), strict=False),
+    ],
+)
+def test_a_recipe_is_read_as_it_was_written(config):
+    assert sq.SimQATConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("no", ValueError, "no JSON"),
+        ("[]", ValueError, '"version": 1'),
+        ("{}", ValueError, '"version": 1'),
+        ('{"version": 2}', ValueError, '"version": 1'),
+        ('{"version": 1, "weights": {}}', ValueError, "SimQATConfig holds .*'weights'"),
+        ('{"version": 1, "weight": {"bits": 4}}', ValueError, "QuantSpec holds .*'bits'"),
+        ('{"version": 1, "rules": [{"paths": "a"}]}', ValueError, "Rule holds .*'paths'"),
+        ('{"version": 1, "rules": [3]}', ValueError, "Rule holds .*3"),
+        ('{"version": 1, "freeze_bn": "no"}', TypeError, "freeze_bn"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(text, error, match):
+    with pytest.raises(error, match=match):
+        sq.SimQATConfig.from_json(text)
+
+
+def test_what_a_recipe_leaves_out_has_its_default():
+    text = '{"version": 1, "rules": [{"path": "head", "quantize": false}]}'
+    rules = (sq.Rule(path="head", quantize=False),)
+    assert sq.SimQATConfig.from_json(text) == sq.SimQATConfig(rules=rules)

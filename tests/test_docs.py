@@ -202,6 +202,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/index.md": nothing,
     "docs/deployment.md": trained_model,
     "docs/migrating.md": nothing,
+    "docs/rules.md": nothing,
     "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),
 }
 """Every page with Python on it, and the names that its reader has."""

@@ -22,7 +22,9 @@ from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
 from simqat_jax.capture.state import separate_state
 from simqat_jax.capture.unreachable import unreachable_products
+from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.graph import Constant, Graph, Node, Operand, shape_of
+from simqat_jax.rules import Rule
 
 Result = tuple[object, VariableDict]
 """What a call returns: `(output, updated collections)`."""
@@ -119,12 +121,12 @@ class Capture(NamedTuple):
     seen: Intermediates = Intermediates()
 
 
-def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module]) -> Capture:
+def capture(call: Call, *, config: SimQATConfig, forbidden: type[nn.Module]) -> Capture:
     """Trace a call of a model into a graph.
 
     Args:
       call: what is called, and how.
-      exclude: patterns of module paths to leave float.
+      config: what it leaves float is left out.
       forbidden: a module class that must not occur inside.
 
     Returns:
@@ -134,11 +136,11 @@ def capture(call: Call, *, exclude: tuple[str, ...], forbidden: type[nn.Module])
       ValueError: a pattern that matches no module, a `forbidden` module inside, a BatchNorm
         without its statistics.
     """
-    recorder = Recorder(exclude, forbidden, dry=call.dry)
+    recorder = Recorder(config, forbidden, dry=call.dry)
     try:
         return _captured(call, recorder, forget=False)
     except OldTraceError:  # of a module under `nn.jit`
-        recorder = Recorder(exclude, forbidden, dry=call.dry)
+        recorder = Recorder(config, forbidden, dry=call.dry)
         return _captured(call, recorder, forget=True)
 
 
@@ -292,12 +294,14 @@ def _restore(unflatten: Callable[[list[object]], Result], leaves: Sequence[objec
 
 
 def _check_patterns(recorder: Recorder, module: nn.Module) -> None:
-    unmatched = recorder.unmatched()
-    if unmatched:
-        raise ValueError(
-            f"SimQATConfig.exclude holds {unmatched[0]!r}, which matches no module of "
-            f"{type(module).__name__}. Its modules and products: {recorder.module_names()}."
-        )
+    names = recorder.module_names()
+    for pattern in recorder.config.exclude:
+        rule = Rule(path=pattern)
+        if not any(rule.matches(name.split("/")) for name in names):
+            raise ValueError(
+                f"SimQATConfig.exclude holds {pattern!r}, which matches no module of "
+                f"{type(module).__name__}. Its modules and products: {names}."
+            )
 
 
 # The graph ---------------------------------------------------------------------------------------

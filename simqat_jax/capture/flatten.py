@@ -23,7 +23,6 @@ from simqat_jax.capture.interception import (
     MakeNode,
     Recorder,
     Scope,
-    excluded,
 )
 from simqat_jax.capture.unreachable import Origin, products_inside
 from simqat_jax.capture.unroll import (
@@ -56,6 +55,7 @@ from simqat_jax.ir.graph import (
     shape_of,
 )
 from simqat_jax.ir.replay import INLINED_CALLS
+from simqat_jax.rules import left_out
 
 _REMAT = ("remat2", "remat", "checkpoint")
 # Stands for the result of an operation without one, so that every node has an output.
@@ -226,10 +226,10 @@ class Flattener:
         (whole,) = self.inline(closed.jaxpr, closed.consts, parts, where)
         return whole
 
-    def leaves_out(self, at: _Equation) -> bool:
-        """Whether an operation is to stay float, by its module's path, with numbers or without."""
+    def left_out_by(self, at: _Equation) -> int | None:
+        """Return the rule by which an operation stays float; None: by none."""
         self.recorder.modules += [at.path] if at.where.loops else []
-        return any(excluded(p, self.recorder.exclude) for p in (at.path, at.where.scope.path))
+        return left_out(self.recorder.rules, at.path)
 
     def next_remat(self, eqn: core.JaxprEqn) -> Remat:
         """Return the next call of `nn.remat`."""
@@ -350,7 +350,7 @@ def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
 
 def _contraction(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     """A convolution or matrix product, of whatever it is."""
-    if at.primitive not in CONTRACTIONS or flat.leaves_out(at):
+    if at.primitive not in CONTRACTIONS or flat.left_out_by(at) is not None:
         return None
     make = functools.partial(Contraction, module=at.where.scope.module)
     return flat.emit(at, make, display_name(at.eqn, None), bound(at.eqn))
@@ -360,9 +360,9 @@ def _operation(flat: Flattener, at: _Equation) -> Sequence[Operand]:
     """All else is one node, of a class of its own."""
     bounds = clamp_bounds(at.eqn, at.inputs)
     make = kind = classify(at.eqn, at.inputs)
-    left_out = kind not in (Move, Clamp) and flat.leaves_out(at)
-    if left_out or is_float_function(at.eqn):
-        make = Float
+    place = None if kind in (Move, Clamp) else flat.left_out_by(at)
+    if place is not None or is_float_function(at.eqn):
+        make = functools.partial(Float, excluded_by=place)
     elif bounds:
         make = functools.partial(Clamp, bounds=bounds)
     return flat.emit(at, make, display_name(at.eqn, bounds), bound(at.eqn))

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from flax.typing import VariableDict
 from jax.extend import core
 
 from simqat_jax.capture.flax_norms import norm_form
+from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.graph import (
     BatchNorm,
@@ -25,6 +25,7 @@ from simqat_jax.ir.graph import (
     Layer,
     Node,
 )
+from simqat_jax.rules import Rule, left_out
 
 LAYER_MARK = "simqat_layer_"
 PATH_MARK = "simqat_path_"
@@ -41,12 +42,6 @@ Kwargs = Mapping[str, Any]
 MakeNode = Callable[..., Node]
 """Makes a node of one class, given what all nodes have in common."""
 _Function = Callable[..., Sequence[jax.Array]]
-
-
-def excluded(path: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern matches the module path or a module around it."""
-    prefixes = ["/".join(path[:depth]) for depth in range(1, len(path) + 1)]
-    return any(fnmatch.filter(prefixes, pattern) for pattern in patterns)
 
 
 class OldTraceError(Exception):
@@ -104,7 +99,7 @@ class Recorder:
     """What the interceptor notes down while the model is traced.
 
     Attributes:
-      exclude: patterns of module paths to leave float.
+      config: says what stays float.
       forbidden: a module class that must not occur inside.
       dry: nothing is computed: a BatchNorm whose mapped axis is not there takes statistics alone.
       calls: of layers; the number in a layer's mark is its place here.
@@ -114,7 +109,7 @@ class Recorder:
       number: of the capture; a part of its marks.
     """
 
-    exclude: tuple[str, ...]
+    config: SimQATConfig
     forbidden: type[nn.Module]
     dry: bool = False
     calls: list[LayerCall] = dataclasses.field(default_factory=list)
@@ -124,6 +119,11 @@ class Recorder:
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))
     _states: list[object] = dataclasses.field(default_factory=list)
     _inside_layer: bool = False
+
+    @functools.cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """What decides, in order."""
+        return self.config.decisions
 
     def scopes_of(self, eqn: core.JaxprEqn) -> list[Scope]:
         """Return the method calls that an equation's name stack names, outermost first.
@@ -140,10 +140,6 @@ class Recorder:
     def module_names(self) -> list[str]:
         """Return the names of the modules called, in order, each once."""
         return ["/".join(path) for path in dict.fromkeys(self.modules) if path]
-
-    def unmatched(self) -> list[str]:
-        """Return the patterns that match no module called."""
-        return [p for p in self.exclude if not fnmatch.filter(self.module_names(), p)]
 
     def share_traces(self) -> None:
         """From here on, until `traces` closes, use traces made by captures."""
@@ -192,7 +188,7 @@ class Recorder:
             )
         base = _base_of(module, context)
         with self._forget_if_lifted(), self._path_mark(module, context.method_name):
-            if base is None or excluded(module.path, self.exclude):
+            if base is None or left_out(self.rules, module.path) is not None:
                 return next_fun(*args, **kwargs)
             return _HANDLERS[base](self, _ModuleCall(base, module, next_fun, args, kwargs))
 

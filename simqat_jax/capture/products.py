@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from simqat_jax.capture.contractions import Axes, Form, form_of, identity, transposition
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
-from simqat_jax.capture.interception import Recorder, excluded
+from simqat_jax.capture.interception import Recorder
 from simqat_jax.capture.passes import chain, dependent
 from simqat_jax.ir.graph import (
     Add,
@@ -32,6 +32,7 @@ from simqat_jax.ir.graph import (
     as_kind,
     shape_of,
 )
+from simqat_jax.rules import left_out
 
 _SPREADS = ("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type")
 
@@ -120,8 +121,9 @@ class _Finder:
         assert isinstance(x, int)
         name = self.name(node, kernel)
         self.recorder.modules.append(name.path)
-        if excluded(name.path, self.recorder.exclude):
-            self.draft.instead[node] = [as_kind(Float, node, why="excluded")]
+        place = left_out(self.recorder.rules, name.path, _kind(node))
+        if place is not None:
+            self.draft.instead[node] = [as_kind(Float, node, excluded_by=place)]
             return
         form = form_of(node.eqn, swapped)
         self.draft.instead[node] = []
@@ -256,9 +258,8 @@ class _Finder:
         inputs: tuple[int, ...],
         tail: _Tail,
     ) -> Product:
-        kind = "conv" if node.convolves else "dense"
         module = node.module if name.path == node.path else None
-        op = type(module).__name__ if module else {"dense": "matmul"}.get(kind, kind)
+        op = type(module).__name__ if module else {"dense": "matmul"}.get(_kind(node), _kind(node))
         (at,) = (k for k, part in enumerate(parts) if isinstance(part, Contraction))
         contraction, shape = parts[at], self.draft.avals[tail.output].shape
         assert isinstance(contraction, Contraction)
@@ -272,7 +273,7 @@ class _Finder:
             run=chain(parts, inputs),
             eqn=form.eqn,
             parts=parts,
-            kind=kind,
+            kind=_kind(node),
             layer=Layer(module, name.path, ("kernel", "bias")[: len(inputs) - 1]),
             kernel_name=name.kernel,
             counted=name.counted,
@@ -340,6 +341,10 @@ def _name(node: Contraction, parameters: set[tuple[str, ...]]) -> _Name:
 
 def _last(nodes: list[Node], v: int) -> int:
     return nodes[-1].outputs[0] if nodes else v
+
+
+def _kind(node: Contraction) -> str:
+    return "conv" if node.convolves else "dense"
 
 
 def _is_float(dtype: DTypeLike) -> bool:

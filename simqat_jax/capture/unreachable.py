@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from jax.extend import core
 
-from simqat_jax.capture.interception import Recorder, Scope, excluded
+from simqat_jax.capture.interception import Recorder, Scope
 from simqat_jax.capture.passes import dependent
 from simqat_jax.capture.unroll import MAX_STEPS, Loop, steps_of
 from simqat_jax.ir.graph import CONTRACTIONS, Graph, Unquantizable
+from simqat_jax.rules import left_out
 
 
 class Origin(NamedTuple):
@@ -130,7 +131,7 @@ class _Search:
         if len(kernels) != 1 or not kernels[0].parameters:
             return
         path = scopes[-1].path
-        if not excluded(path, self.recorder.exclude):
+        if left_out(self.recorder.rules, path) is None:
             self.found.append(Inside(path, scopes[:2][-1].path))
 
 

@@ -111,6 +111,7 @@ def _lowered(
 ) -> tuple[ProgramBuilder, Program]:
     """Plan a captured call, and lower it."""
     placement = place_quantizers(captured.graph, config)
+    _check_per_tensor(placement)
     ranges = _ranges(placement, stats)
     builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
     program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
@@ -132,12 +133,17 @@ def _checked(
     config = qmodule.config
     if backend is not None:
         config = dataclasses.replace(config, backend=backend)
-    if config.activation.per_channel:
+    return config
+
+
+def _check_per_tensor(placement: Placement) -> None:
+    names = [q.name for q in placement.at.values() if q.num_channels is not None]
+    if names:
         raise ValueError(
             "an integer layer cannot sum over channels of different scales: convert takes models "
-            "with SimQATConfig(activation=QuantSpec(per_channel=False))."
+            "whose activations have QuantSpec(per_channel=False), in SimQATConfig.activation and "
+            f"in its rules; {len(names)} have not, as {names[0]}."
         )
-    return config
 
 
 def _check_method(qmodule: QuantizedModule, method: Method) -> None:

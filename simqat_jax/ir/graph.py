@@ -169,9 +169,11 @@ class Float(Node):
 
     Attributes:
       why: the reason, for display.
+      excluded_by: the place of the rule that leaves it float; None: there is no need for one.
     """
 
     why: str = "no integer form"
+    excluded_by: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

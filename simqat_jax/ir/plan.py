@@ -22,6 +22,7 @@ class Quantizer:
       role: what it quantizes.
       nonnegative: the tensor holds nothing below zero (a ReLU's output), so that its range starts
         at zero and its zero point is the lowest code.
+      rule: the place of the rule that decides its spec; None: the config's own.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Quantizer:
     num_channels: int | None
     role: Role
     nonnegative: bool = False
+    rule: int | None = None
 
     @property
     def observer(self) -> Observer:
@@ -53,6 +55,7 @@ class Step:
       fold: how the BatchNorm behind it trains.
       quantized: whether it runs on integers once converted.
       reason: why it does not, where the operation alone does not tell.
+      rule: the place of the rule that decides it; None: none does.
     """
 
     node: Node
@@ -62,6 +65,7 @@ class Step:
     fold: BatchNormFold = "none"
     quantized: bool = False
     reason: str = ""
+    rule: int | None = None
 
     @property
     def nodes(self) -> tuple[Node, ...]:

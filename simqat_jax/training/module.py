@@ -255,7 +255,7 @@ class QuantizedModule(nn.Module):
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
-        return Plan(placement, self.config.bn_fold, variables.get(COLLECTION, {}))
+        return Plan(placement, self.config, variables.get(COLLECTION, {}))
 
 
 def trace(
@@ -300,7 +300,7 @@ def trace(
         dry=dry,
         intermediates=intermediates,
     )
-    return capture(call, exclude=qmodule.config.exclude, forbidden=QuantizedModule)
+    return capture(call, config=qmodule.config, forbidden=QuantizedModule)
 
 
 def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.graph import Clamp, Contraction, Float, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Step
-from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.ranges import STEP, Stats
@@ -66,6 +66,8 @@ class Row:
       weight: the kernel's quantizer, None for none.
       output: the quantizer of the output, None for none.
       note: what becomes of the grid, or why the operation stays float.
+      rule: what decides it: "rules[0]" or "exclude[0]" of the config; empty: nothing but its
+        defaults.
     """
 
     path: str
@@ -74,6 +76,7 @@ class Row:
     weight: QuantizerInfo | None
     output: QuantizerInfo | None
     note: str
+    rule: str = ""
 
 
 class Plan:
@@ -85,9 +88,9 @@ class Plan:
       floats: module path or operation and reason, of everything that stays float.
     """
 
-    def __init__(self, placement: Placement, bn_fold: BatchNormFold, stats: Stats):
+    def __init__(self, placement: Placement, config: SimQATConfig, stats: Stats):
         self._placement = placement
-        self._bn_fold = bn_fold
+        self._config = config
         self._stats = stats
         self.quantizers = {name: self._info(q) for name, q in placement.quantizers.items()}
         self.rows = tuple(self._rows())
@@ -136,7 +139,14 @@ class Plan:
             weight=None if weight is None else self.quantizers[weight.name],
             output=None if output is None else self.quantizers[output.name],
             note=self._note(step),
+            rule=self._rule(step.rule),
         )
+
+    def _rule(self, place: int | None) -> str:
+        if place is None:
+            return ""
+        excluded = len(self._config.exclude)
+        return f"exclude[{place}]" if place < excluded else f"rules[{place - excluded}]"
 
     def _note(self, step: Step) -> str:
         placement = self._placement
@@ -167,15 +177,17 @@ class Plan:
         step = self._stats.get(STEP)
         if step is not None and _is_concrete(step):
             lines.append(f"training steps so far: {int(step)}{self._delays(int(step))}")
-        table = [("layer or operation", "what it is", "weight", "output", "")]
-        for name in dict.fromkeys(
-            q.name for v, q in self._placement.at.items() if v in self._placement.graph.inputs
-        ):
-            table.append((name, "model input", "", _quantizer(self.quantizers[name]), ""))
+        table = [("layer or operation", "what it is", "weight", "output", "decided by", "")]
+        placement = self._placement
+        inputs = (placement.at[v] for v in placement.graph.inputs if v in placement.at)
+        for name, rule in dict.fromkeys((q.name, self._rule(q.rule)) for q in inputs):
+            table.append((name, "model input", "", _quantizer(self.quantizers[name]), rule, ""))
         table += [
-            (row.path, row.op, _quantizer(row.weight), _quantizer(row.output), row.note)
+            (row.path, row.op, _quantizer(row.weight), _quantizer(row.output), row.rule, row.note)
             for row in self.rows
         ]
+        if not any(rule for *_, rule, _ in table[1:]):
+            table = [(*cells, note) for *cells, _, note in table]
         lines += _columns(table)
         roles = [q.role for q in self.quantizers.values()]
         lines.append(
@@ -191,7 +203,7 @@ class Plan:
     def _header(self) -> str:
         freeze = self._placement.freeze_bn
         when = "never" if freeze is None else f"from step {freeze}"
-        return f"SimQAT plan: bn_fold={self._bn_fold!r}, BatchNorm frozen {when}"
+        return f"SimQAT plan: bn_fold={self._config.bn_fold!r}, BatchNorm frozen {when}"
 
     def _delays(self, step: int) -> str:
         delays = {

@@ -5,19 +5,14 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from simqat_jax.capture.interception import excluded
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.compound import Softmax
 from simqat_jax.ir.graph import (
-    Add,
     BatchNorm,
     Clamp,
-    Concat,
-    Elementwise,
+    Float,
     Graph,
-    Mean,
     Move,
-    Mul,
     N,
     Node,
     Product,
@@ -27,6 +22,7 @@ from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import Operation, Situation
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.batch_norm import mapped_axis
+from simqat_jax.training.decisions import Decision, Decisions, check_rules
 from simqat_jax.training.demand import demand
 
 
@@ -76,10 +72,14 @@ class _Namer:
     def __init__(self) -> None:
         self.used: set[str] = set()
 
-    def unique(self, stem: str, leaf: str = "") -> str:
+    def unused(self, stem: str, leaf: str = "") -> str:
         """Return `stem` and `leaf`, with a number behind `stem` from the second time on."""
         numbers = ("", *(f"_{n}" for n in range(1, len(self.used) + 1)))
-        name = next(n for n in (stem + k + leaf for k in numbers) if n not in self.used)
+        return next(n for n in (stem + k + leaf for k in numbers) if n not in self.used)
+
+    def unique(self, stem: str, leaf: str = "") -> str:
+        """Return such a name, which is used from here on."""
+        name = self.unused(stem, leaf)
         self.used.add(name)
         return name
 
@@ -101,16 +101,22 @@ class _Planner:
         self.shared: dict[Quantizer, Quantizer] = {}
         self.last = _last_steps(graph, self.steps)
         self.names: dict[object, str] = {}
+        self.decisions = Decisions(config)
+        self.decided: dict[Node, Decision] = {}
         self.repeated: dict[object, Quantizer] = {}
         self.unquantizable = {"/".join(path): reason for path, reason in graph.unquantizable}
 
     def plan(self) -> Placement:
         for v, name in zip(self.graph.inputs, self.graph.input_names, strict=True):
             if name is not None and v in self.needed:
-                self.place(v, self.namer.unique(name))
+                name = self.namer.unique(name)
+                self.place(v, name, self.decisions.about(name.split("/"), "input"))
         self.name_repeated()
         visited = [self.visit(step) for step in self.steps]
-        final = {old: self.finished(new) for old, new in zip(self.steps, visited, strict=True)}
+        final = {
+            old: self.decided[new.node].finished(new, self.weights, self.unquantizable)
+            for old, new in zip(self.steps, visited, strict=True)
+        }
         constants = {
             Slot(final[step], position): self.canonical(q)
             for (step, position), q in self.constants.items()
@@ -139,6 +145,7 @@ class _Planner:
 
     def visit(self, step: Step) -> Step:
         node, data, operation = step.node, self.data(step), operation_of(step.node)
+        self.decided[node] = self.deciding(step)
         if self.carries_grid(step, operation):
             for v in node.outputs:
                 self.grids[v] = self.grids[data[0]]
@@ -154,17 +161,16 @@ class _Planner:
                 self.place_output(step, v)
         return dataclasses.replace(step, quantized=quantized)
 
-    def finished(self, step: Step) -> Step:
-        """Add how its BatchNorm is folded, and why it stays float."""
-        # Of what else stands in the module of a product out of reach, nothing is said.
-        blamed = not isinstance(step.node, Add | Mul | Move | Mean | Elementwise | Clamp | Concat)
-        reason = self.unquantizable.get("/".join(step.node.path), "") if blamed else ""
-        if not reason and excluded(step.node.path, self.config.exclude):
-            reason = "excluded"
-        fold = "none"
-        if step.norm is not None and step.node in self.weights:
-            fold = self.config.bn_fold
-        return dataclasses.replace(step, fold=fold, reason=reason)
+    def deciding(self, step: Step) -> Decision:
+        """Return what is decided about a step; about a loop's, the last one."""
+        key = self.graph.repeated.get(step.output)
+        node = self.last.get(key, step).node
+        if isinstance(node, Float) and node.excluded_by is not None:
+            return self.decisions.of(node.excluded_by)
+        if node.layer is not None:
+            return self.decisions.about(node.layer.path, node.kind)
+        name = self.names.get(key) or self.namer.unused("/".join((*node.path, node.op)), "/output")
+        return self.decisions.about(name.removesuffix("/output").split("/"), node.kind)
 
     def carries_grid(self, step: Step, operation: Operation) -> bool:
         """Whether values leave the step as they came, so that the grid stays."""
@@ -174,7 +180,7 @@ class _Planner:
         if operation.shares_grid:  # parts of one tensor, put together again
             grids = {self.grids.get(v) for v in node.inputs if isinstance(v, int)}
             return len(data) == len(node.inputs) and len(grids) == 1
-        per_channel = self.config.activation.per_channel
+        per_channel = self.grids[data[0]].spec.per_channel
         return operation.carries_grid(node, self.graph, per_channel=per_channel)
 
     def is_quantized(self, step: Step, operation: Operation) -> bool:
@@ -194,25 +200,20 @@ class _Planner:
             on_grid=all(v in self.grids for v in tensors),
             needed=step.output in self.needed,
             wanted=step.output in self.wanted,
-            per_channel=self.config.activation.per_channel,
+            per_channel=self.decided[node].activation.per_channel,
         )
-        return operation.is_quantized(node, situation)
+        if not operation.is_quantized(node, situation):
+            return False
+        left_out = not self.decided[node].quantize
+        if left_out and step.output not in self.needed:
+            self.output_name(step)  # that of the next one of its kind does not depend on rules
+        return not left_out
 
     # Quantizers ------------------------------------------------------------------------------
 
-    def quantizer(self, name: str, v: int, nonnegative: bool = False) -> Quantizer:
-        spec, shape = self.config.activation, self.graph.avals[v].shape
-        if spec.per_channel and len(shape) < 2:
-            raise ValueError(
-                f"{name}: a tensor of shape {shape} has no channel axis, and "
-                "SimQATConfig.activation asks for one range per channel. Use "
-                "activation=QuantSpec(per_channel=False), or leave the layer out with exclude."
-            )
-        channels = shape[-1] if spec.per_channel else None
-        return Quantizer(name, spec, channels, "activation", nonnegative)
-
-    def place(self, v: int, name: str, nonnegative: bool = False) -> None:
-        self.at[v] = self.grids[v] = self.quantizer(name, v, nonnegative)
+    def place(self, v: int, name: str, decided: Decision, nonnegative: bool = False) -> None:
+        shape = self.graph.avals[v].shape
+        self.at[v] = self.grids[v] = _of_activation(name, shape, decided, nonnegative)
 
     def name_repeated(self) -> None:
         """Name what steps of a loop share, as it stands in the last one.
@@ -235,7 +236,8 @@ class _Planner:
         clamp = last.nodes[-1] if v == step.output else None
         clamped = isinstance(clamp, Clamp) and clamp.bounds[0] >= 0
         nonnegative = clamped or isinstance(clamp, Softmax)
-        self.place(v, self.names.get(key) or self.output_name(last), nonnegative)
+        name = self.names.get(key) or self.output_name(last)
+        self.place(v, name, self.decided[step.node], nonnegative)
         if key is not None:
             self.repeated[key] = self.at[v]
 
@@ -251,9 +253,9 @@ class _Planner:
         repeated = self.graph.repeated.get(kernel) if isinstance(kernel, int) else None
         key = repeated or kernel, node.num_channels
         if key not in self.kernels:
-            spec, name = self.config.weight, self.namer.unique(node.kernel_name)
-            channels = node.num_channels if spec.per_channel else None
-            self.kernels[key] = Quantizer(name, spec, channels, "weight")
+            name = self.namer.unique(node.kernel_name)
+            decided = self.decisions.about(node.layer.path, node.kind)
+            self.kernels[key] = _of_kernel(name, node.num_channels, decided)
         self.weights[node] = self.kernels[key]
 
     def place_constants(self, step: Step) -> None:
@@ -262,14 +264,13 @@ class _Planner:
         for position, v in enumerate(step.node.inputs):
             if v not in data:
                 name = self.namer.unique("/".join((*step.node.path, step.node.op)), "/constant")
-                spec = dataclasses.replace(
-                    self.config.activation, observer="batch", quant_delay=0, per_channel=False
-                )
-                self.constants[Slot(step, position)] = Quantizer(name, spec, None, "constant")
+                constant = _of_constant(name, self.decided[step.node])
+                self.constants[Slot(step, position)] = constant
 
     def share(self, step: Step) -> None:
         """Put the inputs of a concat on one grid, which its output has too."""
-        joint = self.quantizer(self.output_name(step), step.output)
+        shape = self.graph.avals[step.output].shape
+        joint = _of_activation(self.output_name(step), shape, self.decided[step.node])
         for position, v in enumerate(step.node.inputs):
             if isinstance(v, int) and v in self.grids:
                 if self.canonical(self.grids[v]) is not joint:
@@ -282,6 +283,32 @@ class _Planner:
         while quantizer in self.shared:
             quantizer = self.shared[quantizer]
         return quantizer
+
+
+def _of_kernel(name: str, num_channels: int, decided: Decision) -> Quantizer:
+    channels = num_channels if decided.weight.per_channel else None
+    return Quantizer(name, decided.weight, channels, "weight", rule=decided.rule)
+
+
+def _of_constant(name: str, decided: Decision) -> Quantizer:
+    spec = dataclasses.replace(
+        decided.activation, observer="batch", quant_delay=0, per_channel=False
+    )
+    return Quantizer(name, spec, None, "constant", rule=decided.rule)
+
+
+def _of_activation(
+    name: str, shape: tuple[int, ...], decided: Decision, nonnegative: bool = False
+) -> Quantizer:
+    spec = decided.activation
+    if spec.per_channel and len(shape) < 2:
+        raise ValueError(
+            f"{name}: a tensor of shape {shape} has no channel axis, and its activation spec asks "
+            "for one range per channel. Use activation=QuantSpec(per_channel=False), or leave "
+            "the layer out with exclude."
+        )
+    channels = shape[-1] if spec.per_channel else None
+    return Quantizer(name, spec, channels, "activation", nonnegative, decided.rule)
 
 
 def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
@@ -299,6 +326,7 @@ def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
     """
     planner = _Planner(graph, config)
     placement, reasons = planner.plan(), planner.unquantizable
+    check_rules(placement, config)
     if reasons and config.strict:
         listing = "\n".join(f"  {path or 'the model'}: {why}" for path, why in reasons.items())
         paths = tuple(path for path in reasons if path)

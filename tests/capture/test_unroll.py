@@ -112,7 +112,7 @@ class Nowhere(nn.Module):
 def replayed(model, variables, *args):
     """Run the nodes of a captured call one by one."""
     call = Call(model, variables, args, {}, None, rngs={}, mutable=[])
-    graph, inputs, restore, _ = capture(call, exclude=(), forbidden=Nowhere)
+    graph, inputs, restore, _ = capture(call, config=sq.SimQATConfig(), forbidden=Nowhere)
     env = dict(zip(graph.inputs, inputs, strict=True))
 
     def read(v):

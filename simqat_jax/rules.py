@@ -1,0 +1,141 @@
+"""Rules: what is quantized otherwise than the rest of the model."""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+from simqat_jax.numerics.folding import BatchNormFold
+from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
+
+Kind = Literal[
+    "input",
+    "conv",
+    "dense",
+    "matmul",
+    "lookup",
+    "batch_norm",
+    "norm",
+    "softmax",
+    "add",
+    "mul",
+    "mean",
+    "concat",
+    "elementwise",
+]
+"""What an operation is, as `Row.kind` of a plan says; `input` is an input of the model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Say how some operations are quantized; of several rules the first that matches decides.
+
+    What a rule leaves None is as in the `SimQATConfig` that holds it.
+
+    Raises:
+      TypeError: a field of the wrong type.
+      ValueError: an empty pattern, one that does not compile; an unknown `op` or `bn_fold`;
+        asymmetric weights; `quantize=False` together with what is about quantized operations.
+
+    Examples:
+      >>> Rule(path="encoder/*", op="dense", weight=QuantSpec(num_bits=4, symmetric=True)).quantize
+      True
+      >>> Rule(path="re:Block_[0-3]/.*", quantize=False).matches(("Block_2", "Conv_0"))
+      True
+    """
+
+    path: str = "*"
+    """Which modules and operations, everything inside of them included: an `fnmatch` pattern such
+    as `"encoder/*/Dense_0"` or `"Block_0/add_1"` (the second sum of `Block_0`), or behind `re:` a
+    regular expression that matches a whole path."""
+    op: Kind | None = None
+    """Only operations of this kind; None: all."""
+    quantize: bool = True
+    """Whether they are quantized; False leaves them float."""
+    weight: QuantSpec | None = None
+    """Of their kernels."""
+    activation: QuantSpec | None = None
+    """Of their results (of the input itself for `op="input"`)."""
+    bn_fold: BatchNormFold | None = None
+    """Of the BatchNorm behind them."""
+
+    def __post_init__(self) -> None:
+        check_type(self, "path", str)
+        if not self.path.removeprefix("re:"):
+            raise ValueError(f"Rule.path must hold a pattern such as 'head/*', got {self.path!r}.")
+        if self.path.startswith("re:"):
+            try:
+                re.compile(self.path[3:])
+            except re.error as error:
+                raise ValueError(
+                    f"Rule.path {self.path!r} is no regular expression: {error}."
+                ) from error
+        check_type(self, "quantize", bool)
+        for field, choices in (("op", get_args(Kind)), ("bn_fold", get_args(BatchNormFold))):
+            if getattr(self, field) is not None:
+                check_type(self, field, str)
+                check_choice(self, field, choices)
+        for field in ("weight", "activation"):
+            if getattr(self, field) is not None:
+                check_type(self, field, QuantSpec)
+        check_symmetric("Rule", self.weight)
+        if not self.quantize and self.parts:
+            raise ValueError(
+                f"Rule(path={self.path!r}, quantize=False) leaves its operations float, and says "
+                f"of quantized ones: {', '.join(self.parts)}. Use two rules, or leave one out."
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The settings that it replaces."""
+        names = ("weight", "activation", "bn_fold")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    def matches(self, path: Sequence[str]) -> bool:
+        """Whether it is about a path, given in parts, or a module around it.
+
+        The numbers of layers that are repeated ("layers/0/Dense_0") may be left out.
+        """
+        unnumbered = [part for part in path if not part.isdigit()]
+        names = (*around(path), *around(unnumbered))
+        if self.path.startswith("re:"):
+            return any(re.fullmatch(self.path[3:], name) for name in names)
+        return any(fnmatch.fnmatchcase(name, self.path) for name in names)
+
+
+def around(path: Sequence[str]) -> Iterator[str]:
+    """Yield a path and those of the modules around it, outermost first."""
+    return ("/".join(path[:depth]) for depth in range(min(1, len(path)), len(path) + 1))
+
+
+def check_symmetric(owner: str, weight: QuantSpec | None) -> None:
+    """Raise ValueError for a spec of kernels that is not symmetric."""
+    if weight is not None and not weight.symmetric:
+        raise ValueError(
+            f"{owner}.weight must be symmetric: integer kernels of every target have zero point "
+            "0. Use QuantSpec(symmetric=True, ...)."
+        )
+
+
+def deciding(rules: Sequence[Rule], path: Sequence[str], kind: str | None = None) -> int | None:
+    """Return the place of the first rule about an operation; None: there is none.
+
+    Args:
+      rules: in order.
+      path: of the operation or module.
+      kind: of the operation; None: not known yet, so that nothing is decided either where a rule
+        for one kind comes first.
+    """
+    for place, rule in enumerate(rules):
+        if rule.op in (None, kind) and rule.matches(path):
+            return place
+        if kind is None and rule.matches(path):
+            return None
+    return None
+
+
+def left_out(rules: Sequence[Rule], path: Sequence[str], kind: str | None = None) -> int | None:
+    """Return the place of the rule by which an operation stays float; None: by none."""
+    place = deciding(rules, path, kind)
+    return None if place is None or rules[place].quantize else place

@@ -26,3 +26,10 @@ def optimized():
     with compilation.optimized():
         yield
     jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is compiled as users do: `make test` compiles all else with quicker flags."""
+    for item in items:
+        if "optimized" in item.fixturenames:
+            item.add_marker("optimized")

@@ -7,9 +7,10 @@ import pytest
 from public_models import MODELS
 from public_models.measures import Measured
 
-EACH_TIME = ("BiT", "GPT-2")
+EACH_TIME = ("BiT",)
 """Those that are tried each time; `.ci/nightly` tries all."""
 TRIED = MODELS if os.environ.get("SIMQAT_PUBLIC_MODELS") == "all" else EACH_TIME
+pytestmark = pytest.mark.optimized
 KNOWN: dict[tuple[str, str], str] = {}
 """Laws that a model does not keep yet, and why."""
 

@@ -8,6 +8,7 @@ from random_networks import differing, draw, module, shortest, text
 
 import simqat_jax as sq
 
+pytestmark = pytest.mark.optimized
 COUNT = int(os.environ.get("SIMQAT_RANDOM_NETWORKS", "20"))
 """How many networks are tried; `.ci/nightly` tries 100."""
 

@@ -69,13 +69,14 @@ def trained(model, x=None):
     return qmodel, variables, x
 
 
-EACH_TIME = ("x/127.5-1", "(x-mean)/std", "learned")
+EACH_TIME = ("x/127.5-1", "learned")
+NIGHTLY = pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
     "front",
     [
-        name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.nightly)
+        name if name in EACH_TIME else pytest.param(name, marks=NIGHTLY)
         for name in FRONT_ENDS
     ],
 )
@@ -161,7 +162,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("plain", "mutable", "gradient") else pytest.param(name, marks=NIGHTLY)
+        for name in CALLS
+    ],
+)
 def test_the_second_call_compiles_nothing(name, compilations):
     qmodel, variables = everything()
     first = CALLS[name](qmodel, variables)

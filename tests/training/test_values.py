@@ -13,6 +13,8 @@ import simqat_jax as sq
 from simqat_jax.numerics import affine
 
 MODES = ("none", "one_conv", "two_conv")
+MOST = ("none", "one_conv", pytest.param("two_conv", marks=pytest.mark.nightly))
+"""For laws that do not tell modes apart."""
 EPSILON = 1e-5
 
 
@@ -89,7 +91,7 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST)
 def test_without_rounding_training_equals_the_float_network(setup, mode):
     model, floats, x = setup
     qmodel, variables = quantized(model, mode, floats, x)
@@ -231,7 +233,7 @@ def test_zero_gamma_trains_and_comes_alive(mode):
     assert (jnp.abs(variables["params"]["BatchNorm_0"]["scale"]) > 1e-4).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST)
 def test_batch_statistics_over_a_named_axis(mode):
     class Shared(nn.Module):
         @nn.compact
@@ -259,7 +261,7 @@ def test_batch_statistics_over_a_named_axis(mode):
     assert_close(updates["batch_stats"], want["batch_stats"], 1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST)
 def test_bfloat16_compute_keeps_float32_statistics(mode):
     class Half(nn.Module):
         @nn.compact
@@ -282,7 +284,7 @@ def test_bfloat16_compute_keeps_float32_statistics(mode):
     np.testing.assert_array_equal(np.asarray(eager, np.float32), np.asarray(jitted, np.float32))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MOST)
 def test_bfloat16_parameters(mode):
     class Half(nn.Module):
         @nn.compact

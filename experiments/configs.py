@@ -383,3 +383,22 @@ def overrides(settings: dict[str, Any]) -> dict[str, object]:
     """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
     flat = {"bn_fold": (settings.get("quant") or {}).get("bn_fold")} | settings
     return {field: flat.get(field) for field in OVERRIDABLE}
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings with the default of every field that is newer than the run."""
+    with_defaults = (
+        f for f in dataclasses.fields(Experiment) if f.default is not dataclasses.MISSING
+    )
+    defaults = {field.name: field.default for field in with_defaults}
+    defaults["quant"] = dataclasses.asdict(sq.SimQATConfig())
+    return _over(json.loads(json.dumps(defaults)), settings)
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        name: _over(defaults[name], value)
+        for name, value in given.items()
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+    }
+    return defaults | given | nested

@@ -150,7 +150,7 @@ def _check_settings(run: Path, experiment: Experiment) -> None:
 
 def _differences(stored: dict, given: dict) -> str:
     """Return one line for each field that differs, empty if none does."""
-    absent = "(absent)"
+    stored, absent = configs.completed(stored), "(absent)"
     return "\n".join(
         f"  {field}: {stored.get(field, absent)!r} in the run, {given.get(field, absent)!r} now"
         for field in sorted(stored.keys() | given.keys())

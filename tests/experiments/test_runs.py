@@ -79,3 +79,16 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "results.json").mkdir()
     with pytest.raises(ExperimentError, match=r"cannot write .*results\.json: .*--resume"):
         runs.write_results(tmp_path, configs.get("lenet5_mnist"), {})
+
+
+def test_a_run_of_an_earlier_version_lacks_newer_settings(tmp_path: Path) -> None:
+    experiment = configs.get("lenet5_mnist", seed=3)
+    with runs.open_run(tmp_path, "run", experiment, resume=False) as run:
+        settings = json.loads((run / "config.json").read_text())
+    del settings["optimizer"], settings["quant"]["rules"], settings["quant"]["weight"]["observer"]
+    runs.write_json(run / "config.json", settings)
+    assert runs.load_experiment(run) == experiment
+    settings["optimizer"] = "adamw"
+    runs.write_json(run / "config.json", settings)
+    with pytest.raises(ExperimentError, match="optimizer: 'adamw' in the run, 'sgd' now"):
+        runs.load_experiment(run)

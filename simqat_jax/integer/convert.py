@@ -151,7 +151,7 @@ def _check_method(qmodule: QuantizedModule, method: Method) -> None:
 
 
 def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
-    """Return the range of each quantizer with a state, by name.
+    """Return the range of each quantizer that looks for none in a constant, by name.
 
     Raises:
       ValueError: one was never observed; quantization is delayed to a later step.
@@ -164,7 +164,9 @@ def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
             "on (quant_delay): what it computes by now is not quantized. Train on, or lower the "
             "delay."
         )
-    return {name: q.observer.range(states[name]) for name, q in placement.stateful.items()}
+    known = {name: q.observer.known_range for name, q in placement.quantizers.items()}
+    known = {name: ends for name, ends in known.items() if ends is not None}
+    return known | {n: q.observer.range(states[n]) for n, q in placement.stateful.items()}
 
 
 def _is_array(x: object) -> bool:

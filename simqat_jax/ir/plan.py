@@ -33,7 +33,8 @@ class Quantizer:
     @property
     def observer(self) -> Observer:
         """What its range follows the data with."""
-        return OBSERVERS[self.spec.observer](self.spec, self.num_channels, self.nonnegative)
+        kind = OBSERVERS[self.spec.observer].of_role(self.role)
+        return kind(self.spec, self.num_channels, self.nonnegative)
 
     @property
     def has_state(self) -> bool:

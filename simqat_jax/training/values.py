@@ -12,7 +12,7 @@ from jax import lax
 from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
-from simqat_jax.numerics.observers import Range, RangeState
+from simqat_jax.numerics.observers import Range, State
 from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
 
@@ -42,7 +42,7 @@ class Observation(NamedTuple):
     """
 
     measured: Any
-    state: RangeState
+    state: State
 
 
 Seen = dict[str, Observation]
@@ -178,7 +178,7 @@ class Run:
         quantizer = self.placement.weights[node]
         flat = kernel.reshape(-1, node.num_channels)
         lo, hi = self.kernel_range(quantizer, flat, seen)
-        if quantizer.spec.symmetric and not quantizer.has_state:
+        if quantizer.spec.symmetric and not quantizer.has_state and quantizer.observer.covers:
             # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
             rounded = straight_through(exact, flat)

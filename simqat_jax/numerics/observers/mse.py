@@ -1,10 +1,11 @@
 """The observer `mse`: the range whose grid has the least squared error."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -25,6 +26,12 @@ from simqat_jax.numerics.spec import QuantSpec
 _ROUNDING = 1e-4
 """By how much a sum of squares in float32 may be off: what gains less is no better."""
 
+_MAGNITUDES = (0.965 ** np.arange(1, 128)).astype(np.float32)
+"""The magnitudes that are tried, as shares of the largest."""
+_SHARES = np.stack(np.meshgrid(*2 * [np.float32([1.2, 1.1, 1.05, 1, 0.9, 0.8, 0.65, 0.5, 0.3])]))
+_SHARES = _SHARES.reshape(2, -1)
+"""By what the ends of the best one are multiplied then, each with each."""
+
 Ends = tuple[jax.Array, jax.Array]
 """Lowest and highest value."""
 SquaredError = Callable[[jax.Array, jax.Array], jax.Array]
@@ -38,9 +45,8 @@ class _Best(NamedTuple):
     hi: jax.Array
     error: jax.Array
 
-    def or_one_of(self, ranges: Iterable[Ends], error: SquaredError) -> "_Best":
-        """Return the best of this and of more ranges."""
-        los, his = map(jnp.stack, zip(*ranges, strict=True))
+    def or_one_of(self, los: jax.Array, his: jax.Array, error: SquaredError) -> "_Best":
+        """Return the best of this and of more ranges, given by their ends, each of shape (N,)."""
         errors = lax.map(lambda ends: error(*ends), (los, his))
         i = jnp.argmin(errors)
         better = errors[i] < self.error
@@ -54,8 +60,8 @@ def least_error(
 ) -> Ends:
     """Search for the range of least squared error.
 
-    First both ends come in together, up to one magnitude, in steps of a 32nd and then of a 256th;
-    then, unless the grid is symmetric, the lower end alone and the upper one alone.
+    First with both ends up to one magnitude, then, unless the grid is symmetric, with each end at
+    another share of what was found.
 
     Args:
       low: lowest value.
@@ -64,22 +70,14 @@ def least_error(
       known: the squared error with the range of these extremes, at the least.
       error: that of other ranges, at the most: another one is returned if it is better for sure.
     """
-    best = _Best(low, high, known * (1 - _ROUNDING))
     least, most = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    magnitude = jnp.maximum(-least, most)
-
-    def up_to(end: jax.Array) -> Ends:
-        return jnp.maximum(least, -end), jnp.minimum(most, end)
-
-    best = best.or_one_of((up_to(magnitude * (k / 32)) for k in range(1, 32)), error)
-    end = jnp.minimum(jnp.maximum(-best.lo, best.hi), magnitude)
-    fine = (k / 256 for k in range(-7, 8) if k)
-    best = best.or_one_of((up_to(jnp.abs(end + magnitude * k)) for k in fine), error)
-    if spec.symmetric:
-        return best.lo, best.hi
-    shares = [k / 32 for k in range(1, 32)]
-    best = best.or_one_of(((best.lo * share, best.hi) for share in shares), error)
-    best = best.or_one_of(((best.lo, best.hi * share) for share in shares), error)
+    ends = jnp.maximum(-least, most) * _MAGNITUDES
+    extremes = _Best(low, high, known * (1 - _ROUNDING))
+    best = extremes.or_one_of(jnp.maximum(least, -ends), jnp.minimum(most, ends), error)
+    if not spec.symmetric:
+        los = jnp.maximum(least, best.lo * _SHARES[0])
+        his = jnp.minimum(most, best.hi * _SHARES[1])
+        best = best.or_one_of(los, his, error)
     return best.lo, best.hi
 
 

@@ -28,8 +28,8 @@ _ROUNDING = 1e-4
 
 _MAGNITUDES = (0.965 ** np.arange(1, 128)).astype(np.float32)
 """The magnitudes that are tried, as shares of the largest."""
-_SHARES = np.stack(np.meshgrid(*2 * [np.float32([1.2, 1.1, 1.05, 1, 0.9, 0.8, 0.65, 0.5, 0.3])]))
-_SHARES = _SHARES.reshape(2, -1)
+_FACTORS = np.array([1.2, 1.1, 1.05, 1, 0.9, 0.8, 0.65, 0.5, 0.3], np.float32)
+_SHARES = np.stack(np.meshgrid(_FACTORS, _FACTORS)).reshape(2, -1)
 """By what the ends of the best one are multiplied then, each with each."""
 
 Ends = tuple[jax.Array, jax.Array]

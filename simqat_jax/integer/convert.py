@@ -26,7 +26,7 @@ from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check
+from simqat_jax.training.ranges import COLLECTION, OWN, STEP, Stats, check
 
 
 def convert(
@@ -73,7 +73,8 @@ def convert(
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
     metadata, compiled = _metadata(config, call), Compiled()
-    stats, lowered = variables.get(COLLECTION, {}), partial(_lowered, config, metadata, compiled)
+    stats = tuple(variables.get(collection, {}) for collection in OWN)
+    lowered = partial(_lowered, config, metadata, compiled)
     sample = call.captured(None)
     builder, program = lowered(sample, stats, free_batch=False)
     if config.float_parts == "refuse":
@@ -104,14 +105,14 @@ def _lowered(
     metadata: Mapping[str, object],
     compiled: Compiled,
     captured: Capture,
-    stats: Stats,
+    stats: tuple[Stats, ...],
     *,
     free_batch: bool,
     examples: int = 1,
 ) -> tuple[ProgramBuilder, Program]:
     """Plan a captured call, and lower it."""
     placement = place_quantizers(captured.graph, config)
-    ranges = _ranges(placement, stats)
+    ranges = _ranges(placement, *stats)
     builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
     program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
     return builder, program
@@ -150,13 +151,13 @@ def _check_method(qmodule: QuantizedModule, method: Method) -> None:
         )
 
 
-def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
+def _ranges(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Range]:
     """Return the range of each quantizer that looks for none in a constant, by name.
 
     Raises:
       ValueError: one was never observed; quantization is delayed to a later step.
     """
-    states = check(placement, stats)
+    states = check(placement, stats, steps)
     delay = max(placement.delay("weight"), placement.delay("activation"))
     if int(states[STEP]) < delay:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node, Product
 from simqat_jax.numerics.folding import BatchNormFold
-from simqat_jax.numerics.observers import OBSERVERS, AxisName, Observer, Role
+from simqat_jax.numerics.observers import OBSERVERS, AxisName, Learned, Observer, Role
 from simqat_jax.numerics.rounding import Rounding
 from simqat_jax.numerics.spec import QuantSpec
 
@@ -130,6 +130,12 @@ class Placement:
         """Every quantizer with a range in `quant_stats`, by name, in order of evaluation."""
         everything = (*self.at.values(), *self.weights.values())
         return {q.name: q for q in everything if q.has_state}
+
+    @property
+    def learned(self) -> dict[str, Learned]:
+        """The observer of every quantizer with a step in `quant_params`, by name."""
+        observers = ((name, q.observer) for name, q in self.stateful.items())
+        return {name: o for name, o in observers if isinstance(o, Learned)}
 
     def delay(self, role: Role) -> int:
         """Return the training steps after which every quantizer of a role quantizes."""

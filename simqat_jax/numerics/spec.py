@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-ObserverName = Literal["ema", "minmax", "batch", "percentile", "mse", "entropy", "fixed"]
+ObserverName = Literal["ema", "minmax", "batch", "percentile", "mse", "entropy", "fixed", "learned"]
 
 
 def check_type(owner: object, field: str, kind: type) -> None:
@@ -63,7 +63,8 @@ class QuantSpec:
     Of all batches so far, with a histogram: `percentile`: what leaves out a share of values;
     `mse`: what has the least squared error on this grid; `entropy`: what has the least
     Kullback-Leibler divergence. Of a weight they look at the values of the last step alone, and
-    `entropy` is `batch`. `fixed`: the `range` given here; it keeps no state."""
+    `entropy` is `batch`. `fixed`: the `range` given here; it keeps no state. `learned`: steps
+    that are trained (LSQ), in the collection `quant_params`."""
     ema_decay: float = 0.99
     """Weight of the old range in `ema`: new = decay * old + (1 - decay) * batch."""
     percentile: float = 99.99

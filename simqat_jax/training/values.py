@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
@@ -78,6 +79,12 @@ class Run:
     def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
         """Return the range of a kernel, viewed as (inputs, output channels)."""
         raise NotImplementedError
+
+    def fake_quantized(
+        self, quantizer: Quantizer, x: jax.Array, lo: ArrayLike, hi: ArrayLike
+    ) -> jax.Array:
+        """Round a tensor to the grid on a range."""
+        return fake_quant(x, lo, hi, quantizer.spec)
 
     def step(self, step: Step, env: Values, seen: Seen) -> None:
         """Run a step: put the tensors that leave it into `env`."""
@@ -183,7 +190,7 @@ class Run:
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
             rounded = straight_through(exact, flat)
         else:
-            rounded = fake_quant(flat, lo, hi, quantizer.spec)
+            rounded = self.fake_quantized(quantizer, flat, lo, hi)
         return self.after_delay(quantizer.spec.quant_delay, rounded.reshape(kernel.shape), kernel)
 
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:

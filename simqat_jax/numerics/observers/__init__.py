@@ -15,6 +15,7 @@ from simqat_jax.numerics.observers.extremes import (
     observed,
 )
 from simqat_jax.numerics.observers.fixed import Fixed
+from simqat_jax.numerics.observers.learned import Learned, LearnedState
 from simqat_jax.numerics.observers.minmax import MinMax
 from simqat_jax.numerics.observers.mse import Mse
 from simqat_jax.numerics.observers.observer import AxisName, Observer, Range, Role, State
@@ -29,12 +30,15 @@ OBSERVERS: dict[str, type[Observer]] = {
     "mse": Mse,
     "entropy": Entropy,
     "fixed": Fixed,
+    "learned": Learned,
 }
 """By the name that `QuantSpec.observer` has for them."""
 
 __all__ = [
     "OBSERVERS",
     "AxisName",
+    "Learned",
+    "LearnedState",
     "Observer",
     "Range",
     "RangeState",

@@ -35,6 +35,7 @@ from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
 from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.module import (
+    LearnedStepSizeQuantizationAwareTraining,
     QuantizedModule,
     SimQAT,
     SimulatedQuantizationAwareTraining,
@@ -47,6 +48,7 @@ __version__ = _version("simqat-jax")
 __all__ = [
     "Grid",
     "IntegerModel",
+    "LearnedStepSizeQuantizationAwareTraining",
     "OpenFile",
     "Plan",
     "QuantParams",

@@ -199,6 +199,7 @@ def nothing() -> dict[str, Any]:
 
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": lambda: float_model(1000),
+    "docs/concepts.md": lambda: float_model(8),
     "docs/index.md": nothing,
     "docs/deployment.md": trained_model,
     "docs/migrating.md": nothing,

@@ -26,7 +26,7 @@ from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check
+from simqat_jax.training.ranges import COLLECTION, OWN, STEP, Stats, check
 
 
 def convert(
@@ -73,7 +73,8 @@ def convert(
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
     metadata, compiled = _metadata(config, call), Compiled()
-    stats, lowered = variables.get(COLLECTION, {}), partial(_lowered, config, metadata, compiled)
+    stats = tuple(variables.get(collection, {}) for collection in OWN)
+    lowered = partial(_lowered, config, metadata, compiled)
     sample = call.captured(None)
     builder, program = lowered(sample, stats, free_batch=False)
     if config.float_parts == "refuse":
@@ -104,7 +105,7 @@ def _lowered(
     metadata: Mapping[str, object],
     compiled: Compiled,
     captured: Capture,
-    stats: Stats,
+    stats: tuple[Stats, ...],
     *,
     free_batch: bool,
     examples: int = 1,
@@ -112,7 +113,7 @@ def _lowered(
     """Plan a captured call, and lower it."""
     placement = place_quantizers(captured.graph, config)
     _check_per_tensor(placement)
-    ranges = _ranges(placement, stats)
+    ranges = _ranges(placement, *stats)
     builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
     program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
     return builder, program
@@ -156,13 +157,13 @@ def _check_method(qmodule: QuantizedModule, method: Method) -> None:
         )
 
 
-def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
-    """Return the range of each quantizer with a state, by name.
+def _ranges(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Range]:
+    """Return the range of each quantizer that looks for none in a constant, by name.
 
     Raises:
       ValueError: one was never observed; quantization is delayed to a later step.
     """
-    states = check(placement, stats)
+    states = check(placement, stats, steps)
     delay = max(placement.delay("weight"), placement.delay("activation"))
     if int(states[STEP]) < delay:
         raise ValueError(
@@ -170,7 +171,9 @@ def _ranges(placement: Placement, stats: Stats) -> dict[str, Range]:
             "on (quant_delay): what it computes by now is not quantized. Train on, or lower the "
             "delay."
         )
-    return {name: q.observer.range(states[name]) for name, q in placement.stateful.items()}
+    known = {name: q.observer.known_range for name, q in placement.quantizers.items()}
+    known = {name: ends for name, ends in known.items() if ends is not None}
+    return known | {n: q.observer.range(states[n]) for n, q in placement.stateful.items()}
 
 
 def _is_array(x: object) -> bool:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from simqat_jax.ir.graph import BatchNorm, Clamp, Graph, Node, Product
 from simqat_jax.numerics.folding import BatchNormFold
-from simqat_jax.numerics.observers import OBSERVERS, AxisName, Observer, Role
+from simqat_jax.numerics.observers import OBSERVERS, AxisName, Learned, Observer, Role
 from simqat_jax.numerics.rounding import Rounding
 from simqat_jax.numerics.spec import QuantSpec
 
@@ -35,7 +35,8 @@ class Quantizer:
     @property
     def observer(self) -> Observer:
         """What its range follows the data with."""
-        return OBSERVERS[self.spec.observer](self.spec, self.num_channels, self.nonnegative)
+        kind = OBSERVERS[self.spec.observer].of_role(self.role)
+        return kind(self.spec, self.num_channels, self.nonnegative)
 
     @property
     def has_state(self) -> bool:
@@ -133,6 +134,12 @@ class Placement:
         """Every quantizer with a range in `quant_stats`, by name, in order of evaluation."""
         everything = (*self.at.values(), *self.weights.values())
         return {q.name: q for q in everything if q.has_state}
+
+    @property
+    def learned(self) -> dict[str, Learned]:
+        """The observer of every quantizer with a step in `quant_params`, by name."""
+        observers = ((name, q.observer) for name, q in self.stateful.items())
+        return {name: o for name, o in observers if isinstance(o, Learned)}
 
     def delay(self, role: Role) -> int:
         """Return the training steps after which every quantizer of a role quantizes."""

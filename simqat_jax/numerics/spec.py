@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Literal, get_args
 
-ObserverName = Literal["ema", "minmax", "batch"]
+import numpy as np
+
+ObserverName = Literal["ema", "minmax", "batch", "percentile", "mse", "entropy", "fixed", "learned"]
 
 
 def check_type(owner: object, field: str, kind: type) -> None:
@@ -34,8 +36,9 @@ class QuantSpec:
 
     Raises:
       TypeError: a field of the wrong type, a bool for an int included.
-      ValueError: `num_bits` outside 2 to 16, `ema_decay` outside [0, 1), a negative `quant_delay`,
-        an unknown `observer`.
+      ValueError: `num_bits` outside 2 to 16, `ema_decay` outside [0, 1), `percentile` outside
+        (50, 100], a negative `quant_delay`, an unknown `observer`; no `range` for `fixed`, one for
+        another observer, or one that is not finite and from a lower to a higher number.
 
     Examples:
       >>> QuantSpec(num_bits=4, symmetric=True, narrow_range=True).qmin
@@ -56,9 +59,19 @@ class QuantSpec:
     observer: ObserverName = "ema"
     """`ema`: exponential moving average of each batch's extremes; `minmax`: the extremes of all
     batches so far; `batch`: the extremes of the last batch. A weight under `batch` has the range
-    of its present values, in training and in evaluation, and keeps no state."""
+    of its present values, in training and in evaluation, and keeps no state.
+    Of all batches so far, with a histogram: `percentile`: what leaves out a share of values;
+    `mse`: what has the least squared error on this grid; `entropy`: what has the least
+    Kullback-Leibler divergence. Of a weight they look at the values of the last step alone, and
+    `entropy` is `batch`. `fixed`: the `range` given here; it keeps no state. `learned`: steps
+    that are trained (LSQ), in the collection `quant_params`."""
     ema_decay: float = 0.99
     """Weight of the old range in `ema`: new = decay * old + (1 - decay) * batch."""
+    percentile: float = 99.99
+    """The share of values that `percentile` keeps within each end of the range, in percent, above
+    50; of magnitudes where `symmetric`. 100: the extremes, as `minmax`."""
+    range: tuple[float, float] | None = None
+    """Lowest and highest value of `fixed`, real units: `(0.0, 1.0)` for images."""
     quant_delay: int = 0
     """Training steps during which values pass unquantized while ranges are observed."""
 
@@ -77,8 +90,38 @@ class QuantSpec:
                 f"QuantSpec.ema_decay must be in [0, 1), got {self.ema_decay}: it is the weight "
                 "of the old range, 0.99 for slow ranges, 0.9 for fast ones."
             )
+        check_type(self, "percentile", float)
+        if not 50.0 < self.percentile <= 100.0:
+            raise ValueError(
+                f"QuantSpec.percentile must be in (50, 100], got {self.percentile}: it is the "
+                "share of values within each end of the range, 99.99 to leave out a few outliers."
+            )
+        self._check_range()
         if self.quant_delay < 0:
             raise ValueError(f"QuantSpec.quant_delay must be 0 or more, got {self.quant_delay}.")
+
+    def _check_range(self) -> None:
+        if self.range is None:
+            if self.observer == "fixed":
+                raise ValueError(
+                    "QuantSpec.range must be given with observer='fixed': the lowest and the "
+                    "highest value, range=(0.0, 1.0)."
+                )
+            return
+        ends = self.range
+        if not isinstance(ends, tuple) or not all(type(end) in (int, float) for end in ends):
+            raise TypeError(f"QuantSpec.range must be a pair of numbers (lo, hi), got {ends!r}.")
+        largest = float(np.finfo(np.float32).max)
+        if len(ends) != 2 or not -largest <= ends[0] < ends[1] <= largest:
+            raise ValueError(
+                f"QuantSpec.range must be (lo, hi), finite, with lo below hi, got {ends!r}."
+            )
+        # `batch` takes the place of any observer for constants, which have their own extremes.
+        if self.observer not in ("fixed", "batch"):
+            raise ValueError(
+                f"QuantSpec.range is {ends!r}, and observer={self.observer!r} takes ranges from "
+                "data. Use observer='fixed', or leave out the range."
+            )
 
     @property
     def qmin(self) -> int:

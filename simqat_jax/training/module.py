@@ -1,5 +1,6 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,18 @@ from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, initial, restored
+from simqat_jax.training.ranges import (
+    COLLECTION,
+    OWN,
+    STEP,
+    STEPS,
+    Stats,
+    check,
+    check_steps,
+    initial,
+    parted,
+    restored,
+)
 from simqat_jax.training.run import run
 
 Method = Callable[..., PyTree] | str | None
@@ -95,6 +107,40 @@ SimulatedQuantizationAwareTraining = SimQAT
 """`SimQAT` under the full name that MindSpore Golden Stick uses."""
 
 
+class LearnedStepSizeQuantizationAwareTraining(SimQAT):
+    """`SimQAT` with learned steps (LSQ), under the name that MindSpore Golden Stick uses.
+
+    `SimQAT` of the same configuration with `observer="learned"` for weights and activations. The
+    steps are the collection `quant_params`, which is trained as `params` are:
+
+    1. Set them from data: a call with `mutable=["quant_stats", "quant_params"]`, or several.
+    2. Train `params` and `quant_params`, with `mutable=["batch_stats", "quant_stats"]`.
+
+    Args:
+      config: all else; `SimQATConfig()` by default.
+
+    Raises:
+      TypeError: `config` is no SimQATConfig.
+
+    Examples:
+      >>> qmodel = LearnedStepSizeQuantizationAwareTraining().apply(nn.Dense(10))
+      >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> sorted(variables["quant_params"])
+      ['input', 'kernel', 'output']
+
+    Source:
+      Esser et al., arXiv:1902.08153.
+    """
+
+    def __init__(self, config: SimQATConfig | None = None):
+        config = SimQAT(config).config
+        weight, activation = (
+            dataclasses.replace(spec, observer="learned")
+            for spec in (config.weight, config.activation)
+        )
+        super().__init__(dataclasses.replace(config, weight=weight, activation=activation))
+
+
 class QuantizedModule(nn.Module):
     """A linen module that computes `module` with simulated quantization.
 
@@ -157,7 +203,7 @@ class QuantizedModule(nn.Module):
         if self.is_initializing():
             result = self._initialized(method, args, kwargs)
         else:
-            mutable = subtract_filters(self.scope.mutable, COLLECTION)
+            mutable = subtract_filters(self.scope.mutable, list(OWN))
         rngs = dict(self.scope.rngs)
         captured = trace(
             self,
@@ -181,7 +227,10 @@ class QuantizedModule(nn.Module):
         if training:
             look = captured.seen.values
             values, stats = run(placement, captured.inputs, stats, training=True, look=look)
+            stats, steps = parted(placement, stats)
             self._store(COLLECTION, stats)
+            if self.is_mutable_collection(STEPS):
+                self._store(STEPS, steps)
         else:
             statics = [v for v in jax.tree.leaves((args, kwargs)) if not hasattr(v, "dtype")]
             about = (self.config, self.module, statics)
@@ -199,7 +248,7 @@ class QuantizedModule(nn.Module):
         assert self.scope is not None
         module = _alone(self.module)
         rngs: Any = dict(self.scope.rngs)
-        made = {k: v for k, v in self.variables.items() if k != COLLECTION}
+        made = {k: v for k, v in self.variables.items() if k not in OWN}
         if made:  # by an earlier call: it is part of another model, which calls it again
             flags = dict(rngs=rngs, mutable=True)
             return module.apply(made, *args, method=method, **flags, **kwargs)[0]
@@ -211,20 +260,31 @@ class QuantizedModule(nn.Module):
             self._store(collection, tree)
         return result
 
-    def _store(self, collection: str, tree: VariableDict) -> None:
+    def _store(self, collection: str, tree: Mapping[str, Any]) -> None:
         for name, value in tree.items():
             self.put_variable(collection, name, value)
 
     def _checked_stats(self, placement: Placement) -> Stats:
-        return check(placement, self.variables.get(COLLECTION, {}))
+        return check(placement, *self._own())
+
+    def _own(self) -> list[VariableDict]:
+        return [self.variables.get(collection, {}) for collection in OWN]
 
     def _stats(self, placement: Placement) -> Stats:
-        """Return the state of every quantizer; create what is missing."""
-        stats = restored(placement, self.variables.get(COLLECTION, {}))
-        for name in (STEP, *placement.stateful):
-            if name not in stats:
-                stats[name] = initial(placement.stateful.get(name))
-                self.put_variable(COLLECTION, name, stats[name])
+        """Return the state of every quantizer; create what is missing.
+
+        Where learned steps are mutable they are taken from ranges, whatever they were.
+        """
+        kept, steps = self._own()
+        if self.is_mutable_collection(STEPS):
+            steps = {name: observer.init().step for name, observer in placement.learned.items()}
+            self._store(STEPS, steps)
+        check_steps(placement, steps)
+        stats = restored(placement, kept, steps)
+        missing = [name for name in (STEP, *placement.stateful) if name not in stats]
+        stats |= {name: initial(placement.stateful.get(name)) for name in missing}
+        created = parted(placement, stats)[0]
+        self._store(COLLECTION, {name: created[name] for name in missing})
         return stats
 
     @nn.nowrap
@@ -255,7 +315,8 @@ class QuantizedModule(nn.Module):
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
-        return Plan(placement, self.config, variables.get(COLLECTION, {}))
+        stats = restored(placement, *(variables.get(collection, {}) for collection in OWN))
+        return Plan(placement, self.config, stats)
 
 
 def trace(
@@ -286,7 +347,7 @@ def trace(
     Raises:
       ValueError: what the call itself raises; an exclusion that matches nothing.
     """
-    floats = {k: v for k, v in variables.items() if k != COLLECTION}
+    floats = {k: v for k, v in variables.items() if k not in OWN}
     if _function(method) is type(qmodule.module).__call__:
         method = None
     call = Call(

@@ -37,6 +37,7 @@ class QuantizerInfo:
       name: its name in `quant_stats`, "Conv_0/output"; a weight's is "Conv_0/kernel".
       role: "activation", "weight" or "constant".
       spec: grid and observer.
+      label: the observer with its setting, "ema 0.99".
       channel_axis: the axis with one range per channel, None for one per tensor.
       num_channels: how many channels, None for one per tensor.
       lo: lowest value observed so far, real units, None if there is no range (yet).
@@ -47,6 +48,7 @@ class QuantizerInfo:
     name: str
     role: str
     spec: QuantSpec
+    label: str
     channel_axis: int | None
     num_channels: int | None
     lo: float | None
@@ -99,7 +101,7 @@ class Plan:
         )
 
     def _info(self, q: Quantizer) -> QuantizerInfo:
-        lo, hi, nonfinite = np.inf, -np.inf, 0
+        (lo, hi), nonfinite = q.observer.known_range or (np.inf, -np.inf), 0
         if q.name in self._stats:
             state = q.observer.restore(self._stats[q.name])
             if _is_concrete(state.nonfinite):
@@ -110,6 +112,7 @@ class Plan:
             name=q.name,
             role=q.role,
             spec=q.spec,
+            label=q.observer.label,
             channel_axis=q.observer.channel_axis,
             num_channels=q.num_channels,
             lo=float(lo) if seen else None,
@@ -245,7 +248,7 @@ def _quantizer(info: QuantizerInfo | None) -> str:
         if info.num_channels is None
         else f"per channel (axis {info.channel_axis}, {info.num_channels})"
     )
-    words.append(f"ema {spec.ema_decay:g}" if spec.observer == "ema" else spec.observer)
+    words.append(info.label)
     words += [f"delay {spec.quant_delay}"] if spec.quant_delay else []
     words += [f"[{info.lo:.4g}, {info.hi:.4g}]"] if info.lo is not None else []
     return ", ".join(words)

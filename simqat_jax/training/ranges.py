@@ -1,9 +1,10 @@
-"""The collection `quant_stats`: what it must hold before a model can be evaluated."""
+"""The collections `quant_stats` and `quant_params`: what evaluating a model needs of them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -14,6 +15,10 @@ from simqat_jax.numerics.arguments import check_mapping
 from simqat_jax.numerics.observers import Range
 
 COLLECTION = "quant_stats"
+STEPS = "quant_params"
+"""The collection of learned steps, by the names of their quantizers."""
+OWN = (COLLECTION, STEPS)
+"""The collections that the float model has not."""
 STEP = "step"
 """The entry that counts training steps."""
 Stats = Mapping[str, Any]
@@ -25,31 +30,46 @@ def initial(quantizer: Quantizer | None) -> Any:
     return jnp.zeros((), jnp.int32) if quantizer is None else quantizer.observer.init()
 
 
-def restored(placement: Placement, stats: Stats) -> dict[str, Any]:
-    """Return what `stats` holds of what a model needs, in order, its types restored."""
+def restored(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
+    """Return what `stats` and learned `steps` hold of what a model needs, in order.
+
+    Their types are restored, and each learned step is joined with the range that it starts from.
+    """
+    learned = placement.learned
     known = {
-        name: quantizer.observer.restore(stats[name])
+        name: learned[name].joined(stats[name], steps[name])
+        if name in learned
+        else quantizer.observer.restore(stats[name])
         for name, quantizer in placement.stateful.items()
-        if stats.get(name) is not None
+        if stats.get(name) is not None and (name not in learned or name in steps)
     }
     return {STEP: stats[STEP], **known} if stats.get(STEP) is not None else known
 
 
-def check(placement: Placement, stats: Stats) -> dict[str, Any]:
+def parted(placement: Placement, stats: Stats) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Return what `quant_stats` and `quant_params` hold of joined states."""
+    pairs = {name: o.parted(stats[name]) for name, o in placement.learned.items()}
+    ranges = {name: range_ for name, (range_, _) in pairs.items()}
+    return {**stats, **ranges}, {name: step for name, (_, step) in pairs.items()}
+
+
+def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
     """Return the ranges that a model evaluates with.
 
     Args:
       placement: the planned model.
       stats: the collection.
+      steps: the collection of learned steps.
 
     Raises:
-      TypeError: `stats` is no dictionary.
+      TypeError: `stats` or `steps` is no dictionary.
       ValueError: a range is missing or, where values are at hand (outside of jit), empty or not
         finite; training counted more operations of one kind than this call has.
     """
     check_mapping("quant_stats", stats, "Pass the collection that init and apply return.")
     _check_numbers(placement, stats)
-    known = restored(placement, stats)
+    _check_learned(placement, steps)
+    known = restored(placement, stats, steps)
     missing = [name for name in (*placement.stateful, STEP) if name not in known]
     if missing:
         raise ValueError(
@@ -85,6 +105,30 @@ def _is_empty(lo: ArrayLike, hi: ArrayLike) -> bool:
 
 def _is_finite(pair: Range) -> bool:
     return all(bool(np.all(np.isfinite(np.asarray(end)))) for end in pair)
+
+
+def check_steps(placement: Placement, steps: Stats) -> None:
+    """Raise ValueError if a learned step is missing."""
+    check_mapping(STEPS, steps, "Pass the collection that init and apply return.")
+    missing = [name for name in placement.learned if name not in steps]
+    if missing:
+        raise ValueError(
+            f"the variables hold no {STEPS} for {', '.join(missing)}. Pass those of this model's "
+            f"init, or set them from data with apply(..., mutable=['{COLLECTION}', '{STEPS}'])."
+        )
+
+
+def _check_learned(placement: Placement, steps: Stats) -> None:
+    """Raise ValueError if a learned step is missing or, where values are at hand, not above 0."""
+    check_steps(placement, steps)
+    known = {name: steps[name] for name in placement.learned if _is_concrete(steps[name])}
+    unset = [name for name, step in known.items() if not np.all(np.asarray(step) > 0)]
+    if unset:
+        raise ValueError(
+            f"the learned steps of {', '.join(unset)} are not above 0. Set them from data with "
+            f"apply(..., mutable=['{COLLECTION}', '{STEPS}']) before training; if training "
+            "brought them there, give them a lower learning rate."
+        )
 
 
 def _check_numbers(placement: Placement, stats: Stats) -> None:

@@ -1,10 +1,10 @@
 """Training: observe ranges, and simulate quantization with them."""
 
 import jax
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.plan import Placement, Quantizer, Step
-from simqat_jax.numerics.affine import fake_quant
-from simqat_jax.numerics.observers import Range
+from simqat_jax.numerics.observers import Learned, Range
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.ops.operation import bounds_of
 from simqat_jax.training.ranges import Stats
@@ -37,14 +37,22 @@ class Simulation(Run):
         self, quantizer: Quantizer, x: jax.Array, seen: Seen, unclamped: jax.Array, bounds: Bounds
     ) -> Value:
         """Observe and fake-quantize a tensor, which is `unclamped` clamped to `bounds`."""
-        spec = quantizer.spec
         if x.size == 0:
             raise ValueError(
                 f"{quantizer.name}: an empty tensor of shape {x.shape} has no range. Train "
                 "with at least one example in a batch."
             )
         lo, hi = self.observe(quantizer, unclamped, seen, bounds)
-        return Value(self.after_delay(spec.quant_delay, fake_quant(x, lo, hi, spec), x))
+        rounded = self.fake_quantized(quantizer, x, lo, hi)
+        return Value(self.after_delay(quantizer.spec.quant_delay, rounded, x))
+
+    def fake_quantized(
+        self, quantizer: Quantizer, x: jax.Array, lo: ArrayLike, hi: ArrayLike
+    ) -> jax.Array:
+        rounded, observer = super().fake_quantized(quantizer, x, lo, hi), quantizer.observer
+        if not isinstance(observer, Learned):
+            return rounded
+        return observer.with_step_gradient(rounded, x, self.stats[quantizer.name])
 
     def observe(
         self, quantizer: Quantizer, x: jax.Array, seen: Seen, bounds: Bounds = FREE

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
-from simqat_jax.numerics.observers import Range, RangeState
+from simqat_jax.numerics.observers import Range, State
 from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
 
@@ -42,7 +43,7 @@ class Observation(NamedTuple):
     """
 
     measured: Any
-    state: RangeState
+    state: State
 
 
 Seen = dict[str, Observation]
@@ -78,6 +79,12 @@ class Run:
     def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
         """Return the range of a kernel, viewed as (inputs, output channels)."""
         raise NotImplementedError
+
+    def fake_quantized(
+        self, quantizer: Quantizer, x: jax.Array, lo: ArrayLike, hi: ArrayLike
+    ) -> jax.Array:
+        """Round a tensor to the grid on a range."""
+        return fake_quant(x, lo, hi, quantizer.spec)
 
     def step(self, step: Step, env: Values, seen: Seen) -> None:
         """Run a step: put the tensors that leave it into `env`."""
@@ -178,12 +185,12 @@ class Run:
         quantizer = self.placement.weights[node]
         flat = kernel.reshape(-1, node.num_channels)
         lo, hi = self.kernel_range(quantizer, flat, seen)
-        if quantizer.spec.symmetric and not quantizer.has_state:
+        if quantizer.spec.symmetric and not quantizer.has_state and quantizer.observer.covers:
             # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
             rounded = straight_through(exact, flat)
         else:
-            rounded = fake_quant(flat, lo, hi, quantizer.spec)
+            rounded = self.fake_quantized(quantizer, flat, lo, hi)
         return self.after_delay(quantizer.spec.quant_delay, rounded.reshape(kernel.shape), kernel)
 
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:

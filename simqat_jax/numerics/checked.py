@@ -227,14 +227,14 @@ def update_range(state: RangeState, lo: ArrayLike, hi: ArrayLike, spec: QuantSpe
       state: the state before.
       lo: lowest value of the batch, real units, shape of `state.lo`.
       hi: highest value, same shape.
-      spec: names the observer and its decay.
+      spec: names the observer, one of these, and its decay.
 
     Returns:
       The state after; unchanged but for `nonfinite + 1` if any extreme is NaN or Inf.
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: a shape other than the state's; `lo` above `hi`.
+      ValueError: a shape other than the state's; `lo` above `hi`; another observer.
 
     Examples:
       >>> update_range(init_range(), -1.0, 2.0, QuantSpec()).hi
@@ -258,7 +258,7 @@ def observe(
     Args:
       state: the state before, from `init_range` or an earlier `observe`.
       x: values, real units, any shape and float dtype.
-      spec: names the observer; `per_channel` keeps `channel_axis`.
+      spec: names the observer, `ema`, `minmax` or `batch`; `per_channel` keeps `channel_axis`.
       channel_axis: the channel axis of `x` where `spec.per_channel`.
 
     Returns:
@@ -266,7 +266,7 @@ def observe(
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: `x` is empty, or `spec.per_channel` and `x` has no such axis.
+      ValueError: `x` is empty, `spec.per_channel` and `x` has no such axis, or another observer.
 
     Examples:
       >>> observe(init_range(), jnp.array([0.5, 2.0]), QuantSpec()).lo

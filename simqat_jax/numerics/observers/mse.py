@@ -93,6 +93,7 @@ class MseOfWeights(OfPresentValues):
         return jax.vmap(self.of_channel)(x)
 
     def of_channel(self, x: jax.Array) -> Ends:
+        """Return the range of one channel, or of all values, shape (N,)."""
         low, high = jnp.min(x), jnp.max(x)
         exponent = exponent_of(low, high)
         x = x * power_of_two(-exponent)  # so that no square overflows
@@ -134,4 +135,4 @@ class Mse(OfHistogram):
         codes = fake_quant(jnp.asarray(EDGES), low, high, self.spec, None)
         border = codes[1:] != codes[:-1]
         step = quant_params(low, high, self.spec).scale
-        return jnp.sum(counts * border) * jnp.where(step >= 1, step / 2, jnp.inf)
+        return jnp.where(step >= 1, jnp.sum(counts * border) * step / 2, jnp.inf)

@@ -83,6 +83,13 @@ def test_channels_are_observed_one_by_one(name):
             np.testing.assert_array_equal(getattr(state, field)[channel], getattr(alone, field))
 
 
+def test_bfloat16_is_measured_as_the_numbers_that_it_holds():
+    o = observer("percentile")
+    x = jnp.asarray(values(6, 1.0, 0)).astype(jnp.bfloat16)
+    measure = jax.jit(o.measure)
+    jax.tree.map(np.testing.assert_array_equal, measure(x), measure(x.astype(jnp.float32)))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nonfinite_batches_are_left_out_and_counted(name, bad):

@@ -10,6 +10,7 @@ print(qmodel.plan(variables, x))
 
 from importlib.metadata import version as _version
 
+from simqat_jax.calibration.calibrate import calibrate
 from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.convert import convert
 from simqat_jax.integer.model import IntegerModel
@@ -56,6 +57,7 @@ __all__ = [
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
     "Verification",
+    "calibrate",
     "convert",
     "dequantize",
     "export_onnx",

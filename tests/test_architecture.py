@@ -19,6 +19,7 @@ LAYERS = [
     {"ir"},
     {"capture", "ops"},
     {"training"},
+    {"calibration"},
     {"integer"},
     {"targets"},
 ]

@@ -65,9 +65,8 @@ def calibrate(
       >>> qmodel = SimQAT().apply(nn.Dense(2))
       >>> variables = nn.Dense(2).init(jax.random.key(0), jnp.ones((1, 3)))
       >>> batches = [jnp.ones((4, 3)), 2 * jnp.ones((4, 3))]
-      >>> calibrated = calibrate(qmodel, variables, batches, progress=False)
-      >>> float(calibrated["quant_stats"]["input"].hi)
-      2.0
+      >>> calibrate(qmodel, variables, batches, progress=False)["quant_stats"]["input"].hi
+      Array(2., dtype=float32)
     """
     call, known = EvaluationCall(qmodule, method, kwargs), floats(variables)
     observe = jax.jit(functools.partial(_observe, call))

@@ -16,6 +16,16 @@ _SECONDS = 0.5
 """Between two lines of progress."""
 
 
+def check_batches(batches: object) -> None:
+    """Raise TypeError for what yields no batches; an array would yield single examples."""
+    wrong = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
+    if wrong or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must yield batches, got {shown(batches)}. Pass a list of arrays, [x], or a "
+            "generator; of a model with several inputs, of tuples."
+        )
+
+
 def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int, tuple]]:
     """Number the batches from 0, and yield each as the arguments of a call.
 
@@ -29,12 +39,7 @@ def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int
       ValueError: there is none, or an array in one is empty.
     """
     check_flag("progress", progress)
-    wrong = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
-    if wrong or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must yield batches, got {shown(batches)}. Pass a list of arrays, [x], or a "
-            "generator; of a model with several inputs, of tuples."
-        )
+    check_batches(batches)
     total, count = len(batches) if hasattr(batches, "__len__") else None, 0  # pyright: ignore
     line = Progress(what, "batch", total, progress)
     for count, batch in enumerate(batches, 1):

@@ -1,0 +1,206 @@
+"""Walk through a model, step by step with all data at once: quantized, and in float beside it."""
+
+import dataclasses
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.typing import VariableDict
+
+from simqat_jax.calibration.batches import Batches, Progress, arguments
+from simqat_jax.calibration.call import EvaluationCall
+from simqat_jax.calibration.steps import Steps
+from simqat_jax.calibration.variables import FloatVariables, FreeVariables
+from simqat_jax.ir.graph import Operand
+from simqat_jax.ir.plan import Placement, Quantizer, Step
+from simqat_jax.numerics.observers import Range
+from simqat_jax.training.ranges import COLLECTION, check
+from simqat_jax.training.values import Values, read
+
+
+class Moments(NamedTuple):
+    """What each channel of a step's result is before its clamp, on all data, float64, (C,)."""
+
+    mean: np.ndarray
+    var: np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class _Side:
+    """One batch on its way through one model.
+
+    Attributes:
+      steps: of the model.
+      env: the tensors that later steps read, and all variables.
+    """
+
+    steps: Steps
+    env: Values
+
+
+class _Lane(NamedTuple):
+    """One batch on its way through the quantized model and the float one."""
+
+    exact: _Side
+    real: _Side
+    examples: int
+
+
+class Stop:
+    """A step that the walk has come to: all that it reads is known.
+
+    Args:
+      walk: on its way.
+      number: of the step.
+
+    Attributes:
+      step: the step.
+    """
+
+    def __init__(self, walk: "Walk", number: int):
+        self.step: Step = walk.placement.steps[number]
+        self._walk = walk
+        self._number = number
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """The quantizer of the step's kernel."""
+        return self._walk.placement.weights.get(self.step.node)
+
+    def range(self, quantizer: Quantizer) -> Range | None:
+        """Return the range that `quant_stats` holds; None: it is that of the present values."""
+        if not quantizer.has_state:
+            return None
+        return quantizer.observer.range(self._walk.stats[quantizer.name])
+
+    def value(self, v: Operand) -> jax.Array:
+        """Return what does not depend on the data, as it is in the quantized model."""
+        return jnp.asarray(read(v, self._walk.lanes[0].exact.env).real)
+
+    def is_free(self, v: Operand | None) -> bool:
+        """Whether this is a variable, maybe cast, that nothing but this step reads."""
+        return bool(self._walk.free.sources(v))
+
+    def set(self, v: Operand, value: jax.Array | np.ndarray) -> None:
+        """Change such a variable of the quantized model before the walk goes on."""
+        for source in self._walk.free.sources(v):
+            self._walk.changed.add(source)
+            for lane in self._walk.lanes:
+                old = lane.exact.env[source]
+                new = jnp.asarray(value, old.real.dtype).reshape(old.real.shape)
+                lane.exact.env[source] = old._replace(real=new)
+
+    def moments(self, *, real: bool = False) -> Moments:
+        """Return the moments of the step's result, in the quantized model or in the float one."""
+        sides = [lane.real if real else lane.exact for lane in self._walk.lanes]
+        parts = [side.steps.moments(self._number, side.env) for side in sides]
+        means, variances = (np.array([p[i] for p in parts], np.float64) for i in range(2))
+        weights = [lane.examples for lane in self._walk.lanes]
+        mean = np.average(means, axis=0, weights=weights)
+        return Moments(mean, np.average(variances + (means - mean) ** 2, axis=0, weights=weights))
+
+    def inputs(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Yield of each batch the step's first input: in the quantized model, in the float one."""
+        v = self.step.node.inputs[0]
+        for exact, real, _ in self._walk.lanes:
+            yield read(v, exact.env).real, read(v, real.env).real
+
+
+class Walk:
+    """All data on their way through a model; iterating stops at each step, in order.
+
+    The whole data are in memory, as the tensors that later steps read.
+
+    Args:
+      call: how the model is called.
+      variables: calibrated ones.
+      batches: yields the call's arguments.
+      reference: the float model's variables; None: the same ones.
+      what: the name of the work, for progress.
+      progress: show it.
+
+    Attributes:
+      placement: the plan of the quantized model.
+      stats: the ranges.
+      lanes: the batches.
+      free: the variables that may be changed.
+      changed: those that have been.
+    """
+
+    def __init__(
+        self,
+        call: EvaluationCall,
+        variables: VariableDict,
+        batches: Batches,
+        reference: VariableDict | None = None,
+        *,
+        what: str,
+        progress: bool,
+    ):
+        self._given = variables
+        self.stats = variables.get(COLLECTION, {})
+        self._floats = FloatVariables(variables)
+        aims = self._floats.leaves if reference is None else self._floats.like(reference)
+        plans: dict[Hashable, tuple[Steps, Steps]] = {}
+        self.lanes: list[_Lane] = []
+        for _, args in arguments(batches, what, False):
+            leaves = jax.tree.leaves((args, dict(call.kwargs)))
+            arrays = [x for x in leaves if hasattr(x, "dtype")]
+            key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+            if key not in plans:
+                placement = call.planned(call.captured(variables, args))
+                self.stats = check(placement, variables.get(COLLECTION, {}))
+                plans[key] = Steps(placement, self.stats), Steps(placement, None)
+            given = [jnp.asarray(x) for x in arrays]
+            exact, real = (
+                _Side(steps, steps.start([*map(jnp.asarray, leaves), *given]))
+                for steps, leaves in zip(plans[key], (self._floats.leaves, aims), strict=True)
+            )
+            self.lanes.append(_Lane(exact, real, max(x.shape[0] for x in given if x.ndim)))
+        self.placement: Placement = self.lanes[0].exact.steps.placement
+        self._line = Progress(what, "step", len(self.placement.steps), progress)
+        self._graph = self.placement.graph
+        self.free = FreeVariables(self._graph, self._floats.tensors(self._graph))
+        self.changed: set[int] = set()
+        self._check_alike()
+
+    def __iter__(self) -> Iterator[Stop]:
+        for number in range(len(self.placement.steps)):
+            yield Stop(self, number)
+            for lane in self.lanes:
+                self._advance(lane.exact, number)
+                self._advance(lane.real, number)
+            self._line.show(number + 1)
+        self._line.end(len(self.placement.steps))
+
+    def variables(self) -> dict[str, Any]:
+        """Return the variables as they are by now."""
+        changed = {v: self.lanes[0].exact.env[v].real for v in self.changed}
+        return {**self._given, **self._floats.tree(self._graph, changed)}
+
+    def _advance(self, side: _Side, number: int) -> None:
+        side.env.update(side.steps.results(number, side.env))
+        for v in self._last_read[number]:
+            side.env.pop(v, None)
+
+    def _check_alike(self) -> None:
+        """Raise ValueError if batches of other shapes make another model; find what to forget."""
+        steps = self.placement.steps
+        outputs = [step.output for step in steps]
+        for lane in self.lanes:
+            if [step.output for step in lane.exact.steps.placement.steps] != outputs:
+                raise ValueError(
+                    "the model computes otherwise for batches of another shape, so that they have "
+                    "no steps in common. Give all batches one shape: leave out a smaller last one."
+                )
+        last: dict[int, int] = {}
+        for number, step in enumerate(steps):
+            for node in step.nodes:
+                last.update({v: number for v in node.inputs if isinstance(v, int)})
+        kept = set(self._graph.inputs)
+        self._last_read = [
+            [v for v, n in last.items() if n == number and v not in kept]
+            for number in range(len(steps))
+        ]

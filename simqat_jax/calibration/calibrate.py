@@ -19,6 +19,8 @@ from simqat_jax.training.module import Method, QuantizedModule
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats
 from simqat_jax.training.run import run
 
+_NEVER = 2**30
+"""A step of training that does not come."""
 _NAMED = 3
 """How many batches, and tensors of each, a message names."""
 
@@ -35,9 +37,9 @@ def calibrate(
     """Take the ranges of all quantizers from data; nothing is trained.
 
     Each batch is one call in evaluation, compiled once for each shape: BatchNorm uses its running
-    statistics, parameters and statistics stay, and no training step is counted. Ranges are those of
-    the quantized model: what a tensor holds behind quantized layers. A second call goes on where
-    the first one ended.
+    statistics, parameters and statistics stay, and no training step is counted. What is observed is
+    the float model, so that the ranges do not depend on how coarse any grid is. A second call goes
+    on where the first one ended.
 
     The observers `ema` and `batch` forget earlier batches, and calibration data have no order: here
     both take the extremes of all batches, as `minmax` does. Training that goes on from there
@@ -90,7 +92,7 @@ def _observe(
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """Observe a batch; return the new state of the ranges, and which of them had NaN or Inf."""
     captured = call.captured(variables, args)
-    placement = _remembering(call.planned(captured))
+    placement = _observing(call.planned(captured))
     _, seen = run(placement, captured.inputs, stats, training=True)
     names = list(placement.stateful)
     nonfinite = {name: seen[name].nonfinite > stats[name].nonfinite for name in names}
@@ -103,21 +105,20 @@ def _observe(
     return {**seen, **new, STEP: stats[STEP]}, nonfinite
 
 
-def _remembering(placement: Placement) -> Placement:
-    """Return a plan whose observers give all batches the same weight."""
+def _observing(placement: Placement) -> Placement:
+    """Return a plan that observes and never quantizes, and gives all batches the same weight."""
 
-    def remembering(quantizer: Quantizer) -> Quantizer:
-        forgets = issubclass(OBSERVERS[quantizer.spec.observer], Ema | Batch)
-        if not forgets or not quantizer.has_state:
-            return quantizer
-        spec = dataclasses.replace(quantizer.spec, observer="minmax")
+    def observing(quantizer: Quantizer) -> Quantizer:
+        spec = dataclasses.replace(quantizer.spec, quant_delay=_NEVER)
+        if quantizer.has_state and issubclass(OBSERVERS[spec.observer], Ema | Batch):
+            spec = dataclasses.replace(spec, observer="minmax")
         return dataclasses.replace(quantizer, spec=spec)
 
     return dataclasses.replace(
         placement,
-        at={v: remembering(q) for v, q in placement.at.items()},
-        weights={node: remembering(q) for node, q in placement.weights.items()},
-        constants={slot: remembering(q) for slot, q in placement.constants.items()},
+        at={v: observing(q) for v, q in placement.at.items()},
+        weights={node: observing(q) for node, q in placement.weights.items()},
+        constants={slot: observing(q) for slot, q in placement.constants.items()},
     )
 
 

@@ -53,14 +53,19 @@ def patches(node: Product, x: jax.Array) -> jax.Array:
 
 
 def _windows(node: Product, x: jax.Array, groups: int) -> jax.Array:
-    """Convolve with a kernel that picks each element of a window."""
+    """Return what a convolution's window sees at each of its places."""
     eqn = node.contraction.eqn
-    *window, inner, _ = shape_of(eqn.invars[1]).shape
-    size = math.prod(window) * inner
-    picks = jnp.tile(jnp.eye(size).reshape(*window, inner, size), groups)
-    exact = {
-        "precision": (lax.Precision.HIGHEST,) * 2,
-        "preferred_element_type": np.dtype(np.float32),
-    }
-    found = eqn.primitive.bind(x, picks, **{**eqn.params, **exact})
-    return found.reshape(-1, groups, size).transpose(1, 0, 2)
+    params, (*window, _, _) = eqn.params, shape_of(eqn.invars[1]).shape
+    strides, apart = params["window_strides"], params["rhs_dilation"]
+    between = [d - 1 for d in params["lhs_dilation"]]
+    sides = [(lo, hi, d) for (lo, hi), d in zip(params["padding"], between, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *sides, (0, 0, 0)])
+    spans = [(n - 1) * d + 1 for n, d in zip(window, apart, strict=True)]
+    ends = [n - span for n, span in zip(x.shape[1:-1], spans, strict=True)]
+    seen = []
+    for place in np.ndindex(*window):
+        first = [k * d for k, d in zip(place, apart, strict=True)]
+        last = [k + end + 1 for k, end in zip(first, ends, strict=True)]
+        part = lax.slice(x, (0, *first, 0), (len(x), *last, x.shape[-1]), (1, *strides, 1))
+        seen.append(part.reshape(-1, groups, x.shape[-1] // groups))
+    return jnp.stack(seen, axis=2).reshape(len(seen[0]), groups, -1).transpose(1, 0, 2)

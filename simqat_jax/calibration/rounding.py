@@ -28,6 +28,8 @@ _SWEEPS = 50
 _DAMPING = 0.01
 """What a code away from the weight costs besides, as a share of the mean square of the inputs: few
 data do not tell what weights of inputs that go together are to be."""
+_ROWS = 2**15
+"""Of more rows in a batch, an evenly spread part of about so many is looked at."""
 _INSIDE = 0.25
 """Codes by which a weight rounded to an end of the range stays inside of it."""
 
@@ -49,7 +51,7 @@ def round_adaptively(
     the two codes next to each weight, one layer after the other. It is never larger than with the
     nearest codes. The largest weight of each range keeps its code, so that the range stays. Kernels
     come back on their grid, where evaluation and `convert` round them to the codes that were
-    chosen.
+    chosen. Of large feature maps an evenly spread part is looked at.
 
     Kernels that are no parameter as they stand (tied, normalized, of a scan) keep nearest codes.
     Correct biases afterwards, with the variables from before as `reference`.
@@ -137,12 +139,12 @@ class _Layer:
         scale = jnp.broadcast_to(self._nearest.grid.params.scale, nearest.shape)
         real = true_divide(folded, scale)
         size = jnp.abs(folded)
-        ends = size == jnp.max(size, axis=0 if self._quantizer.num_channels else None)
+        axis = 0 if self._quantizer.num_channels else None
+        ends = size == jnp.broadcast_to(jnp.max(size, axis=axis), size.shape)
         low = jnp.clip(jnp.floor(real), spec.qmin, spec.qmax)
         high = jnp.clip(jnp.floor(real) + 1, spec.qmin, spec.qmax)
-        choice = _Choice(
-            real, nearest, jnp.where(ends, nearest, low), jnp.where(ends, nearest, high)
-        )
+        low, high = (jnp.where(ends, nearest, codes) for codes in (low, high))
+        choice = _Choice(real, nearest, low, high)
         matrices = _Choice(*(columns(self.node, v) for v in choice))
         chosen = kernel_of(_chosen(_sums(self.node, stop), matrices), nearest.shape)
         outer = (chosen <= spec.qmin) | (chosen >= spec.qmax)
@@ -153,9 +155,9 @@ class _Layer:
 
     def is_quantized_to(self, kernel: jax.Array, codes: jax.Array) -> bool:
         """Whether a kernel is quantized to these codes, on the grid of the old one."""
-        found, grids = self._codes(kernel), (self._codes(kernel).grid, self._nearest.grid)
-        same = jnp.array_equal(*(grid.params.scale for grid in grids))
-        return bool(same & jnp.array_equal(found.codes, codes))
+        found = self._codes(kernel)
+        old, new = (v.grid.params.scale for v in (self._nearest, found))
+        return bool(jnp.array_equal(old, new) & jnp.array_equal(found.codes, codes))
 
 
 class _Sums(NamedTuple):
@@ -190,6 +192,8 @@ def _sums(node: Product, stop: Stop) -> _Sums:
     @jax.jit
     def of_batch(exact: jax.Array, real: jax.Array) -> _Sums:
         x, z = patches(node, exact), patches(node, real)
+        # An odd number: images have even widths, and all columns are to be seen.
+        x, z = (v[:, :: (v.shape[1] // _ROWS) | 1] for v in (x, z))
         product = functools.partial(jnp.einsum, "gnk,gnl->gkl", precision=lax.Precision.HIGHEST)
         return _Sums(product(x, x), product(x, z))
 
@@ -203,7 +207,7 @@ def _chosen(sums: _Sums, choice: _Choice) -> jax.Array:
     """Return the chosen codes: of each channel the nearest ones if nothing better was found."""
     level = _DAMPING * jnp.mean(jnp.diagonal(sums.squares, axis1=1, axis2=2), axis=1)
     level, wanted = level[:, None, None], sums.mixed @ choice.real
-    damped = sums.squares + level * jnp.eye(sums.squares.shape[-1])
+    damped = sums.squares + level * jnp.eye(sums.squares.shape[-1])[None]
     found = jax.vmap(_descended)(damped, wanted + level * choice.real, choice)
 
     def error(codes: jax.Array) -> jax.Array:  # but for what no codes change
@@ -219,7 +223,7 @@ def _descended(squares: jax.Array, wanted: jax.Array, choice: _Choice) -> jax.Ar
         codes, slope = state
         step = jnp.where(squares[k, k] > 0, slope[k] / squares[k, k], 0.0)
         new = jnp.clip(jnp.round(codes[k] - step), choice.low[k], choice.high[k])
-        return codes.at[k].set(new), slope + squares[:, k, None] * (new - codes[k])
+        return codes.at[k].set(new), slope + squares[:, k, None] * (new - codes[k])[None]
 
     def sweep(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         count, codes, slope, _ = state

@@ -34,10 +34,23 @@ class _Side:
     Attributes:
       steps: of the model.
       env: the tensors that later steps read, and all variables.
+      ahead: the tensors that leave the present step, if they are known.
     """
 
     steps: Steps
     env: Values
+    ahead: Values | None = None
+
+    def moments(self, number: int) -> tuple[jax.Array, jax.Array]:
+        """Return the moments of the present step's result."""
+        mean, var, self.ahead = self.steps.moments(number, self.env)
+        return mean, var
+
+    def advance(self, number: int) -> None:
+        """Run the present step."""
+        ahead = self.steps.results(number, self.env) if self.ahead is None else self.ahead
+        self.env.update(ahead)
+        self.ahead = None
 
 
 class _Lane(NamedTuple):
@@ -91,11 +104,12 @@ class Stop:
                 old = lane.exact.env[source]
                 new = jnp.asarray(value, old.real.dtype).reshape(old.real.shape)
                 lane.exact.env[source] = old._replace(real=new)
+                lane.exact.ahead = None
 
     def moments(self, *, real: bool = False) -> Moments:
         """Return the moments of the step's result, in the quantized model or in the float one."""
         sides = [lane.real if real else lane.exact for lane in self._walk.lanes]
-        parts = [side.steps.moments(self._number, side.env) for side in sides]
+        parts = [side.moments(self._number) for side in sides]
         means, variances = (np.array([p[i] for p in parts], np.float64) for i in range(2))
         weights = [lane.examples for lane in self._walk.lanes]
         mean = np.average(means, axis=0, weights=weights)
@@ -181,7 +195,7 @@ class Walk:
         return {**self._given, **self._floats.tree(self._graph, changed)}
 
     def _advance(self, side: _Side, number: int) -> None:
-        side.env.update(side.steps.results(number, side.env))
+        side.advance(number)
         for v in self._last_read[number]:
             side.env.pop(v, None)
 

@@ -61,7 +61,7 @@ def test_ranges_are_those_of_all_batches(variables):
     assert (lo, hi) == (min(x.min() for x in X), max(x.max() for x in X))
     float_outputs = np.concatenate([Net().apply(FLOATS, x) for x in X])
     lo, hi, _ = variables["quant_stats"]["Dense_0/output"]
-    np.testing.assert_allclose((lo, hi), (float_outputs.min(), float_outputs.max()), rtol=0.02)
+    np.testing.assert_allclose((lo, hi), (float_outputs.min(), float_outputs.max()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("observer", ["minmax", "batch"])

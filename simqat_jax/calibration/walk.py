@@ -154,31 +154,22 @@ class Walk:
         progress: bool,
     ):
         self._given = variables
-        self.stats = variables.get(COLLECTION, {})
+        self._call = call
         self._floats = FloatVariables(variables)
-        aims = self._floats.leaves if reference is None else self._floats.like(reference)
-        plans: dict[Hashable, tuple[Steps, Steps]] = {}
-        self.lanes: list[_Lane] = []
-        for _, args in arguments(batches, what, False):
-            leaves = jax.tree.leaves((args, dict(call.kwargs)))
-            arrays = [x for x in leaves if hasattr(x, "dtype")]
-            key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
-            if key not in plans:
-                placement = call.planned(call.captured(variables, args))
-                self.stats = check(placement, variables.get(COLLECTION, {}))
-                plans[key] = Steps(placement, self.stats), Steps(placement, None)
-            given = [jnp.asarray(x) for x in arrays]
-            exact, real = (
-                _Side(steps, steps.start([*map(jnp.asarray, leaves), *given]))
-                for steps, leaves in zip(plans[key], (self._floats.leaves, aims), strict=True)
-            )
-            self.lanes.append(_Lane(exact, real, max(x.shape[0] for x in given if x.ndim)))
+        self._plans: dict[Hashable, tuple[Steps, Steps]] = {}
+        own = [jnp.asarray(x) for x in self._floats.leaves]
+        aims = own
+        if reference is not None:
+            aims = [jnp.asarray(x) for x in self._floats.like(reference)]
+        self.lanes = [self._lane(own, aims, args) for _, args in arguments(batches, what, False)]
         self.placement: Placement = self.lanes[0].exact.steps.placement
+        self.stats = check(self.placement, variables.get(COLLECTION, {}))
         self._line = Progress(what, "step", len(self.placement.steps), progress)
         self._graph = self.placement.graph
         self.free = FreeVariables(self._graph, self._floats.tensors(self._graph))
         self.changed: set[int] = set()
         self._check_alike()
+        self._last_read = self._last_reads()
 
     def __iter__(self) -> Iterator[Stop]:
         for number in range(len(self.placement.steps)):
@@ -194,27 +185,52 @@ class Walk:
         changed = {v: self.lanes[0].exact.env[v].real for v in self.changed}
         return {**self._given, **self._floats.tree(self._graph, changed)}
 
+    def _lane(self, own: list[jax.Array], aims: list[jax.Array], args: tuple) -> _Lane:
+        """Put a batch at the start of both models.
+
+        Args:
+          own: the variables of the quantized model.
+          aims: those of the float one.
+          args: the batch.
+        """
+        leaves = jax.tree.leaves((args, dict(self._call.kwargs)))
+        arrays = [jnp.asarray(x) for x in leaves if hasattr(x, "dtype")]
+        key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+        if key not in self._plans:
+            placement = self._call.planned(self._call.captured(self._given, args))
+            stats = check(placement, self._given.get(COLLECTION, {}))
+            self._plans[key] = Steps(placement, stats), Steps(placement, None)
+        exact, real = self._plans[key]
+        return _Lane(
+            exact=_Side(exact, exact.start([*own, *arrays])),
+            real=_Side(real, real.start([*aims, *arrays])),
+            examples=max((len(x) for x in arrays if x.ndim), default=1),
+        )
+
     def _advance(self, side: _Side, number: int) -> None:
         side.advance(number)
         for v in self._last_read[number]:
             side.env.pop(v, None)
 
     def _check_alike(self) -> None:
-        """Raise ValueError if batches of other shapes make another model; find what to forget."""
-        steps = self.placement.steps
-        outputs = [step.output for step in steps]
-        for lane in self.lanes:
-            if [step.output for step in lane.exact.steps.placement.steps] != outputs:
-                raise ValueError(
-                    "the model computes otherwise for batches of another shape, so that they have "
-                    "no steps in common. Give all batches one shape: leave out a smaller last one."
-                )
+        """Raise ValueError if the model makes other steps for batches of another shape."""
+        shapes = [
+            [(type(step.node), step.output) for step in lane.exact.steps.placement.steps]
+            for lane in self.lanes
+        ]
+        if any(steps != shapes[0] for steps in shapes):
+            raise ValueError(
+                "the model computes otherwise for batches of another shape, so that they have no "
+                "steps in common. Give all batches one shape: leave out a smaller last one."
+            )
+
+    def _last_reads(self) -> list[list[int]]:
+        """Return for each step the tensors that no later one reads, but for variables."""
         last: dict[int, int] = {}
-        for number, step in enumerate(steps):
+        for number, step in enumerate(self.placement.steps):
             for node in step.nodes:
                 last.update({v: number for v in node.inputs if isinstance(v, int)})
-        kept = set(self._graph.inputs)
-        self._last_read = [
-            [v for v, n in last.items() if n == number and v not in kept]
-            for number in range(len(steps))
-        ]
+        for v in self._floats.tensors(self._graph):
+            last.pop(v, None)
+        numbers = range(len(self.placement.steps))
+        return [[v for v, n in last.items() if n == number] for number in numbers]

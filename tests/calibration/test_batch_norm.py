@@ -10,15 +10,13 @@ from small_model import Small, few_bits
 import simqat_jax as sq
 
 
-@pytest.mark.parametrize("fold", ["none", "one_conv"])
-def test_statistics_are_those_of_the_data(small, fold):
+def test_statistics_are_those_of_the_data(small):
     """With 16 bits they are the float model's, which NumPy takes."""
-    qmodel = sq.SimQAT(few_bits(16, bn_fold=fold)).apply(Small())
+    qmodel = sq.SimQAT(few_bits(16)).apply(Small())
     floats = jax.tree.map(jnp.asarray, small.floats)
     floats["params"]["BatchNorm_0"]["scale"] = floats["params"]["BatchNorm_0"]["scale"].at[2].set(0)
     variables = sq.calibrate(qmodel, floats, [small.x], **small.quiet)
-    parts = [small.x[:18], small.x[18:]]
-    got = sq.reestimate_batch_norm(qmodel, variables, parts, **small.quiet)
+    got = sq.reestimate_batch_norm(qmodel, variables, [small.x], **small.quiet)
     conv = nn.Conv(6, (3, 3), use_bias=False)
     y = np.asarray(conv.apply({"params": floats["params"]["Conv_0"]}, small.x), np.float64)
     want = {"mean": y.mean(axis=(0, 1, 2)), "var": y.var(axis=(0, 1, 2))}

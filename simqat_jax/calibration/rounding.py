@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import VariableDict
 from jax import lax
 
@@ -16,10 +17,7 @@ from simqat_jax.calibration.walk import Stop, Walk
 from simqat_jax.ir.graph import Product
 from simqat_jax.ir.plan import Quantizer
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.folding import batch_norm_state, folding_scale, scaled_kernel
-from simqat_jax.numerics.grid import Codes
-from simqat_jax.numerics.observers import Range
 from simqat_jax.ops.products import kernel_codes
 from simqat_jax.training.module import Method, QuantizedModule
 
@@ -117,47 +115,47 @@ class _Layer:
     def __init__(self, stop: Stop, quantizer: Quantizer):
         assert isinstance(stop.step.node, Product)
         self.node: Product = stop.step.node
-        self._quantizer = quantizer
-        self._ends: Range | None = stop.range(quantizer)
-        self._factor = jnp.ones(self.node.num_channels)
+        self._spec = quantizer.spec
         self._kernel = stop.value(self.node.inputs[1])
+        self._factor = jnp.ones(self.node.num_channels)
         norm = stop.step.norm
         if norm is not None and stop.step.fold != "none":
             values = {n: stop.value(v) for n, v in norm.layer.named(norm.inputs[1:]).items()}
             self._factor = folding_scale(batch_norm_state(values, norm.module.epsilon))
-        self._nearest = self._codes(self._kernel)
+        ends = stop.range(quantizer)
 
-    def _codes(self, kernel: jax.Array) -> Codes:
-        flat = kernel.reshape(-1, self.node.num_channels)
-        return kernel_codes(self._quantizer, self._ends, scaled_kernel(flat, self._factor))
+        @jax.jit
+        def deployed(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+            flat = kernel.reshape(-1, self.node.num_channels)
+            codes = kernel_codes(quantizer, ends, scaled_kernel(flat, self._factor))
+            return codes.codes, jnp.broadcast_to(codes.grid.params.scale, flat.shape)
 
-    def rounded(self, stop: Stop) -> tuple[jax.Array, jax.Array]:
+        self._deployed = deployed
+        self._nearest, self._scale = map(np.asarray, deployed(self._kernel))
+
+    def rounded(self, stop: Stop) -> tuple[np.ndarray, np.ndarray]:
         """Return the kernel on the chosen codes, and these, viewed as (inputs, channels)."""
-        spec, nearest = self._quantizer.spec, self._nearest.codes
-        flat = self._kernel.reshape(nearest.shape)
-        folded = scaled_kernel(flat, self._factor)
-        scale = jnp.broadcast_to(self._nearest.grid.params.scale, nearest.shape)
-        real = true_divide(folded, scale)
-        size = jnp.abs(folded)
-        axis = 0 if self._quantizer.num_channels else None
-        ends = size == jnp.broadcast_to(jnp.max(size, axis=axis), size.shape)
-        low = jnp.clip(jnp.floor(real), spec.qmin, spec.qmax)
-        high = jnp.clip(jnp.floor(real) + 1, spec.qmin, spec.qmax)
-        low, high = (jnp.where(ends, nearest, codes) for codes in (low, high))
-        choice = _Choice(real, nearest, low, high)
-        matrices = _Choice(*(columns(self.node, v) for v in choice))
-        chosen = kernel_of(_chosen(_sums(self.node, stop), matrices), nearest.shape)
+        spec, nearest = self._spec, self._nearest
+        flat = np.asarray(self._kernel, np.float32).reshape(nearest.shape)
+        real = flat * np.asarray(self._factor) / self._scale
+        size = np.abs(flat * np.asarray(self._factor))
+        ends = size == size.max(axis=0 if spec.per_channel else None)
+        low = np.where(ends, nearest, np.clip(np.floor(real), spec.qmin, spec.qmax))
+        high = np.where(ends, nearest, np.clip(np.floor(real) + 1, spec.qmin, spec.qmax))
+        choice = _Choice(*(jnp.asarray(columns(self.node, v)) for v in (real, nearest, low, high)))
+        found = np.asarray(_chosen(_sums(self.node, stop), choice))
+        chosen = kernel_of(found, nearest.shape)
         outer = (chosen <= spec.qmin) | (chosen >= spec.qmax)
-        inside = jnp.where(outer, chosen - _INSIDE * jnp.sign(chosen), chosen)
-        kernel = true_divide(inside * scale, jnp.broadcast_to(self._factor, scale.shape))
-        kernel = jnp.where(outer & (chosen == nearest), flat, kernel)
+        inside = np.where(outer, chosen - _INSIDE * np.sign(chosen), chosen)
+        kernel = np.where(
+            outer & (chosen == nearest), flat, inside * self._scale / np.asarray(self._factor)
+        )
         return kernel.astype(self._kernel.dtype).reshape(self._kernel.shape), chosen
 
-    def is_quantized_to(self, kernel: jax.Array, codes: jax.Array) -> bool:
+    def is_quantized_to(self, kernel: np.ndarray, codes: np.ndarray) -> bool:
         """Whether a kernel is quantized to these codes, on the grid of the old one."""
-        found = self._codes(kernel)
-        old, new = (v.grid.params.scale for v in (self._nearest, found))
-        return bool(jnp.array_equal(old, new) & jnp.array_equal(found.codes, codes))
+        found, scale = self._deployed(jnp.asarray(kernel))
+        return np.array_equal(found, codes) and np.array_equal(scale, self._scale)
 
 
 class _Sums(NamedTuple):

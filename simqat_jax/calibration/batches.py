@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int
     Args:
       batches: yields arrays, or tuples of arguments.
       what: the name of the work, for messages.
-      progress: write to the terminal how far it is.
+      progress: write to stderr how far it is.
 
     Raises:
       TypeError: `batches` yields no batches.
@@ -40,7 +40,7 @@ def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int
     """
     check_flag("progress", progress)
     check_batches(batches)
-    total, count = len(batches) if hasattr(batches, "__len__") else None, 0  # pyright: ignore
+    total, count = len(batches) if isinstance(batches, Sized) else None, 0
     line = Progress(what, "batch", total, progress)
     for count, batch in enumerate(batches, 1):
         args = batch if isinstance(batch, tuple) else (batch,)

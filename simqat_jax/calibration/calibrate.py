@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax.typing import VariableDict
 
 from simqat_jax.calibration.batches import Batches, arguments
-from simqat_jax.calibration.call import EvaluationCall, floats
+from simqat_jax.calibration.call import EvaluationCall
+from simqat_jax.calibration.variables import floats
 from simqat_jax.ir.plan import Placement, Quantizer
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema

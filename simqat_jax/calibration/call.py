@@ -76,13 +76,3 @@ _TRAINS = (
     "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
     "use_running_average=True."
 )
-
-
-def floats(variables: VariableDict) -> dict[str, Any]:
-    """Return the variables of the float model.
-
-    Raises:
-      TypeError: no dictionary.
-    """
-    check_mapping("variables", variables, "Pass a trained float model's, or what init returned.")
-    return {name: tree for name, tree in variables.items() if name != COLLECTION}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import VariableDict
 
-from simqat_jax.calibration.call import EvaluationCall, floats
+from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.patches import columns, kernel_of, patches
 from simqat_jax.calibration.variables import FloatVariables, FreeVariables
 from simqat_jax.ir.graph import Clamp, Constant, Graph, Mean, Move, Operand, Product
@@ -67,7 +67,7 @@ def equalize(
     Source:
       Nagel et al., arXiv:1906.04721, section 4.1. Biases are not absorbed.
     """
-    known = FloatVariables(floats(variables))
+    known = FloatVariables(variables)
     call = EvaluationCall(qmodule, method, kwargs)
     placement = call.planned(call.captured(variables, args))
     graph = placement.graph

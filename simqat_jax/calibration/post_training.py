@@ -10,12 +10,12 @@ from simqat_jax.calibration.bias import move_bias
 from simqat_jax.calibration.calibrate import calibrate
 from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.rounding import round_kernel
+from simqat_jax.calibration.variables import floats
 from simqat_jax.calibration.walk import Walk
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.arguments import check_mapping, shown
+from simqat_jax.numerics.arguments import shown
 from simqat_jax.training.module import Method, QuantizedModule, SimQAT
-from simqat_jax.training.ranges import COLLECTION
 
 Recipe = Literal["fast", "accurate"]
 """How much is done: `fast` takes ranges and corrects biases, `accurate` rounds kernels besides."""
@@ -67,12 +67,10 @@ def post_training_quantize(
         raise ValueError(f"recipe must be 'fast' or 'accurate', got {shown(recipe)}.")
     qmodule = SimQAT(config).apply(model)
     _check_no_delay(qmodule.config)
-    check_mapping("variables", variables, "Pass the trained float model's.")
-    floats = {name: tree for name, tree in variables.items() if name != COLLECTION}
     check_batches(batches)
     data = list(batches)
     given: dict[str, Any] = {"method": method, "progress": progress, **kwargs}
-    calibrated = calibrate(qmodule, floats, data, **given)
+    calibrated = calibrate(qmodule, floats(variables), data, **given)
     call = EvaluationCall(qmodule, method, kwargs)
     walk = Walk(call, calibrated, data, what="post_training_quantize", progress=progress)
     for stop in walk:

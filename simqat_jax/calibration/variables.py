@@ -8,7 +8,18 @@ from flax.typing import VariableDict
 from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Graph, Operand
+from simqat_jax.numerics.arguments import check_mapping
 from simqat_jax.training.ranges import COLLECTION
+
+
+def floats(variables: VariableDict) -> dict[str, Any]:
+    """Return the variables of the float model.
+
+    Raises:
+      TypeError: no dictionary.
+    """
+    check_mapping("variables", variables, "Pass a trained float model's, or what init returned.")
+    return {name: tree for name, tree in variables.items() if name != COLLECTION}
 
 
 class FloatVariables:
@@ -22,8 +33,7 @@ class FloatVariables:
     """
 
     def __init__(self, variables: VariableDict):
-        known = {name: tree for name, tree in variables.items() if name != COLLECTION}
-        self.leaves, self._tree = jax.tree.flatten(known)
+        self.leaves, self._tree = jax.tree.flatten(floats(variables))
 
     def like(self, other: VariableDict) -> list[Any]:
         """Return the arrays of other variables of the same model.

@@ -50,8 +50,12 @@ def test_patches_times_columns_are_the_product(case):
     for made in captured.graph.nodes[: captured.graph.nodes.index(node)]:
         env.update(zip(made.outputs, made.run(*(env[v] for v in made.inputs)), strict=True))
     kernel = env[node.inputs[1]]
-    got = patches(node, env[node.inputs[0]]) @ columns(node, kernel)
-    want = node.linear(env[node.inputs[0]], kernel)
+
+    @jax.jit
+    def both(x, kernel):
+        return patches(node, x) @ columns(node, kernel), node.linear(x, kernel)
+
+    got, want = both(env[node.inputs[0]], kernel)
     assert got.size == want.size
     # The same numbers, in the order of groups, rows and channels.
     np.testing.assert_allclose(np.sort(got, axis=None), np.sort(want, axis=None), atol=1e-5)

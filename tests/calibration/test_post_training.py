@@ -10,19 +10,16 @@ from small_model import Small, few_bits
 import simqat_jax as sq
 
 
-def test_recipes_get_closer_to_float_and_convert(small):
-    want, errors = np.asarray(Small().apply(small.floats, small.x)), {}
-    for recipe in ("fast", "accurate"):
-        batches = (part for part in [small.x])
-        given = {"config": few_bits(), "recipe": recipe, **small.quiet}
-        qmodel, variables = sq.post_training_quantize(Small(), small.floats, batches, **given)
-        got = np.asarray(qmodel.apply(variables, small.x, train=False))
-        errors[recipe] = np.mean((got - want) ** 2)
+def test_it_comes_closer_to_float_than_ranges_alone_and_converts(small):
+    data = (part for part in [small.x])
+    given = {"config": few_bits(), "recipe": "accurate", **small.quiet}
+    qmodel, variables = sq.post_training_quantize(Small(), small.floats, data, **given)
+    got = np.asarray(qmodel.apply(variables, small.x, train=False))
     model = sq.convert(qmodel, variables, small.x, train=False)
     np.testing.assert_array_equal(model(small.x), got)
+    want = np.asarray(Small().apply(small.floats, small.x))
     calibrated = np.asarray(small.qmodel.apply(small.variables, small.x, train=False))
-    plain = np.mean((calibrated - want) ** 2)
-    assert errors["accurate"] < errors["fast"] < plain
+    assert np.mean((got - want) ** 2) < np.mean((calibrated - want) ** 2) / 4
 
 
 def test_a_model_without_biases_is_taken():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 import tyro
 
@@ -57,12 +56,8 @@ def calibrate(
       x: preprocessed photos, shape (N, 224, 224, 3).
     """
     qmodel = sq.SimQAT(config).apply(module)
-    ranges = jax.jit(qmodel.init)(jax.random.key(0), x[:1])["quant_stats"]
-    observe = jax.jit(lambda v, x: qmodel.apply(v, x, train=False, mutable=["quant_stats"])[1])
-    for start in range(0, len(x), _CALIBRATION_BATCH):
-        batch = x[start : start + _CALIBRATION_BATCH]
-        ranges = observe({**variables, "quant_stats": ranges}, batch)["quant_stats"]
-    quantized = {**variables, "quant_stats": ranges}
+    batches = [x[i : i + _CALIBRATION_BATCH] for i in range(0, len(x), _CALIBRATION_BATCH)]
+    quantized = sq.calibrate(qmodel, variables, batches, train=False)
     return comparison.Network(module=module, config=config, variables=quantized)
 
 

@@ -10,6 +10,12 @@ print(qmodel.plan(variables, x))
 
 from importlib.metadata import version as _version
 
+from simqat_jax.calibration.batch_norm import reestimate_batch_norm
+from simqat_jax.calibration.bias import correct_bias
+from simqat_jax.calibration.calibrate import calibrate
+from simqat_jax.calibration.equalize import equalize
+from simqat_jax.calibration.post_training import post_training_quantize
+from simqat_jax.calibration.rounding import round_adaptively
 from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.convert import convert
 from simqat_jax.integer.model import IntegerModel
@@ -60,8 +66,11 @@ __all__ = [
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
     "Verification",
+    "calibrate",
     "convert",
+    "correct_bias",
     "dequantize",
+    "equalize",
     "export_onnx",
     "export_tflite",
     "fake_quant",
@@ -71,8 +80,11 @@ __all__ = [
     "observe",
     "observed",
     "open_file",
+    "post_training_quantize",
     "quant_params",
     "quantize",
+    "reestimate_batch_norm",
+    "round_adaptively",
     "update_range",
     "verify",
 ]

@@ -20,6 +20,7 @@ LAYERS = [
     {"ir"},
     {"capture", "ops"},
     {"training"},
+    {"calibration"},
     {"integer"},
     {"targets"},
 ]

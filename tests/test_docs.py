@@ -193,6 +193,11 @@ def trained_model() -> dict[str, Any]:
     return {"qmodel": qmodel, "variables": variables | updates, "x": x[:1]}
 
 
+def float_variables() -> dict[str, Any]:
+    names = float_model(100)
+    return names | {"floats": names["model"].init(names["key"], names["x"][:1])}
+
+
 def nothing() -> dict[str, Any]:
     return {}
 
@@ -201,6 +206,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": lambda: float_model(1000),
     "docs/concepts.md": lambda: float_model(8),
     "docs/index.md": nothing,
+    "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/migrating.md": nothing,
     "docs/rules.md": nothing,

@@ -1,0 +1,152 @@
+"""What quantization without training costs: accuracy and distance from the float network.
+
+Calibration data are training images, and the test set is what is measured on; EfficientNet-Lite0
+has published weights, and photos for both.
+
+Example: TFDS_DATA_DIR=tfds python -m experiments.benchmarks.ptq --model lenet5
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import simqat_jax as sq
+from experiments import lite0, pretrained
+from experiments.data import in_batches, load, photos
+from experiments.errors import run_or_exit
+from experiments.models import EfficientNetLite0, LeNet5
+
+_EPOCHS, _BATCH, _RATE = 3, 128, 2e-3
+"""Of the float LeNet5, with a cosine schedule of Adam."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Options of the command."""
+
+    model: Literal["lenet5", "lite0"] = "lenet5"
+    """LeNet5 on MNIST, trained here; EfficientNet-Lite0 on the photos of SIMQAT_PHOTOS."""
+    weight_bits: tuple[int, ...] = (8, 4, 3, 2)
+    """Widths of the kernels, one row each."""
+    activation_bits: int = 8
+    """Width of activations."""
+    per_tensor: bool = False
+    """One range for each kernel, not one for each output channel."""
+    calibration: int | None = None
+    """Examples to calibrate on; by default 512 of MNIST, 96 photos."""
+    examples: int | None = None
+    """Examples to measure on; by default all."""
+    seed: int = 0
+    """Of the float LeNet5."""
+
+
+class Workload(NamedTuple):
+    """A trained float network, batches to calibrate on, and what it is measured on."""
+
+    module: nn.Module
+    variables: Any
+    batches: list[np.ndarray]
+    x: np.ndarray
+    labels: np.ndarray
+
+
+def lenet5(arguments: Arguments) -> Workload:
+    """Train LeNet5 on MNIST."""
+    data, module = load("mnist"), LeNet5()
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _EPOCHS * data.train_size // _BATCH))
+    variables = module.init(jax.random.key(arguments.seed), data.sample())
+    state = optimizer.init(variables)
+
+    @jax.jit
+    def step(variables: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
+        def loss(variables: Any) -> jax.Array:
+            logits: Any = module.apply(variables, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        deltas, new = optimizer.update(jax.grad(loss)(variables), state)
+        return optax.apply_updates(variables, deltas), new
+
+    for epoch in range(_EPOCHS):
+        for x, y in data.train_batches(_BATCH, arguments.seed, epoch):
+            variables, state = step(variables, state, x, y)
+    images, labels, real = map(np.concatenate, zip(*data.test_batches(1000), strict=True))
+    first = next(iter(data.train_batches(arguments.calibration or 512, arguments.seed, 0)))[0]
+    return Workload(module, variables, [first], images[real], labels[real])
+
+
+def lite0_on_photos(arguments: Arguments) -> Workload:
+    """Take the published EfficientNet-Lite0, and photos."""
+    chosen, others = photos.load().split(arguments.calibration or 96)
+    x = lite0.preprocess(chosen.pixels)
+    return Workload(
+        EfficientNetLite0(),
+        pretrained.efficientnet_lite0(),
+        [x[i : i + 32] for i in range(0, len(x), 32)],
+        lite0.preprocess(others.pixels),
+        others.labels,
+    )
+
+
+WORKLOADS: dict[str, Callable[[Arguments], Workload]] = {
+    "lenet5": lenet5,
+    "lite0": lite0_on_photos,
+}
+"""By the name that the command takes."""
+
+
+def measure(arguments: Arguments, console: Console) -> None:
+    """Quantize in every way, and print a table."""
+    work = WORKLOADS[arguments.model](arguments)
+    x, labels = work.x[: arguments.examples], work.labels[: arguments.examples]
+    run: Any = jax.jit(work.module.apply)
+    logits = in_batches(lambda x: run(work.variables, x), x, 100)
+    table = Table(title=f"{arguments.model}, float {np.mean(logits.argmax(-1) == labels):.2%}")
+    for column in ("weight bits", "recipe", "top-1", "as float", "SQNR, dB", "s"):
+        table.add_column(column, justify="right")
+    for bits in arguments.weight_bits:
+        weight = dataclasses.replace(
+            sq.SimQATConfig().weight, num_bits=bits, per_channel=not arguments.per_tensor
+        )
+        activation = sq.QuantSpec(num_bits=arguments.activation_bits)
+        config = sq.SimQATConfig(weight=weight, activation=activation)
+        for recipe in ("calibrate", "fast", "accurate"):
+            start = time.perf_counter()
+            if recipe == "calibrate":
+                qmodel = sq.SimQAT(config).apply(work.module)
+                variables = sq.calibrate(qmodel, work.variables, work.batches)
+            else:
+                qmodel, variables = sq.post_training_quantize(
+                    work.module, work.variables, work.batches, config=config, recipe=recipe
+                )
+            seconds = time.perf_counter() - start
+            evaluate: Any = functools.partial(qmodel.apply, variables)
+            got = in_batches(evaluate, x, 100)
+            noise = np.sum((got - logits) ** 2, dtype=np.float64)
+            table.add_row(
+                str(bits),
+                recipe,
+                f"{np.mean(got.argmax(-1) == labels):.2%}",
+                f"{np.mean(got.argmax(-1) == logits.argmax(-1)):.2%}",
+                f"{10 * np.log10(np.sum(logits**2, dtype=np.float64) / noise):.2f}",
+                f"{seconds:.0f}",
+            )
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command."""
+    measure(tyro.cli(Arguments, description=__doc__), Console())
+
+
+if __name__ == "__main__":
+    run_or_exit(main)

@@ -1,0 +1,78 @@
+"""The call that calibration makes of a model: the one of evaluation."""
+
+import dataclasses
+from typing import Any
+
+import flax.errors
+from flax.typing import VariableDict
+
+from simqat_jax.capture import Capture
+from simqat_jax.ir.plan import Placement
+from simqat_jax.numerics.arguments import check_kind, check_mapping
+from simqat_jax.training.module import Kwargs, Method, QuantizedModule, trace
+from simqat_jax.training.planner import place_quantizers
+from simqat_jax.training.ranges import COLLECTION, STEP, initial, restored
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluationCall:
+    """How a model is called in evaluation.
+
+    Attributes:
+      qmodule: the quantized model.
+      method: of the float model; None: its `__call__`.
+      kwargs: keyword arguments, the same for every batch.
+
+    Raises:
+      TypeError: no QuantizedModule.
+    """
+
+    qmodule: QuantizedModule
+    method: Method
+    kwargs: Kwargs
+
+    def __post_init__(self) -> None:
+        check_kind(
+            "qmodule", self.qmodule, QuantizedModule, "SimQAT(...).apply(model) returns one."
+        )
+
+    def captured(self, variables: VariableDict, args: tuple) -> Capture:
+        """Trace the call; nothing that it would update is.
+
+        Raises:
+          ValueError: what the call itself raises; it is one of training.
+        """
+        try:
+            captured = self._traced(variables, args)
+        except flax.errors.InvalidRngError as error:
+            raise ValueError(_TRAINS.format(path="the model")) from error
+        training = [n.where for n in captured.graph.nodes if n.only_training]
+        if training:
+            raise ValueError(_TRAINS.format(path=training[0]))
+        return captured
+
+    def _traced(self, variables: VariableDict, args: tuple) -> Capture:
+        call = (self.qmodule, variables, args, self.kwargs, self.method)
+        try:
+            return trace(*call, rngs={}, mutable=[])
+        except flax.errors.ModifyScopeVariableError:  # the model does, whatever the mode
+            return trace(*call, rngs={})
+
+    def planned(self, captured: Capture) -> Placement:
+        """Place its quantizers."""
+        return place_quantizers(captured.graph, self.qmodule.config)
+
+    def stats(self, variables: VariableDict, args: tuple) -> dict[str, Any]:
+        """Return the state of every range; create what is missing."""
+        held = variables.get(COLLECTION, {})
+        check_mapping(COLLECTION, held, "Pass the collection that init and apply return.")
+        placement = self.planned(self.captured(variables, args))
+        new = {name: initial(q) for name, q in placement.stateful.items()}
+        return {STEP: initial(None), **new, **held, **restored(placement, held)}
+
+
+_TRAINS = (
+    "{path}: calibration makes the call of evaluation, and here it drops out values or uses batch "
+    "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
+    "use_running_average=True."
+)

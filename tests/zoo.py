@@ -89,6 +89,12 @@ def residual(x):
     return nn.relu(x + nn.Conv(4, (1, 1))(nn.relu(nn.Conv(4, (3, 3))(x))))
 
 
+def maxima(x):
+    """Of two tensors, and of one and a constant."""
+    y = jnp.maximum(nn.Dense(4)(x), nn.relu(nn.Dense(4)(x)))
+    return nn.Dense(3)(jnp.minimum(y, jnp.linspace(-1.0, 1.0, 4).reshape(1, 4)))
+
+
 def pre_activation(x):
     x = nn.Conv(4, (3, 3))(x)
     y = nn.Conv(4, (3, 3))(nn.relu(nn.BatchNorm(use_running_average=True)(x)))
@@ -216,6 +222,7 @@ CASES: dict[str, Case] = {
     "residual": case(residual, IMAGE, 5, 3),
     "subtract": case(lambda x: nn.Dense(4)(x) - nn.Dense(4)(x), ROW, 4, 2),
     "multiply": case(lambda x: nn.Dense(4)(x) * nn.Dense(4)(x), ROW, 4, 2),
+    "maximum of two": case(maxima, ROW, 3, 3),
     "pre-activation": case(pre_activation, IMAGE, 5, 2),
     "squeeze and excite": case(squeeze_excite, IMAGE, 7, 3),
     "densenet": case(dense_net, IMAGE, 3, 4),

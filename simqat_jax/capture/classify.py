@@ -13,6 +13,7 @@ from simqat_jax.ir.graph import (
     Concat,
     Constant,
     Elementwise,
+    Extremum,
     Float,
     Mean,
     Move,
@@ -32,19 +33,20 @@ _MOVES = (
 _FUNCTIONS = (
     "neg abs sign floor ceil round exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos "
     "tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv integer_pow square pow "
-    "div rem max min clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
+    "div rem clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
 )
 _CLASSES: dict[str, type[Node]] = {
     **dict.fromkeys(_MOVES, Move),
     **dict.fromkeys(_FUNCTIONS, Elementwise),
     **dict.fromkeys(("add", "sub", "add_any"), Add),
     "mul": Mul,
+    **dict.fromkeys(("max", "min"), Extremum),
     **dict.fromkeys(("reduce_sum", "reduce_window_sum"), Mean),
     **dict.fromkeys(("concatenate", "stack"), Concat),
 }
 # What an elementwise function may be made of besides elementwise operations.
 _ALSO_ELEMENTWISE = frozenset(
-    "add sub mul convert_element_type copy stop_gradient broadcast_in_dim".split()
+    "add sub mul max min convert_element_type copy stop_gradient broadcast_in_dim".split()
 )
 # Kept whole, under their names, where the model calls them through jit.
 _NAMED_FUNCTIONS = frozenset(

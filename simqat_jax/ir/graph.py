@@ -348,6 +348,14 @@ class Concat(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Extremum(Node):
+    """The larger, or the smaller, of two tensors, element by element."""
+
+    kind: str = "extremum"
+    pointwise: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Elementwise(Node):
     """A function of each element of one tensor, and of scalars."""
 

@@ -131,6 +131,18 @@ class IntegerOperation(Operation):
         return situation.on_grid and (situation.needed or situation.wanted)
 
 
+class SharedGridOperation(IntegerOperation):
+    """An operation whose tensors all lie on one grid: there is nothing to rescale."""
+
+    shares_grid = True
+
+    def joins(self, inputs: int) -> bool:
+        return True
+
+    def is_quantized(self, node: Node, situation: Situation) -> bool:
+        return not situation.per_channel and super().is_quantized(node, situation)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExactStep:
     """A quantized step in evaluation, with one grid for each of its tensors.

@@ -5,6 +5,7 @@ from simqat_jax.ir.program import Op
 from simqat_jax.ops import (
     arithmetic,
     batch_norm,
+    extremes,
     floats,
     functions,
     matmul,
@@ -19,7 +20,7 @@ from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (
     *(products, matmul, batch_norm, norms, softmax),
-    *(arithmetic, sums, functions, moves, floats, primitives),
+    *(arithmetic, extremes, sums, functions, moves, floats, primitives),
 )
 
 OPERATIONS: dict[type[Node], Operation] = {

@@ -14,6 +14,7 @@ from simqat_jax.ir.graph import (
     Clamp,
     Concat,
     Elementwise,
+    Extremum,
     Graph,
     Mean,
     Move,
@@ -157,7 +158,8 @@ class _Planner:
     def finished(self, step: Step) -> Step:
         """Add how its BatchNorm is folded, and why it stays float."""
         # Of what else stands in the module of a product out of reach, nothing is said.
-        blamed = not isinstance(step.node, Add | Mul | Move | Mean | Elementwise | Clamp | Concat)
+        functional = Add | Mul | Extremum | Move | Mean | Elementwise | Clamp | Concat
+        blamed = not isinstance(step.node, functional)
         reason = self.unquantizable.get("/".join(step.node.path), "") if blamed else ""
         if not reason and excluded(step.node.path, self.config.exclude):
             reason = "excluded"
@@ -268,7 +270,7 @@ class _Planner:
                 self.constants[Slot(step, position)] = Quantizer(name, spec, None, "constant")
 
     def share(self, step: Step) -> None:
-        """Put the inputs of a concat on one grid, which its output has too."""
+        """Put the inputs of a concat or maximum on one grid, which its output has too."""
         joint = self.quantizer(self.output_name(step), step.output)
         for position, v in enumerate(step.node.inputs):
             if isinstance(v, int) and v in self.grids:
@@ -291,7 +293,8 @@ def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
     with a kernel (behind BatchNorm and ReLU), of add, multiply, mean and average pooling, of
     activation functions; and what a float operation hands to an integer one. Whatever only moves
     values (max_pool, reshape, slicing, padding with zero ...) and a ReLU behind a quantized tensor
-    keep the grid. The tensors of one concatenation share one.
+    keep the grid. The tensors of one concatenation, maximum or
+    minimum share one.
 
     Raises:
       ValueError: a product that cannot be quantized (`config.strict`), nothing to quantize,

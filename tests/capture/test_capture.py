@@ -279,6 +279,8 @@ def test_custom_gradients_are_kept():
         (nn.leaky_relu, "leaky_relu"),
         (nn.softplus, "softplus"),
         (jnp.abs, "abs"),
+        (lambda x: jnp.maximum(x, 0.1 * x), "elementwise"),
+        (lambda x: jnp.minimum(jnp.exp(x), x * x), "elementwise"),
         (lambda x: jnp.where(x > 1, 1.0, jnp.where(x < -1, -1.0, x)), "elementwise"),
     ],
 )

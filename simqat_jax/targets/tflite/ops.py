@@ -11,6 +11,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
+from simqat_jax.ops.extremes import ExtremumOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.matmul import LookUp, Multiplied
@@ -301,6 +302,10 @@ def _mul(w: Writer, op: Multiply, a: Codes, b: Codes, y: Codes) -> None:
     w.clamped(op, "MUL", [a.index, b.index], y, op.clamp)
 
 
+def _extremum(w: Writer, op: ExtremumOfCodes, a: Codes, b: Codes, y: Codes) -> None:
+    w.emit(op.kind.upper(), [a.index, b.index], y.index)
+
+
 def _table(w: Writer, op: Table, x: Codes, y: Codes) -> None:
     """Look codes up, by their bits as uint8: 0 to 127, then -128 to -1."""
     table = np.asarray(op.arrays["table"], np.int32) - y.grid.offset
@@ -404,7 +409,7 @@ def _broadcasts(w: Writer, op: Op, number: int, y: Codes) -> bool:
     """Whether an operation broadcasts one input to another that has the full shape."""
     others = [i for i in op.inputs if i != number]
     return (
-        isinstance(op, Sum | Multiply)
+        op.broadcasts
         and bool(others)
         and all(i in w.values and w.values[i].shape == y.shape for i in others)
     )
@@ -445,6 +450,7 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Affine: _affine,
     Sum: _add,
     Multiply: _mul,
+    ExtremumOfCodes: _extremum,
     SumOver: _sum,
     SumPool: _sum_pool,
     MaxPool: _max_pool,

@@ -95,6 +95,13 @@ def maxima(x):
     return nn.Dense(3)(jnp.minimum(y, jnp.linspace(-1.0, 1.0, 4).reshape(1, 4)))
 
 
+def positions(x):
+    """Where a sum is lowest, and where it is highest in a row of ties."""
+    y = nn.Dense(5)(x) + nn.Dense(5)(x)
+    clipped = nn.relu(-y)
+    return {"least": jnp.argmin(y, -1), "most": jnp.argmax(clipped, -1), "z": nn.Dense(2)(clipped)}
+
+
 def pre_activation(x):
     x = nn.Conv(4, (3, 3))(x)
     y = nn.Conv(4, (3, 3))(nn.relu(nn.BatchNorm(use_running_average=True)(x)))
@@ -223,6 +230,7 @@ CASES: dict[str, Case] = {
     "subtract": case(lambda x: nn.Dense(4)(x) - nn.Dense(4)(x), ROW, 4, 2),
     "multiply": case(lambda x: nn.Dense(4)(x) * nn.Dense(4)(x), ROW, 4, 2),
     "maximum of two": case(maxima, ROW, 3, 3),
+    "argmax": case(positions, ROW, 6, 3),
     "pre-activation": case(pre_activation, IMAGE, 5, 2),
     "squeeze and excite": case(squeeze_excite, IMAGE, 7, 3),
     "densenet": case(dense_net, IMAGE, 3, 4),

@@ -20,6 +20,7 @@ from simqat_jax.ir.graph import (
     Mul,
     Node,
     Operand,
+    Position,
     shape_of,
 )
 from simqat_jax.ir.replay import INLINED_CALLS
@@ -42,6 +43,7 @@ _CLASSES: dict[str, type[Node]] = {
     "mul": Mul,
     **dict.fromkeys(("max", "min"), Extremum),
     **dict.fromkeys(("reduce_sum", "reduce_window_sum"), Mean),
+    **dict.fromkeys(("argmax", "argmin"), Position),
     **dict.fromkeys(("concatenate", "stack"), Concat),
 }
 # What an elementwise function may be made of besides elementwise operations.
@@ -88,6 +90,8 @@ def classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> type[Node]:
     kind = _CLASSES.get(name, Float)
     if kind is Elementwise:
         return Elementwise
+    if kind is Position:
+        return Position if _is_floating(eqn.invars[0]) else Float
     if not eqn.outvars or not _is_floating(eqn.outvars[0]):
         return Float
     if kind is Move:

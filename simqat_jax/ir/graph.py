@@ -356,6 +356,13 @@ class Extremum(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Position(Node):
+    """Where along an axis a tensor is highest, or lowest: argmax and argmin."""
+
+    kind: str = "position"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Elementwise(Node):
     """A function of each element of one tensor, and of scalars."""
 

@@ -83,8 +83,13 @@ class Operation:
         del node, graph, per_channel
         return False
 
+    def counts(self, step: Step, placement: Placement) -> bool:
+        """Whether a step makes integers of codes: no grid holds them, but nothing is float."""
+        del step, placement
+        return False
+
     def form(self, step: Step) -> str:
-        """Say what a quantized step becomes, where its name does not."""
+        """Say what a step on integers becomes, where its name does not."""
         del step
         return ""
 
@@ -99,7 +104,7 @@ class Operation:
         return None
 
     def lower(self, at: "LoweredStep") -> bool:
-        """Add what computes a quantized step to the program.
+        """Add what computes a step on integers to the program.
 
         Returns:
           False where the step has no exact integer form: nothing was added, it stays float.

@@ -107,6 +107,24 @@ def test_extremes(backend, folder, a, seed, shape, constant):
     compared(model, folder, codes)
 
 
+@both
+@pytest.mark.parametrize("kind", ["argmax", "argmin"])
+@pytest.mark.parametrize("shape", [(-1, 37), (-1, 3, 200, 5)])
+def test_positions(backend, folder, kind, shape):
+    """Of ties the first one."""
+    rng = np.random.default_rng(0)
+    for axis in range(1, len(shape)):
+        out = tuple(d for k, d in enumerate(shape) if k != axis)
+        x = Tensor("x", shape, "float32", sq.Grid(0.1, 9, 0, 255))
+        tensors = [x, Tensor("y", out, "int32", None)]
+        model = integer_model(
+            backend, tensors, [operation(kind, (0,), (1,), {"axis": axis})], [0], [1]
+        )
+        ends = ((0, 256), (126, 131), (255, 256))
+        codes = np.concatenate([rng.integers(*pair, (30, *shape[1:])) for pair in ends])
+        compared(model, folder, [codes.astype(np.uint8)])
+
+
 # Layers ------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from simqat_jax.ir.program import Op, Program, Tensor, grid_of
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
-from simqat_jax.ops.extremes import ExtremumOfCodes
+from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.matmul import LookUp, Multiplied
@@ -201,6 +201,12 @@ def _extremum(w: Writer, op: ExtremumOfCodes) -> None:
     layout, kind = w.layout(op), "Max" if op.kind == "maximum" else "Min"
     codes = [w.operand(op, p, layout) for p in range(2)]
     w.put(op.outputs[0], w.node(kind, codes, op.path), layout)
+
+
+def _position(w: Writer, op: PositionOfCodes) -> None:
+    kind = "ArgMax" if op.kind == "argmax" else "ArgMin"
+    place = w.node(kind, [w.get(op.inputs[0])], op.path, axis=op.axis, keepdims=0)
+    w.put(op.outputs[0], w.node("Cast", [place], op.path, to=w.onnx.TensorProto.INT32))
 
 
 def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) -> None:
@@ -417,6 +423,7 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Sum: _add,
     Multiply: _mul,
     ExtremumOfCodes: _extremum,
+    PositionOfCodes: _position,
     SumOver: _sum,
     SumPool: _sum_pool,
     MaxPool: _max_pool,

@@ -51,7 +51,8 @@ def differences(model, runtime, args):
     )
     count = 0
     for i, a, b in zip(model.outputs, jax.tree.leaves(model.run_codes(*codes)), got, strict=True):
-        shift = 128 if model.tensors[i].grid.qmin < 0 else 0
+        grid = model.tensors[i].grid
+        shift = 128 if grid is not None and grid.qmin < 0 else 0
         count += int((np.asarray(a, np.int32) + shift != b).sum())
     return count
 

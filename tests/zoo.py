@@ -267,6 +267,7 @@ CASES: dict[str, Case] = {
     "preprocessing": case(lambda x: nn.Dense(4)(x / 255.0 - 0.5), ROW, 2, 1),
     "attention": case(attention, (2, 5, 6), 10, 5),
     "softmax": case(lambda x: nn.softmax(nn.Dense(4)(x)), ROW, 3, 1),
+    "log_softmax": case(lambda x: nn.log_softmax(nn.Dense(4)(x)), ROW, 3, 1),
     "batch norm eval": case(batch_norm, IMAGE, 4, 2, train=False),
     "batch norm train": case(batch_norm, IMAGE, 4, 2, train=True),
     "dropout eval": case(dropout, ROW, 3, 2, deterministic=True),

@@ -176,6 +176,28 @@ def function_name(eqn: core.JaxprEqn) -> str:
     return str(eqn.params.get("name", ""))
 
 
+def inner_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+    """Return what an equation that calls a function computes, nested functions opened."""
+    found = []
+    for jaxpr in core.jaxprs_in_params(eqn.params):
+        for inner in jaxpr.eqns:
+            found += inner_equations(inner) or [inner]
+    return found
+
+
+def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
+    """Whether an equation calls a function of this name that computes these, in this order.
+
+    What repeats values, or stops gradients, counts for nothing.
+    """
+    if function_name(eqn) != name:
+        return False
+    found = [inner.primitive.name for inner in inner_equations(eqn)]
+    return [
+        n for n in found if n not in ("broadcast_in_dim", "stop_gradient")
+    ] == primitives.split()
+
+
 def is_float_function(eqn: core.JaxprEqn) -> bool:
     """Whether an equation calls a function that stays float."""
     return function_name(eqn) in _FLOAT_FUNCTIONS

@@ -49,6 +49,14 @@ class Softmax(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LogSoftmax(Node):
+    """The logarithm of a softmax along an axis."""
+
+    axis: int
+    kind: str = "log_softmax"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class MatMul(Node):
     """A matrix product of two tensors that both depend on the data, times numbers.
 

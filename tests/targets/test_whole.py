@@ -219,6 +219,41 @@ def test_softmax_of_many_terms(backend, folder):
     compared(model, folder, [codes_of(np.random.default_rng(0), (1, 2, 9000), "near")])
 
 
+def log_softmax(backend, shape, x, y, axis=2):
+    return model_of(backend, "log_softmax", (shape, shape), (x, y), {"axis": axis})
+
+
+@both
+@given(scores, st.floats(0.005, 0.2), seeds, st.integers(1, 70), kinds)
+@settings(max_examples=8, deadline=None)
+def test_log_softmax(backend, folder, a, scale, seed, length, kind):
+    model = log_softmax(backend, (-1, 30, length), grid(a), grid((scale, 250)))
+    codes = codes_of(np.random.default_rng(seed), (2, 30, length), kind)
+    compared(model, folder, [codes])
+    real = (codes.astype(np.float64) - a[1]) * np.float64(np.float32(a[0]))
+    real = real - real.max(-1, keepdims=True)
+    want = (real - np.log(np.exp(real).sum(-1, keepdims=True))) / np.float32(scale)
+    got = np.asarray(model.run_codes(codes), np.float64) - 250
+    assert np.max(np.abs(got - np.clip(want, -250, 5))) <= 0.5 + 1e-4 / scale
+
+
+@both
+@pytest.mark.parametrize("length", [2, 1000, 16384])
+def test_log_softmax_of_many_terms_and_sums(backend, folder, length):
+    """Sums of all sizes: up to so many equal numbers."""
+    model = log_softmax(backend, (-1, 60, length), grid((0.5, 9)), grid((0.05, 255)))
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 190, (1, 60, length)) + 0 * np.arange(60)[:, None]
+    codes[rng.random(codes.shape) < np.linspace(0, 1, 60)[:, None] ** 4] = 200
+    compared(model, folder, [codes.astype(np.uint8)])
+
+
+@both
+def test_log_softmax_of_millions(backend, folder):
+    model = log_softmax(backend, (-1, 500, 2), grid((0.02, 3)), grid((0.0031, 255)))
+    compared(model, folder, [codes_of(np.random.default_rng(0), (2000, 500, 2), "near")])
+
+
 # Products of two tensors -------------------------------------------------------------------------
 
 

@@ -30,11 +30,11 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.at import real_values
-from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
+from simqat_jax.targets.onnx.whole import log_softmax, look_up, multiplied, normalize, softmax
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
@@ -441,6 +441,7 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Quantize: _quantize,
     Normalize: normalize,
     SoftmaxOfCodes: softmax,
+    LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,
     LookUp: look_up,
     Primitive: primitives.write,

@@ -31,14 +31,21 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
 from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, stored
-from simqat_jax.targets.tflite.whole import added, look_up, multiplied, normalize, softmax
+from simqat_jax.targets.tflite.whole import (
+    added,
+    log_softmax,
+    look_up,
+    multiplied,
+    normalize,
+    softmax,
+)
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -477,6 +484,7 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Pad: _pad,
     Normalize: normalize,
     SoftmaxOfCodes: softmax,
+    LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,
     LookUp: look_up,
 }

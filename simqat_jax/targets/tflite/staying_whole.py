@@ -6,9 +6,9 @@ from simqat_jax.ir.program import Op, Program
 from simqat_jax.ops.matmul import Multiplied
 from simqat_jax.ops.moves import Reshape
 from simqat_jax.ops.norms import Normalize
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
 
-_WHOLE = (Multiplied, Normalize, SoftmaxOfCodes)
+_WHOLE = (Multiplied, Normalize, SoftmaxOfCodes, LogSoftmaxOfCodes)
 """Operations that compute with whole numbers in float."""
 
 

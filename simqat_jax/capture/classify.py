@@ -193,9 +193,8 @@ def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
     if function_name(eqn) != name:
         return False
     found = [inner.primitive.name for inner in inner_equations(eqn)]
-    return [
-        n for n in found if n not in ("broadcast_in_dim", "stop_gradient")
-    ] == primitives.split()
+    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient")]
+    return computing == primitives.split()
 
 
 def is_float_function(eqn: core.JaxprEqn) -> bool:

@@ -102,6 +102,14 @@ def positions(x):
     return {"least": jnp.argmin(y, -1), "most": jnp.argmax(clipped, -1), "z": nn.Dense(2)(clipped)}
 
 
+def lengths(x):
+    """An L2 norm, the statistics of a pooling, and lengths."""
+    x = nn.Dense(4)(x)
+    y = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 0.5)
+    pooled = nn.Dense(3)(jnp.concatenate([x.mean(1), jnp.std(y, 1)], -1))
+    return {"pooled": pooled, "length": jnp.sqrt((x * x).sum(-1) + 0.1)}
+
+
 def pre_activation(x):
     x = nn.Conv(4, (3, 3))(x)
     y = nn.Conv(4, (3, 3))(nn.relu(nn.BatchNorm(use_running_average=True)(x)))
@@ -268,6 +276,7 @@ CASES: dict[str, Case] = {
     "attention": case(attention, (2, 5, 6), 10, 5),
     "softmax": case(lambda x: nn.softmax(nn.Dense(4)(x)), ROW, 3, 1),
     "log_softmax": case(lambda x: nn.log_softmax(nn.Dense(4)(x)), ROW, 3, 1),
+    "lengths and deviations": case(lengths, (2, 5, 6), 6, 2),
     "batch norm eval": case(batch_norm, IMAGE, 4, 2, train=False),
     "batch norm train": case(batch_norm, IMAGE, 4, 2, train=True),
     "dropout eval": case(dropout, ROW, 3, 2, deterministic=True),

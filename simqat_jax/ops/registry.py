@@ -14,12 +14,13 @@ from simqat_jax.ops import (
     primitives,
     products,
     softmax,
+    spreads,
     sums,
 )
 from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (
-    *(products, matmul, batch_norm, norms, softmax),
+    *(products, matmul, batch_norm, norms, spreads, softmax),
     *(arithmetic, extremes, sums, functions, moves, floats, primitives),
 )
 

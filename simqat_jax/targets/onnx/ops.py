@@ -31,10 +31,18 @@ from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.at import real_values
-from simqat_jax.targets.onnx.whole import log_softmax, look_up, multiplied, normalize, softmax
+from simqat_jax.targets.onnx.whole import (
+    log_softmax,
+    look_up,
+    multiplied,
+    normalize,
+    softmax,
+    spread,
+)
 from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
@@ -440,6 +448,7 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Pad: _pad,
     Quantize: _quantize,
     Normalize: normalize,
+    SpreadOfCodes: spread,
     SoftmaxOfCodes: softmax,
     LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,

@@ -32,6 +32,7 @@ from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
 from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
@@ -45,6 +46,7 @@ from simqat_jax.targets.tflite.whole import (
     multiplied,
     normalize,
     softmax,
+    spread,
 )
 from simqat_jax.targets.tflite.windows import (
     Window,
@@ -483,6 +485,7 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Take: _take,
     Pad: _pad,
     Normalize: normalize,
+    SpreadOfCodes: spread,
     SoftmaxOfCodes: softmax,
     LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,

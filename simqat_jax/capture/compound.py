@@ -10,6 +10,7 @@ from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.log_softmax import find_log_softmax
 from simqat_jax.capture.masks import joined, take_masks
 from simqat_jax.capture.norms import find_norms, find_spreads
+from simqat_jax.capture.own_batch_norm import find_own_batch_norms
 from simqat_jax.capture.parts import Parts, maker, reduced_axes, repeated, unwrapped
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
@@ -29,7 +30,8 @@ from simqat_jax.ir.graph import (
 
 def find_compound(graph: Graph) -> Graph:
     """Find norms, deviations, softmaxes, their logarithms, products of two tensors, lookups."""
-    graph = find_log_softmax(find_softmax(find_spreads(find_norms(graph))))
+    graph = find_spreads(find_own_batch_norms(find_norms(graph)))
+    graph = find_log_softmax(find_softmax(graph))
     return find_lookups(find_products_of_two(graph))
 
 

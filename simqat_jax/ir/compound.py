@@ -57,6 +57,29 @@ class Spread(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ChannelAffine(Node):
+    """A BatchNorm written by hand: each channel of the first input scaled and shifted.
+
+    Attributes:
+      steps: what happens with each of the next inputs, numbers for each channel, by primitive.
+      training: some of these are statistics of the batch.
+    """
+
+    steps: tuple[str, ...]
+    training: bool
+    kind: str = "batch_norm"
+
+    @property
+    def only_training(self) -> bool:
+        """Whether it uses batch statistics."""
+        return self.training
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The first input: statistics have no codes."""
+        return self.data_inputs(data)[:1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Softmax(Node):
     """A softmax along an axis.
 

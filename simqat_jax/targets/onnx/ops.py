@@ -43,7 +43,7 @@ from simqat_jax.targets.onnx.whole import (
     softmax,
     spread,
 )
-from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
+from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, dequantized, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
@@ -193,7 +193,7 @@ def _affine(w: Writer, op: Affine) -> None:
 
 def _binary(w: Writer, op: Sum | Multiply, kind: str) -> None:
     layout = w.layout(op)
-    inputs = [w.dequantized(op, p, layout) for p in range(2)]
+    inputs = [dequantized(w, op, p, layout) for p in range(2)]
     w.finish(op, w.node(kind, inputs, op.path), layout, op.clamp)
 
 
@@ -248,7 +248,7 @@ def _sum(w: Writer, op: SumOver) -> None:
     lengths = [tensor.shape[a] for a in axes]
     spatial = list(axes) == list(range(1, rank - 1)) and rank > 2
     if spatial and op.count == math.prod(lengths):
-        inputs = [w.dequantized(op, 0, FIRST)]
+        inputs = [dequantized(w, op, 0, FIRST)]
         w.finish(op, w.node("GlobalAveragePool", inputs, op.path), LAST, op.clamp)
         shape = w.ints([-1, tensor.shape[-1]], op.path)
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))

@@ -161,12 +161,6 @@ class Writer:
         thin = self.model.reads_thin(op, i)
         return _held(self, self.model.tensors[i], layout) if thin else self.get(i, layout)
 
-    def dequantized(self, op: Op, position: int, layout: Layout) -> str:
-        """Return an input of an operation in real units, in a layout."""
-        return self.dequantize(
-            self.operand(op, position, layout), self.model.tensors[op.inputs[position]]
-        )
-
     def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
         """Quantize the real result of an operation."""
         output = self.model.tensors[op.outputs[0]]
@@ -228,6 +222,11 @@ class Writer:
                 self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
             )
         return self.value_info(name, tensor)
+
+
+def dequantized(w: Writer, op: Op, position: int, layout: Layout) -> str:
+    """Return an input of an operation in real units, in a layout."""
+    return w.dequantize(w.operand(op, position, layout), w.model.tensors[op.inputs[position]])
 
 
 def _codes(w: Writer, tensor: Tensor) -> np.ndarray:

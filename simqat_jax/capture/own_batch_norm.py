@@ -84,8 +84,9 @@ def _step(draft: Draft, node: Node) -> _Step | None:
     numbers = (*(1,) * (len(shape) - 1), *shape[-1:])
     pairs = [node.inputs, node.inputs[::-1]]
     for x, v in pairs[:1] if node.primitive in ("sub", "div") else pairs:
-        whole = isinstance(x, int) and x in draft.graph.data and draft.avals[x].shape == shape
-        if whole and shape != numbers == draft.aval(v).shape:
+        if not isinstance(x, int) or x not in draft.graph.data:
+            continue
+        if draft.avals[x].shape == shape != numbers == draft.aval(v).shape:
             return _Step(node, x, v)
     return None
 

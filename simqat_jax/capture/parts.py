@@ -37,9 +37,11 @@ class Parts:
         while node is not None and (
             node.primitive in SAME or (isinstance(node, Clamp) and node.bounds in bounds)
         ):
+            source = next((x for x in node.inputs if isinstance(x, int)), None)
+            if source is None:  # constants alone
+                break
             self.add(node)
-            v = next(x for x in node.inputs if isinstance(x, int))
-            node = maker(self.draft, v)
+            v, node = source, maker(self.draft, source)
         return v
 
     def made_by(self, v: Operand, primitive: str, kind: type[Node] = Node) -> Node | None:

@@ -59,9 +59,8 @@ def variance_under(parts: Parts, root: Node) -> Variance | None:
     v, epsilon, floor = parts.behind(root.inputs[0]), 0.0, 0.0
     clamp = maker(parts.draft, v)
     if isinstance(clamp, Clamp) and 0 < clamp.bounds[0] < clamp.bounds[1] == math.inf:
-        parts.add(clamp)
         floor = clamp.bounds[0]
-        v = parts.behind(next(x for x in clamp.inputs if isinstance(x, int)))
+        v = parts.behind(v, (clamp.bounds,))
     added = parts.made_by(v, "add", Add)
     if added is not None:
         known = known_number(parts.draft, added)

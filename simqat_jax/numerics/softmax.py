@@ -125,7 +125,7 @@ def log_softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array)
 
 def _logarithm(m: jax.Array) -> jax.Array:
     """Return the logarithm of numbers from 1 to `MOST_TERMS`."""
-    halved: jax.Array | float = 0.5
+    halved = jnp.full_like(m, 0.5)
     for k in HALVINGS:
         part = np.float32(0.5**k)
         much = jnp.minimum(jnp.floor(m * part), np.float32(1))  # 0 or 1

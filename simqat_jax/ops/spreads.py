@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simqat_jax.ir.compound import Spread
+from simqat_jax.ir.graph import shape_of
 from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context
 from simqat_jax.numerics.affine import rounded_product, true_divide
@@ -38,9 +39,8 @@ class SpreadOperation(IntegerOperation):
         if node.rooted:
             guard = guard_in_codes(node.epsilon, node.least, 0.0, x.grid)
             y = deviation(y, guard, at.rounding.norm.root)
-        shape = at.step.node.eqn.outvars[0].aval.shape
         y = rounded_product(y, _multiplier(node, x.grid, at.grid))
-        return at.clamped(jnp.round(y).reshape(shape))
+        return at.clamped(jnp.round(y).reshape(shape_of(node.eqn.outvars[0]).shape))
 
     def lower(self, at: LoweredStep) -> bool:
         node, grid = at.node, at.in_grid()

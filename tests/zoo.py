@@ -89,6 +89,27 @@ def residual(x):
     return nn.relu(x + nn.Conv(4, (1, 1))(nn.relu(nn.Conv(4, (3, 3))(x))))
 
 
+def maxima(x):
+    """Of two tensors, and of one and a constant."""
+    y = jnp.maximum(nn.Dense(4)(x), nn.relu(nn.Dense(4)(x)))
+    return nn.Dense(3)(jnp.minimum(y, jnp.linspace(-1.0, 1.0, 4).reshape(1, 4)))
+
+
+def positions(x):
+    """Where a sum is lowest, and where it is highest in a row of ties."""
+    y = nn.Dense(5)(x) + nn.Dense(5)(x)
+    clipped = nn.relu(-y)
+    return {"least": jnp.argmin(y, -1), "most": jnp.argmax(clipped, -1), "z": nn.Dense(2)(clipped)}
+
+
+def lengths(x):
+    """An L2 norm, the statistics of a pooling, and lengths."""
+    x = nn.Dense(4)(x)
+    y = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 0.5)
+    pooled = nn.Dense(3)(jnp.concatenate([x.mean(1), jnp.std(y, 1)], -1))
+    return {"pooled": pooled, "length": jnp.sqrt((x * x).sum(-1) + 0.1)}
+
+
 def pre_activation(x):
     x = nn.Conv(4, (3, 3))(x)
     y = nn.Conv(4, (3, 3))(nn.relu(nn.BatchNorm(use_running_average=True)(x)))
@@ -216,6 +237,8 @@ CASES: dict[str, Case] = {
     "residual": case(residual, IMAGE, 5, 3),
     "subtract": case(lambda x: nn.Dense(4)(x) - nn.Dense(4)(x), ROW, 4, 2),
     "multiply": case(lambda x: nn.Dense(4)(x) * nn.Dense(4)(x), ROW, 4, 2),
+    "maximum of two": case(maxima, ROW, 3, 3),
+    "argmax": case(positions, ROW, 6, 3),
     "pre-activation": case(pre_activation, IMAGE, 5, 2),
     "squeeze and excite": case(squeeze_excite, IMAGE, 7, 3),
     "densenet": case(dense_net, IMAGE, 3, 4),
@@ -252,6 +275,8 @@ CASES: dict[str, Case] = {
     "preprocessing": case(lambda x: nn.Dense(4)(x / 255.0 - 0.5), ROW, 2, 1),
     "attention": case(attention, (2, 5, 6), 10, 5),
     "softmax": case(lambda x: nn.softmax(nn.Dense(4)(x)), ROW, 3, 1),
+    "log_softmax": case(lambda x: nn.log_softmax(nn.Dense(4)(x)), ROW, 3, 1),
+    "lengths and deviations": case(lengths, (2, 5, 6), 6, 2),
     "batch norm eval": case(batch_norm, IMAGE, 4, 2, train=False),
     "batch norm train": case(batch_norm, IMAGE, 4, 2, train=True),
     "dropout eval": case(dropout, ROW, 3, 2, deterministic=True),

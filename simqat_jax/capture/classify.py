@@ -13,12 +13,14 @@ from simqat_jax.ir.graph import (
     Concat,
     Constant,
     Elementwise,
+    Extremum,
     Float,
     Mean,
     Move,
     Mul,
     Node,
     Operand,
+    Position,
     shape_of,
 )
 from simqat_jax.ir.replay import INLINED_CALLS
@@ -32,19 +34,21 @@ _MOVES = (
 _FUNCTIONS = (
     "neg abs sign floor ceil round exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos "
     "tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv integer_pow square pow "
-    "div rem max min clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
+    "div rem clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
 )
 _CLASSES: dict[str, type[Node]] = {
     **dict.fromkeys(_MOVES, Move),
     **dict.fromkeys(_FUNCTIONS, Elementwise),
     **dict.fromkeys(("add", "sub", "add_any"), Add),
     "mul": Mul,
+    **dict.fromkeys(("max", "min"), Extremum),
     **dict.fromkeys(("reduce_sum", "reduce_window_sum"), Mean),
+    **dict.fromkeys(("argmax", "argmin"), Position),
     **dict.fromkeys(("concatenate", "stack"), Concat),
 }
 # What an elementwise function may be made of besides elementwise operations.
 _ALSO_ELEMENTWISE = frozenset(
-    "add sub mul convert_element_type copy stop_gradient broadcast_in_dim".split()
+    "add sub mul max min convert_element_type copy stop_gradient broadcast_in_dim".split()
 )
 # Kept whole, under their names, where the model calls them through jit.
 _NAMED_FUNCTIONS = frozenset(
@@ -86,6 +90,8 @@ def classify(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> type[Node]:
     kind = _CLASSES.get(name, Float)
     if kind is Elementwise:
         return Elementwise
+    if kind is Position:
+        return Position if _is_floating(eqn.invars[0]) else Float
     if not eqn.outvars or not _is_floating(eqn.outvars[0]):
         return Float
     if kind is Move:
@@ -168,6 +174,27 @@ def _scalar_value(operand: Operand | None) -> float | None:
 def function_name(eqn: core.JaxprEqn) -> str:
     """Return the name of the function that an equation calls; "" if it has none."""
     return str(eqn.params.get("name", ""))
+
+
+def inner_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+    """Return what an equation that calls a function computes, nested functions opened."""
+    found = []
+    for jaxpr in core.jaxprs_in_params(eqn.params):
+        for inner in jaxpr.eqns:
+            found += inner_equations(inner) or [inner]
+    return found
+
+
+def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
+    """Whether an equation calls a function of this name that computes these, in this order.
+
+    What repeats values, or stops gradients, counts for nothing.
+    """
+    if function_name(eqn) != name:
+        return False
+    found = [inner.primitive.name for inner in inner_equations(eqn)]
+    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient")]
+    return computing == primitives.split()
 
 
 def is_float_function(eqn: core.JaxprEqn) -> bool:

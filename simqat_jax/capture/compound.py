@@ -7,8 +7,10 @@ import numpy as np
 from jax import lax
 
 from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.log_softmax import find_log_softmax
 from simqat_jax.capture.masks import joined, take_masks
-from simqat_jax.capture.norms import find_norms
+from simqat_jax.capture.norms import find_norms, find_spreads
+from simqat_jax.capture.own_batch_norm import find_own_batch_norms
 from simqat_jax.capture.parts import Parts, maker, reduced_axes, repeated, unwrapped
 from simqat_jax.ir.compound import Lookup, MatMul, Softmax
 from simqat_jax.ir.graph import (
@@ -27,8 +29,10 @@ from simqat_jax.ir.graph import (
 
 
 def find_compound(graph: Graph) -> Graph:
-    """Find the norms, the softmaxes, the products of two tensors and the lookups of a graph."""
-    return find_lookups(find_products_of_two(find_softmax(find_norms(graph))))
+    """Find norms, deviations, softmaxes, their logarithms, products of two tensors, lookups."""
+    graph = find_spreads(find_own_batch_norms(find_norms(graph)))
+    graph = find_log_softmax(find_softmax(graph))
+    return find_lookups(find_products_of_two(graph))
 
 
 # Softmax -----------------------------------------------------------------------------------------

@@ -1,52 +1,52 @@
-"""Norms that models write by hand."""
+"""Norms that models write by hand, and deviations and variances by themselves."""
 
 import math
 from typing import NamedTuple
 
-from simqat_jax.capture.classify import function_name
+import numpy as np
+
 from simqat_jax.capture.draft import Draft
-from simqat_jax.capture.parts import SAME, Parts, maker, number, reduced_axes, repeated
-from simqat_jax.ir.compound import Norm
-from simqat_jax.ir.graph import Add, Elementwise, Float, Graph, Mean, Node, Operand
-from simqat_jax.numerics.requantize import FREE
-
-
-class _Variance(NamedTuple):
-    """A variance or mean square.
-
-    Attributes:
-      x: of which tensor.
-      axes: over which axes.
-      centered: the mean is subtracted.
-    """
-
-    x: int
-    axes: tuple[int, ...]
-    centered: bool
+from simqat_jax.capture.parts import SAME, Parts, number, repeated
+from simqat_jax.capture.passes import prune
+from simqat_jax.capture.variances import (
+    Variance,
+    is_root,
+    is_variance,
+    known_number,
+    subtracted_mean,
+    variance_of,
+    variance_under,
+)
+from simqat_jax.ir.compound import Norm, Spread
+from simqat_jax.ir.graph import Clamp, Constant, Float, Graph, Node, Operand
 
 
 def find_norms(graph: Graph) -> Graph:
     """Merge what normalizes a tensor, scales and shifts it into one node.
 
-    That is a mean square or variance, as a sum of squares or as `mean(x^2) - mean(x)^2`, its
-    square root, a product or quotient, and what without data multiplies and is added behind.
+    That is a mean square, a sum of squares or a variance, as a sum of squares or as
+    `mean(x^2) - mean(x)^2`, its square root, a product or quotient, and what without data
+    multiplies and is added behind.
     """
     draft = Draft(graph)
     for node in graph.nodes:
-        if node.primitive in ("sqrt", "rsqrt") and isinstance(node, Elementwise):
+        if is_root(node):
             _merge_norm(draft, node)
     return draft.finished()
 
 
 def _merge_norm(draft: Draft, root: Node) -> None:
     parts = Parts(draft, root)
-    variance, epsilon = _variance(parts, root)
-    if variance is None or 0 in variance.axes:
+    variance = variance_under(parts, root)
+    if variance is None or not variance.has_form(draft):
         return
-    affine = _normalized(parts, root, variance)
-    if affine is None:
+    way = _normalized(parts, root, variance)
+    if way is None:
         return
+    affine = [*way.affine]
     _add_affine(parts, affine)
+    if variance.terms > 1:  # x / sqrt(sum(x^2)), by the mean of x^2
+        affine.insert(0, (Constant(np.float32(1 / math.sqrt(variance.terms))), "scale"))
     rank = len(draft.avals[variance.x].shape)
     placed = [(w, name) for v, name in affine if (w := _of_rank(draft, v, rank)) is not None]
     if len(placed) < len(affine):
@@ -65,7 +65,9 @@ def _merge_norm(draft: Draft, root: Node) -> None:
         groups=None,
         feature_axes=tuple(range(rank)),
         centered=variance.centered,
-        epsilon=epsilon,
+        epsilon=variance.epsilon / variance.terms,
+        least=max(variance.least, way.least / math.sqrt(variance.terms)),
+        offset=way.offset / math.sqrt(variance.terms),
         affine=tuple(name for _, name in placed),
     )
 
@@ -75,114 +77,32 @@ def _of_rank(draft: Draft, v: Operand, rank: int) -> Operand | None:
     return v if len(draft.aval(v).shape) == rank else repeated(draft, v)
 
 
-def _variance(parts: Parts, root: Node) -> tuple[_Variance | None, float]:
-    """Return the variance whose root it is, and what is added to it."""
-    draft = parts.draft
-    v, epsilon = parts.behind(root.inputs[0]), 0.0
-    added = parts.made_by(v, "add", Add)
-    if added is not None:
-        pair = [(a, number(draft, b)) for a, b in (added.inputs, added.inputs[::-1])]
-        v, known = next(((a, b) for a, b in pair if b is not None), (None, None))
-        if v is None or known is None:
-            return None, 0.0
-        parts.add(added)
-        epsilon = known
-    v = parts.behind(v, (FREE, (0.0, math.inf)))
-    difference = parts.made_by(v, "sub", Add)
-    if difference is not None:  # mean(x^2) - mean(x)^2
-        parts.add(difference)
-        return _fast_variance(parts, difference), epsilon
-    whole = _whole_variance(parts, v)
-    if whole is not None:
-        return whole, epsilon
-    mean = _mean(parts, v)
-    squared = None if mean is None else _squared(parts, mean.of)
-    if mean is None or squared is None:
-        return None, 0.0
-    difference = _difference(parts.draft, squared, mean.axes)
-    if difference is None:
-        return _Variance(squared, mean.axes, False), epsilon
-    parts.add(*difference.nodes)
-    x = difference.ordered[-1].inputs[0]
-    assert isinstance(x, int)
-    return _Variance(x, mean.axes, True), epsilon
-
-
-def _whole_variance(parts: Parts, v: Operand) -> _Variance | None:
-    """Return what `jnp.var` takes the variance of, divided by the number of elements."""
-    node = maker(parts.draft, v)
-    if node is None or function_name(node.eqn) != "_var":
-        return None
-    x, *others = node.inputs  # the correction, and what is left out
-    if not isinstance(x, int) or [number(parts.draft, v) for v in others] != [0]:
-        return None
-    parts.add(node)
-    return _Variance(x, reduced_axes(node), True)
-
-
-def _fast_variance(parts: Parts, difference: Node) -> _Variance | None:
-    mean = _mean(parts, parts.behind(difference.inputs[0]))
-    x = None if mean is None else _squared(parts, mean.of)
-    of_mean = _squared(parts, parts.behind(difference.inputs[1]))
-    other = None if of_mean is None else _mean(parts, parts.behind(of_mean))
-    if mean is None or x is None or other != _Mean(x, mean.axes):
-        return None
-    return _Variance(x, mean.axes, True)
-
-
-class _Mean(NamedTuple):
-    of: int
-    axes: tuple[int, ...]
-
-
-def _mean(parts: Parts, v: Operand) -> _Mean | None:
-    """Return what a tensor is the mean of, over which axes."""
-    division = parts.made_by(v, "div")
-    if division is None:
-        return None
-    total = parts.made_by(parts.behind(division.inputs[0]), "reduce_sum", Mean)
-    if total is None or not isinstance(total.inputs[0], int):
-        return None
-    x, axes = total.inputs[0], tuple(map(int, total.eqn.params["axes"]))
-    shape = parts.draft.avals[x].shape
-    if number(parts.draft, division.inputs[1]) != math.prod(shape[a] for a in axes):
-        return None
-    parts.add(division, total)
-    return _Mean(x, axes)
-
-
-def _squared(parts: Parts, v: Operand) -> int | None:
-    """Return what a tensor is the square of."""
-    node = maker(parts.draft, v)
-    if node is None or isinstance(node, Float):
-        return None
-    name, params = node.primitive, node.eqn.params
-    twice = name == "mul" and node.inputs[0] == node.inputs[1]
-    power = name == "integer_pow" and params["y"] == 2
-    if not (twice or power or name == "square") or not isinstance(node.inputs[0], int):
-        return None
-    parts.add(node)
-    return node.inputs[0]
-
-
-def _difference(draft: Draft, v: Operand, axes: tuple[int, ...]) -> Parts | None:
-    """Return the nodes that subtract its mean from a tensor."""
-    node = maker(draft, v)
-    if node is None or node.primitive != "sub" or not isinstance(node.inputs[0], int):
-        return None
-    parts = Parts(draft, node)
-    mean = _mean(parts, parts.behind(node.inputs[1]))
-    return parts if mean == _Mean(node.inputs[0], axes) else None
-
-
 _Affine = list[tuple[Operand, str]]
 """What a norm is multiplied by, and what is added: operands with "scale" or "bias"."""
 
 
-def _normalized(parts: Parts, root: Node, variance: _Variance) -> _Affine | None:
-    """Follow the root to the product of what it normalizes; return the factors on the way."""
+class _Way(NamedTuple):
+    """What happens to a root before something is divided by it.
+
+    Attributes:
+      affine: factors of its inverse.
+      least: the least that it counts.
+      offset: what is added to it then.
+    """
+
+    affine: _Affine
+    least: float
+    offset: float
+
+
+def _normalized(parts: Parts, root: Node, variance: Variance) -> _Way | None:
+    """Follow the root to the product of what it normalizes."""
     draft, node, inverse = parts.draft, root, root.primitive == "rsqrt"
-    affine: _Affine = []
+    affine, least, offset = _Affine(), 0.0, 0.0
+
+    def takes(v: Operand) -> bool:
+        return _take_normalized(parts, v, variance, affine)
+
     while True:
         v = node.outputs[0]
         reader = draft.only_reader(v, node)
@@ -193,14 +113,20 @@ def _normalized(parts: Parts, root: Node, variance: _Variance) -> _Affine | None
         match reader.primitive:
             case "mul" if inverse and free:
                 affine.append((free[0], "scale"))
-            case "mul" if inverse and others and _take_normalized(parts, others[0], variance):
+            case "mul" if inverse and others and takes(others[0]):
                 parts.add(reader)
-                return affine
-            case "div" if not inverse and _take_normalized(parts, reader.inputs[0], variance):
+                return _Way(affine, least, offset)
+            case "div" if not inverse and takes(reader.inputs[0]):
                 parts.add(reader)
-                return affine
+                return _Way(affine, least, offset)
             case "div" if not inverse and number(draft, reader.inputs[0]) == 1.0:
                 inverse = True
+            case "add" if not inverse and (known := known_number(draft, reader)) is not None:
+                offset += known[1]
+            case _ if not inverse and not offset and isinstance(reader, Clamp):
+                if reader.bounds[1] != math.inf:
+                    return None
+                least = max(least, reader.bounds[0])
             case name if name in SAME:
                 pass
             case _:
@@ -209,15 +135,23 @@ def _normalized(parts: Parts, root: Node, variance: _Variance) -> _Affine | None
         node = reader
 
 
-def _take_normalized(parts: Parts, v: Operand, variance: _Variance) -> bool:
-    """Take along what a variance is to normalize; tell whether `v` is that."""
-    if not variance.centered:
-        return v == variance.x
-    difference = _difference(parts.draft, v, variance.axes)
-    if difference is None or difference.ordered[-1].inputs[0] != variance.x:
-        return False
-    parts.add(*difference.nodes)
-    return True
+def _take_normalized(parts: Parts, v: Operand, variance: Variance, affine: _Affine) -> bool:
+    """Take along what a variance is to normalize; tell whether `v` is that, or scales it."""
+    draft = parts.draft
+    if not variance.centered and v == variance.x:
+        return True
+    difference = subtracted_mean(draft, v, variance.axes) if variance.centered else None
+    if difference is not None and difference.ordered[-1].inputs[0] == variance.x:
+        parts.add(*difference.nodes)
+        return True
+    scaling = parts.made_by(v, "mul")
+    for x, factor in () if scaling is None else (scaling.inputs, scaling.inputs[::-1]):
+        free = not (isinstance(factor, int) and factor in draft.graph.data)
+        if scaling and free and _take_normalized(parts, x, variance, affine):
+            parts.add(scaling)
+            affine.append((factor, "scale"))
+            return True
+    return False
 
 
 def _add_affine(parts: Parts, affine: _Affine) -> None:
@@ -238,3 +172,44 @@ def _add_affine(parts: Parts, affine: _Affine) -> None:
         if reader.primitive == "add":
             return
         node = reader
+
+
+# Deviations --------------------------------------------------------------------------------------
+
+
+def find_spreads(graph: Graph) -> Graph:
+    """Merge what makes a deviation, a variance or a length that normalizes nothing into one node.
+
+    A mean on the way that something else reads stays besides.
+    """
+    draft = Draft(graph)
+    for node in graph.nodes:
+        if (is_root(node) and node.primitive != "rsqrt") or is_variance(node):
+            _merge_spread(draft, node)
+    return prune(draft.finished())
+
+
+def _merge_spread(draft: Draft, last: Node) -> None:
+    parts = Parts(draft, last)
+    rooted = not is_variance(last)
+    variance = variance_under(parts, last) if rooted else variance_of(parts, last)
+    if variance is None or not variance.has_form(draft) or not parts.are_aligned(variance.x):
+        return
+    if any(node.remat != last.remat or node.effects for node in parts.nodes):
+        return
+    lengths = draft.avals[variance.x].shape
+    shape = [1 if a in variance.axes else d for a, d in enumerate(lengths)]
+    if math.prod(shape) != draft.avals[last.outputs[0]].size:
+        return
+    parts.merged(
+        Spread,
+        (variance.x,),
+        keep=True,
+        op=last.op,
+        axes=variance.axes,
+        centered=variance.centered,
+        rooted=rooted,
+        factor=math.sqrt(variance.terms),
+        epsilon=variance.epsilon / variance.terms,
+        least=variance.least,
+    )

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jax.extend import core
 
-from simqat_jax.capture.classify import function_name
+from simqat_jax.capture.classify import function_name, inner_equations
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.passes import chain
 from simqat_jax.ir.graph import Clamp, Node, Operand, as_kind
@@ -38,9 +37,11 @@ class Parts:
         while node is not None and (
             node.primitive in SAME or (isinstance(node, Clamp) and node.bounds in bounds)
         ):
+            source = next((x for x in node.inputs if isinstance(x, int)), None)
+            if source is None:  # constants alone
+                break
             self.add(node)
-            v = next(x for x in node.inputs if isinstance(x, int))
-            node = maker(self.draft, v)
+            v, node = source, maker(self.draft, source)
         return v
 
     def made_by(self, v: Operand, primitive: str, kind: type[Node] = Node) -> Node | None:
@@ -82,12 +83,15 @@ class Parts:
             known.update((v, axes) for v in node.outputs if made)
         return True
 
-    def merged(self, kind: type[Node], inputs: tuple[Operand, ...], **fields: Any) -> Node:
+    def merged(
+        self, kind: type[Node], inputs: tuple[Operand, ...], *, keep: bool = False, **fields: Any
+    ) -> Node:
         """Put one node in the place of all, where the last one is.
 
         Args:
           kind: its class.
           inputs: its first inputs; what else the parts read, without data, comes behind.
+          keep: the others stay besides, for what else reads them.
           fields: others of its class.
         """
         parts = self.ordered
@@ -97,7 +101,7 @@ class Parts:
         inputs = (*inputs, *(v for v in read if v not in made))
         whole = {"inputs": inputs, "run": chain(parts, inputs), "parts": tuple(parts)}
         node = as_kind(kind, last, **whole, **fields)
-        self.draft.instead.update((part, []) for part in parts[:-1])
+        self.draft.instead.update((part, []) for part in parts[:-1] if not keep)
         self.draft.instead.setdefault(last, []).append(node)
         return node
 
@@ -133,11 +137,11 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
     """Return the axes along which a node reduces its tensor, also as `jnp.var` does."""
     if node.primitive.startswith("reduce_"):
         return tuple(map(int, node.eqn.params["axes"]))
-    if function_name(node.eqn) != "_var":
+    if function_name(node.eqn) not in ("_var", "_std", "norm"):
         return ()
-    (inner,) = core.jaxprs_in_params(node.eqn.params)
-    sums = [eqn.params["axes"] for eqn in inner.eqns if eqn.primitive.name == "reduce_sum"]
-    return tuple(map(int, sums[-1]))
+    inner = inner_equations(node.eqn)
+    sums = [eqn.params["axes"] for eqn in inner if eqn.primitive.name == "reduce_sum"]
+    return tuple(map(int, sums[-1])) if sums else ()
 
 
 def maker(draft: Draft, v: Operand) -> Node | None:

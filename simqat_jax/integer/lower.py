@@ -76,7 +76,7 @@ def _lower(at: LoweredStep) -> None:
         raise ValueError(NOT_EVALUATION.format(path="/".join(step.node.path)))
     _check_operands(at)
     operation = operation_of(step.node)
-    if step.quantized:
+    if step.quantized or operation.counts(step, placement):
         if not operation.lower(at):
             emit_float(at)
     elif step.output in placement.grids and step.output not in placement.at:

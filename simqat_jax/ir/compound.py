@@ -7,7 +7,9 @@ from simqat_jax.ir.graph import Contraction, Node
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Norm(Node):
-    """A norm of one tensor, scaled and shifted: LayerNorm, RMSNorm, GroupNorm, InstanceNorm.
+    """A norm of one tensor, scaled and shifted: LayerNorm, RMSNorm, GroupNorm, InstanceNorm, L2.
+
+    What it divides by is `max(sqrt(var + epsilon), least) + offset`.
 
     Attributes:
       axes: over which axes of the tensor statistics are taken; its last axis, where it is in
@@ -16,6 +18,8 @@ class Norm(Node):
       feature_axes: the axes of the tensor, in order, that scale and bias have.
       centered: the mean is subtracted.
       epsilon: added to the variance, squared real units.
+      least: the least root of it, real units.
+      offset: added to that, real units.
       affine: what each of the next inputs is: a "scale", or a "bias" behind all of them.
     """
 
@@ -24,8 +28,55 @@ class Norm(Node):
     feature_axes: tuple[int, ...]
     centered: bool
     epsilon: float
+    least: float = 0.0
+    offset: float = 0.0
     affine: tuple[str, ...]
     kind: str = "norm"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Spread(Node):
+    """A deviation, variance or length of a tensor: `factor * max(sqrt(var + epsilon), least)`.
+
+    Attributes:
+      axes: over which axes.
+      centered: the mean is subtracted.
+      rooted: the root is taken.
+      factor: what the root is multiplied by: of the length of so many elements the root of those.
+      epsilon: added to the variance, squared real units.
+      least: the least root, real units.
+    """
+
+    axes: tuple[int, ...]
+    centered: bool
+    rooted: bool
+    factor: float
+    epsilon: float
+    least: float
+    kind: str = "spread"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ChannelAffine(Node):
+    """A BatchNorm written by hand: each channel of the first input scaled and shifted.
+
+    Attributes:
+      steps: what happens with each of the next inputs, numbers for each channel, by primitive.
+      training: some of these are statistics of the batch.
+    """
+
+    steps: tuple[str, ...]
+    training: bool
+    kind: str = "batch_norm"
+
+    @property
+    def only_training(self) -> bool:
+        """Whether it uses batch statistics."""
+        return self.training
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The first input: statistics have no codes."""
+        return self.data_inputs(data)[:1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +97,14 @@ class Softmax(Node):
     def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
         """The first input: a mask has no codes."""
         return self.data_inputs(data)[:1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LogSoftmax(Node):
+    """The logarithm of a softmax along an axis."""
+
+    axis: int
+    kind: str = "log_softmax"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

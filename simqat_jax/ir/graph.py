@@ -351,6 +351,21 @@ class Concat(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Extremum(Node):
+    """The larger, or the smaller, of two tensors, element by element."""
+
+    kind: str = "extremum"
+    pointwise: ClassVar[bool] = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Position(Node):
+    """Where along an axis a tensor is highest, or lowest: argmax and argmin."""
+
+    kind: str = "position"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Elementwise(Node):
     """A function of each element of one tensor, and of scalars."""
 

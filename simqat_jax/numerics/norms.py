@@ -63,15 +63,48 @@ Root = Callable[[jax.Array, jax.Array], jax.Array]
 """Returns the square root of its first argument, which is at least the second."""
 
 
-def normalized(c: jax.Array, statistics: Statistics, epsilon: jax.Array, root: Root) -> jax.Array:
+class Guard(NamedTuple):
+    """What keeps a deviation from zero: it is `max(sqrt(var + epsilon), least) + offset`.
+
+    Attributes:
+      epsilon: float32, squared codes.
+      least: codes; None: nothing but the root.
+      offset: codes; None: nothing is added.
+    """
+
+    epsilon: jax.Array
+    least: jax.Array | None = None
+    offset: jax.Array | None = None
+
+
+def normalized(c: jax.Array, statistics: Statistics, guard: Guard, root: Root) -> jax.Array:
     """Normalize whole numbers; float32, mean 0 (where it is subtracted) and variance near 1.
 
     Args:
       c: centered codes of 8 bits, float32; no more than `MOST_ELEMENTS` a sum.
       statistics: over which axes, and whether the mean counts.
-      epsilon: float32, squared codes.
+      guard: what the deviation is besides the root of the variance.
       root: the square root of a runtime.
     """
+    x, v = _centered(c, statistics)
+    y = deviation(v, guard, root)
+    return rounded_product(x, true_divide(jnp.ones_like(y), y))
+
+
+def variance(c: jax.Array, statistics: Statistics) -> jax.Array:
+    """Return the variance of whole numbers, or their mean square, as `normalized` has it."""
+    return _centered(c, statistics)[1]
+
+
+def deviation(variance: jax.Array, guard: Guard, root: Root) -> jax.Array:
+    """Return the root of a variance, guarded."""
+    y = root(variance + guard.epsilon, guard.epsilon)
+    y = y if guard.least is None else jnp.maximum(y, guard.least)
+    return y if guard.offset is None else own_rounding(y + guard.offset)
+
+
+def _centered(c: jax.Array, statistics: Statistics) -> tuple[jax.Array, jax.Array]:
+    """Return whole numbers less their mean, where it is subtracted, and their variance."""
     axes = statistics.axes
     part = reciprocal_count(_count(c.shape, axes))
     rest = jnp.zeros((), jnp.float32)
@@ -81,10 +114,10 @@ def normalized(c: jax.Array, statistics: Statistics, epsilon: jax.Array, root: R
         c = c - near
         rest = rounded_product(_sum(c, axes), part)
     mean_square = rounded_product(_sum(c * c, axes), part)
-    variance = mean_square - rounded_product(rest, rest) if statistics.centered else mean_square
-    deviation = root(own_rounding(variance) + epsilon, epsilon)
-    centered = own_rounding(c - rest) if statistics.centered else c
-    return rounded_product(centered, true_divide(jnp.ones_like(deviation), deviation))
+    if not statistics.centered:
+        return c, own_rounding(mean_square)
+    variance = own_rounding(mean_square - rounded_product(rest, rest))
+    return own_rounding(c - rest), variance
 
 
 def scaled_and_shifted(x: jax.Array, scale: jax.Array | None, shift: jax.Array | None) -> jax.Array:

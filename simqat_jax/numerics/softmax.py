@@ -1,7 +1,7 @@
-"""Softmax of whole numbers, of operations that have one result in every runtime.
+"""Softmax of whole numbers and its logarithm, of operations with one result in every runtime.
 
-`e = rint(unit * exp(-s (max - c)))`, a polynomial and squarings; `rint(e / sum(e) / s_y)`. `e` are
-whole numbers, whose sums are exact.
+`e = rint(unit * exp(-s (max - c)))`, a polynomial and squarings; `rint(e / sum(e) / s_y)`, or
+`rint((s (c - max) - log(sum(e) / unit)) / s_y)`. `e` are whole numbers, whose sums are exact.
 """
 
 import math
@@ -24,6 +24,10 @@ LEAST_SCALE = FARTHEST * 2.0**-22
 """Of codes under a mask: `lowest` is a whole number that float32 holds."""
 
 
+HALVINGS = (8, 4, 2, 1)
+"""By which powers of two a sum of up to `MOST_TERMS` units is divided, to lie near 1."""
+
+
 class Polynomial(NamedTuple):
     """`a0 - x (a0 - x (a0 / 2 - x a0 / 6))`, where `a0^(2^SQUARINGS)` is the largest `e`."""
 
@@ -37,9 +41,14 @@ def unit(terms: int) -> int:
     return min(_FINEST, 2 ** int(math.log2(_EXACT / terms)))
 
 
-def polynomial(terms: int) -> Polynomial:
-    """Return the polynomial for sums of so many terms."""
-    a0 = unit(terms) ** (0.5**SQUARINGS)
+def fine_unit(terms: int) -> int:
+    """Return the largest `e` of a logarithm: as large as int32 holds sums of so many terms."""
+    return min(2**22, 2 ** int(math.log2(2**30 / terms)))
+
+
+def polynomial(largest: int) -> Polynomial:
+    """Return the polynomial with which this is the largest `e`."""
+    a0 = largest ** (0.5**SQUARINGS)
     return Polynomial(np.float32(a0), np.float32(a0 / 2), np.float32(a0 / 6))
 
 
@@ -56,11 +65,11 @@ def exponentials(c: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
       scale: real units of one.
       axis: along which the highest is `unit`.
     """
-    return _exponentials(jnp.max(c, axis, keepdims=True) - c, scale, c.shape[axis])
+    return _exponentials(jnp.max(c, axis, keepdims=True) - c, scale, unit(c.shape[axis]))
 
 
-def _exponentials(below: jax.Array, scale: ArrayLike, terms: int) -> jax.Array:
-    a0, a2, a3 = polynomial(terms)
+def _exponentials(below: jax.Array, scale: ArrayLike, largest: int) -> jax.Array:
+    a0, a2, a3 = polynomial(largest)
     step = scale * np.float32(0.5**SQUARINGS)  # exact: a power of two
     x = jnp.minimum(rounded_product(below, step), np.float32(FARTHEST * 0.5**SQUARINGS))
     h = own_rounding(a2 - rounded_product(x, a3))
@@ -71,9 +80,9 @@ def _exponentials(below: jax.Array, scale: ArrayLike, terms: int) -> jax.Array:
     return jnp.round(p)
 
 
-def table(scale: ArrayLike, terms: int) -> np.ndarray:
-    """Return `e` of numbers 0 to 255 below the highest of `terms`, float32."""
-    return np.asarray(_exponentials(jnp.arange(256.0, dtype=jnp.float32), scale, terms))
+def table(scale: ArrayLike, largest: int) -> np.ndarray:
+    """Return `e` of numbers 0 to 255 below the highest, whose `e` is `largest`; float32."""
+    return np.asarray(_exponentials(jnp.arange(256.0, dtype=jnp.float32), scale, largest))
 
 
 def softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> jax.Array:
@@ -82,3 +91,50 @@ def softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> 
     total = jnp.sum(e, axis, keepdims=True)
     part = true_divide(jnp.ones((), jnp.float32), out_scale)
     return jnp.round(rounded_product(e, true_divide(jnp.broadcast_to(part, total.shape), total)))
+
+
+class Logarithm(NamedTuple):
+    """`log(m) = (p + 1/2) log(2) + t (c1 + t^2 (c3 + t^2 (c5 + t^2 c7)))` of a number near 1.
+
+    `t = (m - root) / (m + root)`, with the root of 2: below 0.172 for `m` from 1 to 2, where the
+    terms beyond are below `3e-8`. `p`: how often `m` was halved.
+    """
+
+    root: np.float32
+    log2: np.float32
+    coefficients: tuple[np.float32, ...]
+
+
+LOGARITHM = Logarithm(
+    np.float32(math.sqrt(2)),
+    np.float32(math.log(2)),
+    tuple(np.float32(2 / k) for k in (7, 5, 3, 1)),
+)
+
+
+def log_softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> jax.Array:
+    """Return the codes of the logarithm of a softmax of centered codes, centered, not clipped."""
+    largest = fine_unit(c.shape[axis])
+    below = jnp.max(c, axis, keepdims=True) - c
+    e = _exponentials(below, scale, largest).astype(jnp.int32)
+    total = jnp.sum(e, axis, keepdims=True).astype(jnp.float32)
+    shift = true_divide(_logarithm(total * np.float32(1 / largest)), out_scale)
+    scores = rounded_product(below, -true_divide(scale, out_scale))
+    return jnp.round(own_rounding(scores - shift))
+
+
+def _logarithm(m: jax.Array) -> jax.Array:
+    """Return the logarithm of numbers from 1 to `MOST_TERMS`."""
+    halved = jnp.full_like(m, 0.5)
+    for k in HALVINGS:
+        part = np.float32(0.5**k)
+        much = jnp.minimum(jnp.floor(m * part), np.float32(1))  # 0 or 1
+        m = m * (np.float32(1) - much * (np.float32(1) - part))  # exact: a power of two
+        halved = halved + much * np.float32(k)
+    root, log2, (first, *others) = LOGARITHM
+    t = true_divide(own_rounding(m - root), own_rounding(m + root))
+    square = rounded_product(t, t)
+    series = jnp.full_like(t, first)
+    for coefficient in others:
+        series = own_rounding(rounded_product(series, square) + coefficient)
+    return own_rounding(rounded_product(halved, log2) + rounded_product(t, series))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from simqat_jax.ir.compound import ChannelAffine
 from simqat_jax.ir.graph import BatchNorm, Node
 from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context, Op
-from simqat_jax.numerics.affine import along_channel, rounded_product, true_divide
+from simqat_jax.numerics.affine import along_channel, own_rounding, rounded_product, true_divide
 from simqat_jax.numerics.folding import (
     BatchNormFold,
     batch_norm_state,
@@ -72,11 +73,8 @@ def folded(
     return Codes(codes, dataclasses.replace(whole.grid, scale=scale)), shift
 
 
-def _channel_arrays(
-    values: Mapping[str, jax.Array], epsilon: float, x: Grid, y: Grid
-) -> dict[str, jax.Array]:
+def _channel_arrays(slope: jax.Array, shift: jax.Array, x: Grid, y: Grid) -> dict[str, jax.Array]:
     """Return a weight for each channel, its scale, bias and multiplier."""
-    slope, shift = running_affine(batch_norm_state(values, epsilon))
     kernel, scale = channel_affine(slope, shift, x.params.scale)
     unit = x.params.scale * scale
     return {
@@ -113,17 +111,69 @@ class BatchNormOperation(IntegerOperation):
         assert isinstance(node, BatchNorm)
         if x is None or node.training:
             return None
-        arrays = _channel_arrays(at.layers[0], node.module.epsilon, x.grid, at.grid)
-        sums = _sums(x.codes.astype(jnp.int32), arrays)
-        return at.requantized(sums, on_last_axis(arrays["multiplier"], sums))
+        affine = running_affine(batch_norm_state(at.layers[0], node.module.epsilon))
+        return _affine_codes(at, x, *affine)
 
     def lower(self, at: LoweredStep) -> bool:
         assert isinstance(at.node, BatchNorm)
         (values,), epsilon = at.layer_values(), at.node.module.epsilon
-        arrays = _channel_arrays(values, epsilon, at.in_grid(), at.out_grid)
-        at.check_unit(at.in_grid().scale, arrays["scale"])
-        at.emit(Affine, (at.input(),), clamp=at.clamp, arrays=arrays)
+        _emit_affine(at, *running_affine(batch_norm_state(values, epsilon)))
         return True
+
+
+class ChannelAffineOperation(IntegerOperation):
+    """What a BatchNorm written by hand is on integers: what one on its own is."""
+
+    fuses_clamp = True
+
+    def form(self, step: Step) -> str:
+        return "a BatchNorm written by hand: a 1x1 depthwise convolution"
+
+    def codes(self, at: ExactStep) -> jax.Array | None:
+        x, node = at.inputs[0], at.step.node
+        assert isinstance(node, ChannelAffine)
+        if x is None or node.training:
+            return None
+        return _affine_codes(at, x, *_slope_and_shift(node, at.reals[1:]))
+
+    def lower(self, at: LoweredStep) -> bool:
+        node = at.node
+        assert isinstance(node, ChannelAffine)
+        values = [jnp.asarray(at.builder.value(v)) for v in node.inputs[1:]]
+        _emit_affine(at, *_slope_and_shift(node, values))
+        return True
+
+
+def _slope_and_shift(
+    node: ChannelAffine, numbers: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Return by what each channel is multiplied, and what is added then."""
+    channels = numbers[0].shape[-1:]
+    slope, shift = jnp.ones(channels, jnp.float32), jnp.zeros(channels, jnp.float32)
+    for step, v in zip(node.steps, numbers, strict=False):
+        v = v.astype(jnp.float32).reshape(channels)
+        match step:
+            case "add":
+                shift = own_rounding(shift + v)
+            case "sub":
+                shift = own_rounding(shift - v)
+            case "mul":
+                slope, shift = rounded_product(slope, v), rounded_product(shift, v)
+            case _:
+                slope, shift = true_divide(slope, v), true_divide(shift, v)
+    return slope, shift
+
+
+def _affine_codes(at: ExactStep, x: Codes, slope: jax.Array, shift: jax.Array) -> jax.Array:
+    arrays = _channel_arrays(slope, shift, x.grid, at.grid)
+    sums = _sums(x.codes.astype(jnp.int32), arrays)
+    return at.requantized(sums, on_last_axis(arrays["multiplier"], sums))
+
+
+def _emit_affine(at: LoweredStep, slope: jax.Array, shift: jax.Array) -> None:
+    arrays = _channel_arrays(slope, shift, at.in_grid(), at.out_grid)
+    at.check_unit(at.in_grid().scale, arrays["scale"])
+    at.emit(Affine, (at.input(),), clamp=at.clamp, arrays=arrays)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,5 +188,5 @@ class Affine(Op):
         return (requantize(c, sums, self.clamp),)
 
 
-OPERATIONS = {BatchNorm: BatchNormOperation()}
+OPERATIONS = {BatchNorm: BatchNormOperation(), ChannelAffine: ChannelAffineOperation()}
 PROGRAM_OPERATIONS = (Affine,)

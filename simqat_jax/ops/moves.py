@@ -17,10 +17,9 @@ from simqat_jax.ops.floats import emit_move
 from simqat_jax.ops.operation import (
     Clamp,
     Demand,
-    IntegerOperation,
     LoweredStep,
     Operation,
-    Situation,
+    SharedGridOperation,
 )
 
 # Primitives behind which the last axis holds other channels.
@@ -232,16 +231,8 @@ def window(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class ConcatOperation(IntegerOperation):
-    """What a concatenation or stack is on integers: all of its tensors lie on one grid."""
-
-    shares_grid = True
-
-    def joins(self, inputs: int) -> bool:
-        return True
-
-    def is_quantized(self, node: Node, situation: Situation) -> bool:
-        return not situation.per_channel and super().is_quantized(node, situation)
+class ConcatOperation(SharedGridOperation):
+    """What a concatenation or stack is on integers."""
 
     def lower(self, at: LoweredStep) -> bool:
         params, tensors = at.node.eqn.params, at.builder.tensors

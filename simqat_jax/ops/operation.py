@@ -83,8 +83,13 @@ class Operation:
         del node, graph, per_channel
         return False
 
+    def counts(self, step: Step, placement: Placement) -> bool:
+        """Whether a step makes integers of codes: no grid holds them, but nothing is float."""
+        del step, placement
+        return False
+
     def form(self, step: Step) -> str:
-        """Say what a quantized step becomes, where its name does not."""
+        """Say what a step on integers becomes, where its name does not."""
         del step
         return ""
 
@@ -99,7 +104,7 @@ class Operation:
         return None
 
     def lower(self, at: "LoweredStep") -> bool:
-        """Add what computes a quantized step to the program.
+        """Add what computes a step on integers to the program.
 
         Returns:
           False where the step has no exact integer form: nothing was added, it stays float.
@@ -129,6 +134,18 @@ class IntegerOperation(Operation):
         if self.joins(situation.inputs) and situation.needed:
             return True
         return situation.on_grid and (situation.needed or situation.wanted)
+
+
+class SharedGridOperation(IntegerOperation):
+    """An operation whose tensors all lie on one grid: there is nothing to rescale."""
+
+    shares_grid = True
+
+    def joins(self, inputs: int) -> bool:
+        return True
+
+    def is_quantized(self, node: Node, situation: Situation) -> bool:
+        return not situation.per_channel and super().is_quantized(node, situation)
 
 
 @dataclasses.dataclass(frozen=True)

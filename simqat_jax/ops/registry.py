@@ -5,6 +5,7 @@ from simqat_jax.ir.program import Op
 from simqat_jax.ops import (
     arithmetic,
     batch_norm,
+    extremes,
     floats,
     functions,
     matmul,
@@ -13,13 +14,14 @@ from simqat_jax.ops import (
     primitives,
     products,
     softmax,
+    spreads,
     sums,
 )
 from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (
-    *(products, matmul, batch_norm, norms, softmax),
-    *(arithmetic, sums, functions, moves, floats, primitives),
+    *(products, matmul, batch_norm, norms, spreads, softmax),
+    *(arithmetic, extremes, sums, functions, moves, floats, primitives),
 )
 
 OPERATIONS: dict[type[Node], Operation] = {

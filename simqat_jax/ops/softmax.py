@@ -1,4 +1,4 @@
-"""Softmax on codes, see `numerics.softmax`."""
+"""Softmax and its logarithm on codes, see `numerics.softmax`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simqat_jax.ir.compound import Softmax
+from simqat_jax.ir.compound import LogSoftmax, Softmax
 from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context, Op
 from simqat_jax.numerics import softmax
@@ -27,7 +27,7 @@ class SoftmaxOperation(IntegerOperation):
     def codes(self, at: ExactStep) -> jax.Array | None:
         x, node = at.inputs[0], at.step.node
         assert isinstance(node, Softmax)
-        if x is None or not _fits(node, x.codes.shape, x.grid):
+        if x is None or not _fits(node.axis, x.codes.shape, x.grid):
             return None
         codes, scale = x.codes, x.grid.params.scale
         if node.masked:
@@ -38,7 +38,7 @@ class SoftmaxOperation(IntegerOperation):
     def lower(self, at: LoweredStep) -> bool:
         node = at.node
         assert isinstance(node, Softmax) and isinstance(node.inputs[0], int)
-        if not _fits(node, at.builder.shape(node.inputs[0]), at.in_grid()):  # or a free batch
+        if not _fits(node.axis, at.builder.shape(node.inputs[0]), at.in_grid()):  # or a free batch
             return False
         inputs = [at.input()]
         if node.masked:
@@ -50,9 +50,35 @@ class SoftmaxOperation(IntegerOperation):
         return True
 
 
-def _fits(node: Softmax, shape: Sequence[int], x: Grid) -> bool:
+class LogSoftmaxOperation(IntegerOperation):
+    """What the logarithm of a softmax is on integers."""
+
+    def joins(self, inputs: int) -> bool:
+        return True
+
+    def form(self, step: Step) -> str:
+        return "of its codes"
+
+    def codes(self, at: ExactStep) -> jax.Array | None:
+        x, node = at.inputs[0], at.step.node
+        assert isinstance(node, LogSoftmax)
+        if x is None or not _fits(node.axis, x.codes.shape, x.grid):
+            return None
+        scales = x.grid.params.scale, at.grid.params.scale
+        return at.clamped(softmax.log_softmax(x.codes, scales[0], node.axis, scales[1]))
+
+    def lower(self, at: LoweredStep) -> bool:
+        node = at.node
+        assert isinstance(node, LogSoftmax) and isinstance(node.inputs[0], int)
+        if not _fits(node.axis, at.builder.shape(node.inputs[0]), at.in_grid()):
+            return False
+        at.emit(LogSoftmaxOfCodes, (at.input(),), axis=node.axis)
+        return True
+
+
+def _fits(axis: int, shape: Sequence[int], x: Grid) -> bool:
     """Whether the sums are exact."""
-    return x.num_bits <= 8 and 0 < shape[node.axis] <= softmax.MOST_TERMS
+    return x.num_bits <= 8 and 0 < shape[axis] <= softmax.MOST_TERMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,5 +103,19 @@ class SoftmaxOfCodes(Op):
         return (c.grid.from_float(softmax.softmax(codes, scale, self.axis, c.grid.params.scale)),)
 
 
-OPERATIONS = {Softmax: SoftmaxOperation()}
-PROGRAM_OPERATIONS = (SoftmaxOfCodes,)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSoftmaxOfCodes(Op):
+    """The logarithm of a softmax along an axis."""
+
+    kinds = ("log_softmax",)
+    axis: int
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        grid = c.in_grid()
+        codes, scale = grid.centered(inputs[0]).astype(jnp.float32), grid.params.scale
+        y = softmax.log_softmax(codes, scale, self.axis, c.grid.params.scale)
+        return (c.grid.from_float(y),)
+
+
+OPERATIONS = {Softmax: SoftmaxOperation(), LogSoftmax: LogSoftmaxOperation()}
+PROGRAM_OPERATIONS = (SoftmaxOfCodes, LogSoftmaxOfCodes)

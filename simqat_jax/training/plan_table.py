@@ -62,8 +62,9 @@ class Row:
 
     Attributes:
       path: the layer's path, or the path and the name of a functional operation.
-      kind: "conv", "dense", "matmul", "lookup", "batch_norm", "norm", "softmax", "add", "mul",
-        "mean", "concat", "elementwise", "clamp", "pass" or "float".
+      kind: "conv", "dense", "matmul", "lookup", "batch_norm", "norm", "spread", "softmax",
+        "log_softmax", "add", "mul", "extremum", "position", "mean", "concat", "elementwise",
+        "clamp", "pass" or "float".
       op: readable name with attributes and what is fused: "Conv(features=6, ...) + relu".
       weight: the kernel's quantizer, None for none.
       output: the quantizer of the output, None for none.
@@ -160,10 +161,12 @@ class Plan:
             return f"float: {reason}; its result is quantized for an integer operation"
         if step.output in placement.grids:
             return f"on the grid of {placement.grids[step.output].name}"
+        if operation_of(step.node).counts(step, placement):
+            return self._form(step)
         return f"float: {self._reason(step)}"
 
     def _form(self, step: Step) -> str:
-        """Say what a quantized operation becomes, where its name does not."""
+        """Say what an operation on integers becomes, where its name does not."""
         if step.norm is not None:
             return f"BatchNorm folded: {step.fold}"
         return operation_of(step.node).form(step)

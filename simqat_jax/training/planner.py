@@ -268,7 +268,7 @@ class _Planner:
                 self.constants[Slot(step, position)] = constant
 
     def share(self, step: Step) -> None:
-        """Put the inputs of a concat on one grid, which its output has too."""
+        """Put the inputs of a concat or maximum on one grid, which its output has too."""
         shape = self.graph.avals[step.output].shape
         joint = _of_activation(self.output_name(step), shape, self.decided[step.node])
         for position, v in enumerate(step.node.inputs):
@@ -318,7 +318,8 @@ def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
     with a kernel (behind BatchNorm and ReLU), of add, multiply, mean and average pooling, of
     activation functions; and what a float operation hands to an integer one. Whatever only moves
     values (max_pool, reshape, slicing, padding with zero ...) and a ReLU behind a quantized tensor
-    keep the grid. The tensors of one concatenation share one.
+    keep the grid. The tensors of one concatenation, maximum or
+    minimum share one.
 
     Raises:
       ValueError: a product that cannot be quantized (`config.strict`), nothing to quantize,

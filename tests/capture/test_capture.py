@@ -279,6 +279,8 @@ def test_custom_gradients_are_kept():
         (nn.leaky_relu, "leaky_relu"),
         (nn.softplus, "softplus"),
         (jnp.abs, "abs"),
+        (lambda x: jnp.maximum(x, 0.1 * x), "elementwise"),
+        (lambda x: jnp.minimum(jnp.exp(x), x * x), "elementwise"),
         (lambda x: jnp.where(x > 1, 1.0, jnp.where(x < -1, -1.0, x)), "elementwise"),
     ],
 )
@@ -312,7 +314,12 @@ def test_a_clamp_is_fused(function, fused):
 
 
 @pytest.mark.parametrize(
-    "function", [nn.log_softmax, lambda x: x - x.var(), lambda x: x / jnp.linalg.norm(x)]
+    "function",
+    [
+        lambda x: nn.log_softmax(x, (0, 1)),
+        lambda x: x - x.var(),
+        lambda x: x / jnp.linalg.norm(x),
+    ],
 )
 def test_logarithms_and_variances_stay_float(function):
     _, plan = rows(Model(lambda x: function(nn.Dense(6)(x))), X)

@@ -37,6 +37,10 @@ def var(x, axis=-1):
     return mean((x - mean(x, axis)) ** 2, axis)
 
 
+def length(x):
+    return jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
 NORMS = {
     "divided": lambda x: (x - mean(x)) / jnp.sqrt(var(x) + 1e-5) * SCALE + SHIFT,
     "rsqrt": lambda x: (x - mean(x)) * lax.rsqrt(mean(jnp.square(x - mean(x))) + 1e-5),
@@ -53,8 +57,23 @@ NORMS = {
     "two axes": lambda x: (x - mean(x, (1, 2))) / jnp.sqrt(var(x, (1, 2)) + 1e-5),
     "subclass": lambda x: Shifted()(x),
 }
+LENGTHS = {
+    "sum of squares": lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6),
+    "rsqrt of it": lambda x: x * lax.rsqrt(jnp.sum(x * x, 1, keepdims=True) + 0.5) * SCALE,
+    "jnp.linalg": lambda x: x / length(x),
+    "jnp.linalg of fewer axes": lambda x: x / jnp.linalg.norm(x, axis=-1)[..., None] + SHIFT,
+    "and a number": lambda x: x / (length(x) + 0.7),
+    "at least": lambda x: x / jnp.maximum(length(x), 3.0),
+    "at least, and a number": lambda x: x / (jnp.clip(length(x), min=3.0) + 0.7),
+    "clipped square": lambda x: x * lax.rsqrt(jnp.maximum(jnp.sum(x**2, -1, keepdims=True), 9.0)),
+    "std and a number": lambda x: SCALE * (x - mean(x)) / (jnp.std(x, -1, keepdims=True) + 0.3),
+}
+"""Norms by lengths, and with numbers that keep what divides from zero."""
 NO_NORMS = {
-    "l2": lambda x: x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6),
+    "at most": lambda x: x / jnp.minimum(length(x), 3.0),
+    "absolute values": lambda x: x / jnp.linalg.norm(x, 1, axis=-1, keepdims=True),
+    "of all": lambda x: x / jnp.linalg.norm(x),
+    "of a number more first": lambda x: x / jnp.maximum(length(x) + 0.7, 3.0),
     "of another": lambda x: (x[..., ::-1] - mean(x)) / jnp.sqrt(var(x) + 1e-5),
     "not centered": lambda x: x / jnp.sqrt(var(x) + 1e-5),
     "of less": lambda x: (x - mean(x)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-5),
@@ -77,14 +96,42 @@ def kinds(function):
     return [row.kind for row in qmodel.plan(variables, X).rows]
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [*NORMS, *LENGTHS])
 def test_a_norm_is_one_node(name):
-    assert kinds(NORMS[name])[1:-1] == ["norm"]
+    assert kinds({**NORMS, **LENGTHS}[name])[1:-1] == ["norm"]
 
 
 @pytest.mark.parametrize("name", NO_NORMS)
 def test_what_computes_something_else_is_no_norm(name):
     assert "norm" not in kinds(NO_NORMS[name])
+
+
+SPREADS = {
+    "jnp.std": lambda x: jnp.std(x, -1),
+    "jnp.var": lambda x: x.var(1, keepdims=True),
+    "by hand": lambda x: jnp.sqrt(var(x, 1) + 0.2)[:, 0],
+    "with its mean": lambda x: jnp.concatenate([mean(x, 1), jnp.sqrt(var(x, 1))], -1),
+    "at least a square": lambda x: jnp.sqrt(jnp.maximum(mean(x**2) - mean(x) ** 2, 1.5)),
+    "length": lambda x: length(x),
+    "mean square": lambda x: jnp.sqrt(mean(x * x, (1, 2))),
+}
+NO_SPREADS = {
+    "of less": lambda x: x.std(-1, ddof=1),
+    "over the batch": lambda x: jnp.std(x, 0),
+    "absolute values": lambda x: jnp.linalg.norm(x, 1, axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+def test_a_deviation_is_one_node(name):
+    found = kinds(SPREADS[name])
+    assert found.count("spread") == 1
+    assert not {"float", "add", "mul"} & set(found)
+
+
+@pytest.mark.parametrize("name", NO_SPREADS)
+def test_what_computes_something_else_is_no_deviation(name):
+    assert "spread" not in kinds(NO_SPREADS[name])
 
 
 @pytest.mark.parametrize("name", ["scaled first", "RMS", "clipped", "two axes", "subclass"])
@@ -96,3 +143,22 @@ def test_a_norm_keeps_its_function_and_its_codes(name):
     y = jax.jit(qmodel.apply)(variables, X)
     assert jnp.linalg.norm(y - floats) < 0.03 * jnp.linalg.norm(floats)
     np.testing.assert_array_equal(sq.convert(qmodel, variables, X)(X), y)
+
+
+def test_norms_by_lengths_and_deviations_keep_their_functions_and_their_codes():
+    names = "rsqrt of it", "at least, and a number", "clipped square", "std and a number"
+    names += "jnp.var", "at least a square", "length"
+
+    def function(x):
+        y = nn.Dense(12)(x)
+        return {name: (LENGTHS | SPREADS)[name](y) for name in names}
+
+    config = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
+    qmodel, variables, _ = observed(Model(function), X, config=config)
+    floats = Model(function).apply({"params": variables["params"]}, X)
+    got = jax.jit(qmodel.apply)(variables, X)
+    for name, y in got.items():
+        assert jnp.abs(y - floats[name]).max() < 0.03 * jnp.abs(floats[name]).max(), name
+    converted = sq.convert(qmodel, variables, X)
+    assert not converted.program.float_ops
+    jax.tree.map(np.testing.assert_array_equal, converted(X), got)

@@ -17,7 +17,7 @@ def body(x):
     x = nn.Dense(8)((x - 0.5) / 0.3)
     for k in range(4):
         x = nn.Dense(8)(nn.LayerNorm(name=f"norm_{k}")(x, mask=MASK))
-    return nn.log_softmax(x)
+    return jnp.cumsum(x, -1)
 
 
 def refused(function):

@@ -7,6 +7,7 @@ import pytest
 
 from simqat_jax.numerics.norms import (
     MOST_ELEMENTS,
+    Guard,
     Statistics,
     heron,
     normalized,
@@ -40,7 +41,7 @@ def test_norms_round_every_operation(centered, length):
 
     @jax.jit
     def computed(c, scale, shift):
-        y = normalized(c, Statistics((1,), centered), epsilon, heron)
+        y = normalized(c, Statistics((1,), centered), Guard(epsilon), heron)
         return y, scaled_and_shifted(y, scale, shift)
 
     x, rest = c, F32(0)

@@ -90,6 +90,41 @@ def test_products(backend, folder, a, b, c, seed):
     compared(model, folder, list(codes))
 
 
+@both
+@given(grids, seeds, st.sampled_from([(-1, 3, 5), (-1, 2, 4, 16)]), st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_extremes(backend, folder, a, seed, shape, constant):
+    kind = ("maximum", "minimum")[seed % 2]
+    model = single(backend, kind, (a, a, a), {}, shape=shape)
+    codes = random_codes(model, 3, seed)
+    if constant:  # one for each channel, held once along the batch
+        grid = model.tensors[1].grid
+        held = codes[1][:1] if seed % 3 else codes[1][:1, ..., :1]
+        tensor = Tensor("t1", (shape[0], *held.shape[1:]), "float32", grid, held)
+        tensors = [model.tensors[0], tensor, model.tensors[2]]
+        model = integer_model(backend, tensors, model.ops, [0], [2])
+        codes = codes[:1]
+    compared(model, folder, codes)
+
+
+@both
+@pytest.mark.parametrize("kind", ["argmax", "argmin"])
+@pytest.mark.parametrize("shape", [(-1, 37), (-1, 3, 200, 5)])
+def test_positions(backend, folder, kind, shape):
+    """Of ties the first one."""
+    rng = np.random.default_rng(0)
+    for axis in range(1, len(shape)):
+        out = tuple(d for k, d in enumerate(shape) if k != axis)
+        x = Tensor("x", shape, "float32", sq.Grid(0.1, 9, 0, 255))
+        tensors = [x, Tensor("y", out, "int32", None)]
+        model = integer_model(
+            backend, tensors, [operation(kind, (0,), (1,), {"axis": axis})], [0], [1]
+        )
+        ends = ((0, 256), (126, 131), (255, 256))
+        codes = np.concatenate([rng.integers(*pair, (30, *shape[1:])) for pair in ends])
+        compared(model, folder, [codes.astype(np.uint8)])
+
+
 # Layers ------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from single_operations import both, compared, grids, integer_model, operation, r
 
 import simqat_jax as sq
 from simqat_jax.ir.program import Tensor
-from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized
+from simqat_jax.numerics.norms import MOST_ELEMENTS, Guard, Statistics, normalized
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.numerics.softmax import unit
 
@@ -117,6 +117,58 @@ def test_norms_of_millions(backend, folder, seed):
     compared(model, folder, [codes])
 
 
+@both
+@pytest.mark.parametrize("guard", [{"least": 3.7}, {"offset": 0.3}, {"least": 2.0, "offset": 0.1}])
+def test_guarded_norms(backend, folder, guard):
+    """A least deviation, and what is added to it: rows that differ much and little."""
+    model = norm(backend, (-1, 50, 12), grid((0.05, 120)), grid((0.012, 128)), centered=False)
+    op = dataclasses.replace(model.ops[0], **guard)
+    program = dataclasses.replace(model.program, ops=(op,))
+    rng = np.random.default_rng(0)
+    codes = np.stack([codes_of(rng, (50, 12), kind) for kind in ("full", "near", "same", "one")])
+    codes[1:] = np.clip(codes[1:], 118, 122)
+    compared(sq.IntegerModel(program), folder, [codes])
+
+
+def spread(backend, shape, out, x, y, axes, centered=True, rooted=True, **guard):
+    multiplier = np.float32(x.scale if rooted else x.scale**2) / np.float32(y.scale)
+    fields = {"axes": axes, "centered": centered, "rooted": rooted, "epsilon": 2.0**-40}
+    attributes = {**fields, "clamp": (0, 255), **guard}
+    kind = ROUNDINGS[backend].norm.spread
+    arrays = {"multiplier": np.float32(multiplier)}
+    return model_of(backend, kind, (shape, out), (x, y), attributes, arrays)
+
+
+@both
+@given(grids, seeds, st.integers(1, 70), kinds, st.booleans(), st.booleans())
+@settings(max_examples=8, deadline=None)
+def test_spreads(backend, folder, a, seed, length, kind, centered, rooted):
+    x, rng = grid(a), np.random.default_rng(seed)
+    codes = codes_of(rng, (2, 50, length), kind)
+    real = (codes.astype(np.float64) - a[1]) * np.float64(np.float32(a[0]))
+    want = real.var(-1) if centered else (real * real).mean(-1)
+    want = np.sqrt(want) if rooted else want
+    y = grid((max(float(want.max()), 1e-3) / 250, 0))
+    kept = seed % 2
+    out = (-1, 50, 1) if kept else (-1, 50)
+    model = spread(backend, (-1, 50, length), out, x, y, (2,), centered, rooted)
+    compared(model, folder, [codes])
+    got = np.asarray(model.run_codes(codes)).reshape(2, 50)
+    # Of equal codes, the root of a fixed number of steps is not quite zero.
+    assert np.max(np.abs(got - want / y.scale)) <= 0.51 + 2.5e-4 * x.scale / y.scale
+
+
+@both
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((-1, 7, 6, 5), (1, 2)), ((-1, 5, 4000), (2,)), ((-1, 33_000, 2), (1,))]
+)
+def test_spreads_over_any_axes(backend, folder, shape, axes):
+    out = tuple(d for k, d in enumerate(shape) if k not in axes)
+    x, y = grid((0.013, 77)), grid((0.01, 0))
+    model = spread(backend, shape, out, x, y, axes, least=1.5)
+    compared(model, folder, [codes_of(np.random.default_rng(1), (2, *shape[1:]), "full")])
+
+
 @given(grids, seeds, st.integers(2, 400), kinds, st.sampled_from(sorted(ROUNDINGS)))
 @settings(max_examples=15, deadline=None)
 def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
@@ -128,7 +180,7 @@ def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
     got = normalized(
         jnp.asarray(c, jnp.float32),
         Statistics((1,), True),
-        jnp.float32(epsilon),
+        Guard(jnp.float32(epsilon)),
         ROUNDINGS[backend].norm.root,
     )
     np.testing.assert_allclose(got, (c - c.mean(-1, keepdims=True)) / deviation, 3e-6, 3e-6)
@@ -217,6 +269,41 @@ def test_softmax_of_many_terms(backend, folder):
     """Of more than 4,096 equal numbers the sum still is exact."""
     model = softmax(backend, (-1, 2, 9000), grid((0.001, 0)), grid((0.00001, 0)))
     compared(model, folder, [codes_of(np.random.default_rng(0), (1, 2, 9000), "near")])
+
+
+def log_softmax(backend, shape, x, y, axis=2):
+    return model_of(backend, "log_softmax", (shape, shape), (x, y), {"axis": axis})
+
+
+@both
+@given(scores, st.floats(0.005, 0.2), seeds, st.integers(1, 70), kinds)
+@settings(max_examples=8, deadline=None)
+def test_log_softmax(backend, folder, a, scale, seed, length, kind):
+    model = log_softmax(backend, (-1, 30, length), grid(a), grid((scale, 250)))
+    codes = codes_of(np.random.default_rng(seed), (2, 30, length), kind)
+    compared(model, folder, [codes])
+    real = (codes.astype(np.float64) - a[1]) * np.float64(np.float32(a[0]))
+    real = real - real.max(-1, keepdims=True)
+    want = (real - np.log(np.exp(real).sum(-1, keepdims=True))) / np.float32(scale)
+    got = np.asarray(model.run_codes(codes), np.float64) - 250
+    assert np.max(np.abs(got - np.clip(want, -250, 5))) <= 0.5 + 1e-4 / scale
+
+
+@both
+@pytest.mark.parametrize("length", [2, 1000, 16384])
+def test_log_softmax_of_many_terms_and_sums(backend, folder, length):
+    """Sums of all sizes: up to so many equal numbers."""
+    model = log_softmax(backend, (-1, 60, length), grid((0.5, 9)), grid((0.05, 255)))
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 190, (1, 60, length)) + 0 * np.arange(60)[:, None]
+    codes[rng.random(codes.shape) < np.linspace(0, 1, 60)[:, None] ** 4] = 200
+    compared(model, folder, [codes.astype(np.uint8)])
+
+
+@both
+def test_log_softmax_of_millions(backend, folder):
+    model = log_softmax(backend, (-1, 500, 2), grid((0.02, 3)), grid((0.0031, 255)))
+    compared(model, folder, [codes_of(np.random.default_rng(0), (2000, 500, 2), "near")])
 
 
 # Products of two tensors -------------------------------------------------------------------------

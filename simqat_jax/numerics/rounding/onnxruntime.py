@@ -91,5 +91,5 @@ ONNXRUNTIME = Rounding(
     add=Sum("add_onnx", sum_multipliers, fused_sum),
     subtract=Sum("sub_onnx", lambda grids: (), real_difference),
     multiply=Product("mul_onnx", product),
-    norm=Norm("norm_onnx", lambda v, epsilon: own_rounding(jnp.sqrt(v))),
+    norm=Norm("norm_onnx", "spread_onnx", lambda v, epsilon: own_rounding(jnp.sqrt(v))),
 )

@@ -50,10 +50,12 @@ class Norm:
 
     Attributes:
       kind: the name of its operation in an integer model.
+      spread: the name of a deviation's.
       root: computes the square root.
     """
 
     kind: str
+    spread: str
     root: Root
 
 

@@ -59,5 +59,5 @@ XNNPACK = Rounding(
     add=Sum("add", sum_multipliers, fixed_point_sum),
     subtract=Sum("add", partial(sum_multipliers, sign=-1), fixed_point_sum),
     multiply=Product("mul", product),
-    norm=Norm("norm", heron),
+    norm=Norm("norm", "spread", heron),
 )

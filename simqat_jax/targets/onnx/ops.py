@@ -10,6 +10,7 @@ from simqat_jax.ir.program import Op, Program, Tensor, grid_of
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
+from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.matmul import LookUp, Multiplied
@@ -29,12 +30,20 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.at import real_values
-from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
-from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
+from simqat_jax.targets.onnx.whole import (
+    log_softmax,
+    look_up,
+    multiplied,
+    normalize,
+    softmax,
+    spread,
+)
+from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, dequantized, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
@@ -184,7 +193,7 @@ def _affine(w: Writer, op: Affine) -> None:
 
 def _binary(w: Writer, op: Sum | Multiply, kind: str) -> None:
     layout = w.layout(op)
-    inputs = [w.dequantized(op, p, layout) for p in range(2)]
+    inputs = [dequantized(w, op, p, layout) for p in range(2)]
     w.finish(op, w.node(kind, inputs, op.path), layout, op.clamp)
 
 
@@ -194,6 +203,18 @@ def _add(w: Writer, op: Sum) -> None:
 
 def _mul(w: Writer, op: Multiply) -> None:
     _binary(w, op, "Mul")
+
+
+def _extremum(w: Writer, op: ExtremumOfCodes) -> None:
+    layout, kind = w.layout(op), "Max" if op.kind == "maximum" else "Min"
+    codes = [w.operand(op, p, layout) for p in range(2)]
+    w.put(op.outputs[0], w.node(kind, codes, op.path), layout)
+
+
+def _position(w: Writer, op: PositionOfCodes) -> None:
+    kind = "ArgMax" if op.kind == "argmax" else "ArgMin"
+    place = w.node(kind, [w.get(op.inputs[0])], op.path, axis=op.axis, keepdims=0)
+    w.put(op.outputs[0], w.node("Cast", [place], op.path, to=w.onnx.TensorProto.INT32))
 
 
 def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) -> None:
@@ -227,7 +248,7 @@ def _sum(w: Writer, op: SumOver) -> None:
     lengths = [tensor.shape[a] for a in axes]
     spatial = list(axes) == list(range(1, rank - 1)) and rank > 2
     if spatial and op.count == math.prod(lengths):
-        inputs = [w.dequantized(op, 0, FIRST)]
+        inputs = [dequantized(w, op, 0, FIRST)]
         w.finish(op, w.node("GlobalAveragePool", inputs, op.path), LAST, op.clamp)
         shape = w.ints([-1, tensor.shape[-1]], op.path)
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
@@ -409,6 +430,8 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Affine: _affine,
     Sum: _add,
     Multiply: _mul,
+    ExtremumOfCodes: _extremum,
+    PositionOfCodes: _position,
     SumOver: _sum,
     SumPool: _sum_pool,
     MaxPool: _max_pool,
@@ -425,7 +448,9 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     Pad: _pad,
     Quantize: _quantize,
     Normalize: normalize,
+    SpreadOfCodes: spread,
     SoftmaxOfCodes: softmax,
+    LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,
     LookUp: look_up,
     Primitive: primitives.write,

@@ -5,11 +5,13 @@ Codes less their zero point are whole numbers: dequantized with a scale of 1.
 
 import numpy as np
 
+from simqat_jax.ir.program import Tensor
 from simqat_jax.numerics import softmax as numbers
 from simqat_jax.numerics.norms import reciprocal_count
 from simqat_jax.ops.matmul import LookUp, Multiplied
-from simqat_jax.ops.norms import Normalize
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.norms import Normalize, OfStatistics
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.targets.onnx.writer import LAST, Writer, looked_up, quotient
 
 _EXACT = 2**24
@@ -65,23 +67,42 @@ def normalize(w: Writer, op: Normalize) -> None:
     x, grouped = at.input(op.inputs[0]), op.grouped(tensor.shape)
     if op.groups:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in grouped], np.int64))
-    part, rest = reciprocal_count(op.count(tensor.shape)), None
-    if op.centered:
-        x = at("Sub", x, at("Round", at("Mul", at.sum(x, op.axes), part)))
-        rest = at("Mul", at.sum(x, op.axes), part)
-    largest = op.largest_sum(tensor.shape, w.grid(tensor))
-    variance = at("Mul", at.sum_of_squares(x, op.axes, largest), part)
-    if rest is not None:
-        variance = at("Sub", variance, at("Mul", rest, rest))
-        x = at("Sub", x, rest)
-    deviation = at("Sqrt", at("Add", variance, np.float32(op.epsilon)))
-    x = at("Mul", x, quotient(w, 1, deviation, op.path))
+    x, variance = _centered(at, op, x, tensor)
+    x = at("Mul", x, quotient(w, 1, _deviation(at, op, variance), op.path))
     if op.groups:
         x = at("Reshape", x, np.asarray([max(d, -1) for d in tensor.shape], np.int64))
     x = at("Mul", x, op.arrays["scale"])
     if "shift" in op.arrays:
         x = at("Add", x, op.arrays["shift"])
     at.finish(op.outputs[0], x, op.clamp)
+
+
+def spread(w: Writer, op: SpreadOfCodes) -> None:
+    """Write a deviation or variance, see `numerics.norms`."""
+    at, shape = _Whole(w, op.path), w.model.tensors[op.outputs[0]].shape
+    x = at.input(op.inputs[0])
+    _, y = _centered(at, op, x, w.model.tensors[op.inputs[0]])
+    y = at("Mul", _deviation(at, op, y) if op.rooted else y, op.arrays["multiplier"])
+    y = at("Reshape", y, np.asarray([max(d, -1) for d in shape], np.int64))
+    at.finish(op.outputs[0], y, op.clamp)
+
+
+def _centered(at: _Whole, op: OfStatistics, x: str, tensor: Tensor) -> tuple[str, str]:
+    """Return whole numbers less their mean, where it is subtracted, and their variance."""
+    part = reciprocal_count(op.count(tensor.shape))
+    largest = op.largest_sum(tensor.shape, at.w.grid(tensor))
+    if not op.centered:
+        return x, at("Mul", at.sum_of_squares(x, op.axes, largest), part)
+    x = at("Sub", x, at("Round", at("Mul", at.sum(x, op.axes), part)))
+    rest = at("Mul", at.sum(x, op.axes), part)
+    square = at("Mul", at.sum_of_squares(x, op.axes, largest), part)
+    return at("Sub", x, rest), at("Sub", square, at("Mul", rest, rest))
+
+
+def _deviation(at: _Whole, op: OfStatistics, variance: str) -> str:
+    y = at("Sqrt", at("Add", variance, np.float32(op.epsilon)))
+    y = at("Max", y, np.float32(op.least)) if op.least else y
+    return at("Add", y, np.float32(op.offset)) if op.offset else y
 
 
 def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
@@ -97,11 +118,43 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     if len(op.inputs) > 1:
         below = at("Min", below, np.int32(_MASKED))
     table = np.zeros(_MASKED + 1, np.float32)
-    table[:_MASKED] = numbers.table(scale, source.shape[op.axis])
+    table[:_MASKED] = numbers.table(scale, numbers.unit(source.shape[op.axis]))
     shape = [max(d, -1) for d in source.shape]
     e = looked_up(w, table, below, shape, op.path)
     each = np.float32(1) / np.float32(w.grid(target).scale)
     at.finish(op.outputs[0], at("Mul", e, quotient(w, each, at.sum(e, axes), op.path)))
+
+
+def log_softmax(w: Writer, op: LogSoftmaxOfCodes) -> None:
+    """Write the logarithm of a softmax, see `numerics.softmax`."""
+    at, tensors = _Whole(w, op.path), w.model.tensors
+    source, types = tensors[op.inputs[0]], w.onnx.TensorProto
+    scale, out_scale = (np.float32(w.grid(tensors[i]).scale) for i in (*op.inputs, *op.outputs))
+    largest, axes = numbers.fine_unit(source.shape[op.axis]), np.asarray([op.axis], np.int64)
+    x = at("Cast", w.get(op.inputs[0]), to=types.INT32)
+    below = at("Sub", at("ReduceMax", x, axes, keepdims=1), x)
+    table = numbers.table(scale, largest).astype(np.int32)
+    e = looked_up(w, table, below, [max(d, -1) for d in source.shape], op.path)
+    total = at("Cast", at("ReduceSum", e, axes, keepdims=1), to=types.FLOAT)
+    shift = at("Div", _logarithm(at, at("Mul", total, np.float32(1 / largest))), out_scale)
+    scores = at("Mul", at("Cast", below, to=types.FLOAT), -scale / out_scale)
+    at.finish(op.outputs[0], at("Sub", scores, shift))
+
+
+def _logarithm(at: _Whole, m: str) -> str:
+    one = np.float32(1)
+    halved: str | np.float32 = np.float32(0.5)
+    for k in numbers.HALVINGS:
+        part = np.float32(0.5**k)
+        much = at("Min", at("Floor", at("Mul", m, part)), one)
+        m = at("Mul", m, at("Sub", one, at("Mul", much, one - part)))
+        halved = at("Add", at("Mul", much, np.float32(k)), halved)
+    root, log2, (series, *others) = numbers.LOGARITHM
+    t = at("Div", at("Sub", m, root), at("Add", m, root))
+    square, series = at("Mul", t, t), series
+    for coefficient in others:
+        series = at("Add", at("Mul", square, series), coefficient)
+    return at("Add", at("Mul", halved, log2), at("Mul", t, series))
 
 
 def _masked(at: _Whole, op: SoftmaxOfCodes, x: str) -> str:

@@ -155,12 +155,11 @@ class Writer:
         first = any(FIRST in names for names in written)
         return FIRST if first and len(ranks) == 1 and min(ranks) > 2 else LAST
 
-    def dequantized(self, op: Op, position: int, layout: Layout) -> str:
-        """Return an input of an operation in real units, in a layout."""
+    def operand(self, op: Op, position: int, layout: Layout) -> str:
+        """Return the codes of an input of an operation in a layout, as long as it takes them."""
         i = op.inputs[position]
-        tensor, thin = self.model.tensors[i], self.model.reads_thin(op, i)
-        codes = _held(self, tensor, layout) if thin else self.get(i, layout)
-        return self.dequantize(codes, tensor)
+        thin = self.model.reads_thin(op, i)
+        return _held(self, self.model.tensors[i], layout) if thin else self.get(i, layout)
 
     def finish(self, op: Op, real: str, layout: Layout, clamp: Sequence[int]) -> None:
         """Quantize the real result of an operation."""
@@ -223,6 +222,11 @@ class Writer:
                 self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
             )
         return self.value_info(name, tensor)
+
+
+def dequantized(w: Writer, op: Op, position: int, layout: Layout) -> str:
+    """Return an input of an operation in real units, in a layout."""
+    return w.dequantize(w.operand(op, position, layout), w.model.tensors[op.inputs[position]])
 
 
 def _codes(w: Writer, tensor: Tensor) -> np.ndarray:

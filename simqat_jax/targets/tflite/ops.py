@@ -11,6 +11,7 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.ops.arithmetic import Multiply, Sum
 from simqat_jax.ops.batch_norm import Affine
+from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
 from simqat_jax.ops.matmul import LookUp, Multiplied
@@ -30,14 +31,23 @@ from simqat_jax.ops.moves import (
 from simqat_jax.ops.norms import Normalize
 from simqat_jax.ops.primitives import Primitive
 from simqat_jax.ops.products import Conv, Dense
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_float, refuse_wide
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
-from simqat_jax.targets.tflite.subgraph import Codes, check_ratio, stored
-from simqat_jax.targets.tflite.whole import added, look_up, multiplied, normalize, softmax
+from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, stored
+from simqat_jax.targets.tflite.whole import (
+    added,
+    log_softmax,
+    look_up,
+    multiplied,
+    normalize,
+    softmax,
+    spread,
+)
 from simqat_jax.targets.tflite.windows import (
     Window,
     check_padding,
@@ -97,12 +107,15 @@ def write_op(writer: Writer, op: Op) -> None:
         primitives.write(writer, op)
         return
     number = op.outputs[0]
-    output, target = writer.source.tensors[number], None
-    if number not in writer.staying_whole:
+    output = writer.source.tensors[number]
+    target: Codes | Plain | None = None
+    if output.grid is None:
+        target = writer.reals[number] = writer.plain(output.name, output.shape, output.dtype)
+    elif number not in writer.staying_whole:
         target = writer.codes(output.name, output.shape, grid_of(output))
     replaced = None
     if isinstance(op, Quantize):
-        assert target is not None
+        assert isinstance(target, Codes)
         real = writer.real(op.inputs[0])
         writer.quantize(real.index, real.shape, target)
     else:
@@ -110,7 +123,7 @@ def write_op(writer: Writer, op: Op) -> None:
         inputs = [writer.values[i] if thin(op, i) else writer.full(i) for i in op.inputs]
         replaced = _WRITERS[type(op)](writer, op, *inputs, target)
     written = replaced or target
-    if written is not None:
+    if isinstance(written, Codes):
         writer.values[number] = written
 
 
@@ -301,6 +314,16 @@ def _mul(w: Writer, op: Multiply, a: Codes, b: Codes, y: Codes) -> None:
     w.clamped(op, "MUL", [a.index, b.index], y, op.clamp)
 
 
+def _extremum(w: Writer, op: ExtremumOfCodes, a: Codes, b: Codes, y: Codes) -> None:
+    w.emit(op.kind.upper(), [a.index, b.index], y.index)
+
+
+def _position(w: Writer, op: PositionOfCodes, x: Codes, y: Plain) -> None:
+    name = "ARG_MAX" if op.kind == "argmax" else "ARG_MIN"
+    kind = w.schema.TensorType.INT32
+    w.emit(name, [x.index, w.constant(op.axis)], y.index, outputType=kind)
+
+
 def _table(w: Writer, op: Table, x: Codes, y: Codes) -> None:
     """Look codes up, by their bits as uint8: 0 to 127, then -128 to -1."""
     table = np.asarray(op.arrays["table"], np.int32) - y.grid.offset
@@ -404,7 +427,7 @@ def _broadcasts(w: Writer, op: Op, number: int, y: Codes) -> bool:
     """Whether an operation broadcasts one input to another that has the full shape."""
     others = [i for i in op.inputs if i != number]
     return (
-        isinstance(op, Sum | Multiply)
+        op.broadcasts
         and bool(others)
         and all(i in w.values and w.values[i].shape == y.shape for i in others)
     )
@@ -445,6 +468,8 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Affine: _affine,
     Sum: _add,
     Multiply: _mul,
+    ExtremumOfCodes: _extremum,
+    PositionOfCodes: _position,
     SumOver: _sum,
     SumPool: _sum_pool,
     MaxPool: _max_pool,
@@ -460,7 +485,9 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     Take: _take,
     Pad: _pad,
     Normalize: normalize,
+    SpreadOfCodes: spread,
     SoftmaxOfCodes: softmax,
+    LogSoftmaxOfCodes: log_softmax,
     Multiplied: multiplied,
     LookUp: look_up,
 }

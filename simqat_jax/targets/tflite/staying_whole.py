@@ -6,9 +6,10 @@ from simqat_jax.ir.program import Op, Program
 from simqat_jax.ops.matmul import Multiplied
 from simqat_jax.ops.moves import Reshape
 from simqat_jax.ops.norms import Normalize
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 
-_WHOLE = (Multiplied, Normalize, SoftmaxOfCodes)
+_WHOLE = (Multiplied, Normalize, SpreadOfCodes, SoftmaxOfCodes, LogSoftmaxOfCodes)
 """Operations that compute with whole numbers in float."""
 
 

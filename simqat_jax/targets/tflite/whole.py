@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from simqat_jax.ir.program import Op, grid_of
+from simqat_jax.ir.program import Op, Tensor, grid_of
 from simqat_jax.numerics import softmax as numbers
 from simqat_jax.numerics.norms import STEPS, heron_start, reciprocal_count
 from simqat_jax.ops.arithmetic import Sum
 from simqat_jax.ops.matmul import LookUp, Multiplied
-from simqat_jax.ops.norms import Normalize
-from simqat_jax.ops.softmax import SoftmaxOfCodes
+from simqat_jax.ops.norms import Normalize, OfStatistics
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.targets.tflite.subgraph import Codes, reshape_target
 from simqat_jax.targets.tflite.writer import Writer
 
@@ -48,7 +49,7 @@ class _Whole:
         return result
 
     def sum(self, shape: Shape, x: int, axes: Sequence[int]) -> int:
-        kept = tuple(1 if a in axes else d for a, d in enumerate(shape))
+        kept = _thin(shape, axes)
         return self("SUM", kept, x, self.w.constant(axes), keepDims=True)
 
     def finish(self, x: int, clamp: Sequence[int], y: Codes | None) -> None:
@@ -76,19 +77,9 @@ def normalize(w: Writer, op: Normalize, *tensors: Codes | None) -> None:
     x, shape = w.whole(op.inputs[0]), op.grouped(tensor.shape)
     if op.groups:
         x = w.reshaped(x, shape)
-    axes = op.axes
-    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
-    part, rest = reciprocal_count(op.count(tensor.shape)), None
-    if op.centered:
-        near = at("ROUND", thin, at("MUL", thin, at.sum(shape, x, axes), part))
-        x = at("SUB", shape, x, near)
-        rest = at("MUL", thin, at.sum(shape, x, axes), part)
-    largest = op.largest_sum(tensor.shape, grid_of(tensor))
-    variance = at("MUL", thin, _sum_of_squares(at, shape, x, axes, largest), part)
-    if rest is not None:
-        variance = at("SUB", thin, variance, at("MUL", thin, rest, rest))
-        x = at("SUB", shape, x, rest)
-    deviation = _root(at, thin, variance, np.float32(op.epsilon))
+    thin = _thin(shape, op.axes)
+    x, variance = _centered(at, op, x, tensor)
+    deviation = _deviation(at, op, thin, variance)
     x = at("MUL", shape, x, at("DIV", thin, np.float32(1), deviation))
     if op.groups:
         x, shape = w.reshaped(x, tensor.shape), tensor.shape
@@ -98,18 +89,54 @@ def normalize(w: Writer, op: Normalize, *tensors: Codes | None) -> None:
     at.finish(x, op.clamp, tensors[-1])
 
 
-def _sum_of_squares(at: _Whole, shape: Shape, x: int, axes: Sequence[int], largest: float) -> int:
-    """Add squares exactly, and round once; `largest`: what they may add up to.
+def spread(w: Writer, op: SpreadOfCodes, *tensors: Codes | None) -> None:
+    """Write a deviation or variance, see `numerics.norms`."""
+    at, tensor = _Whole(w, op), w.source.tensors[op.inputs[0]]
+    thin = _thin(tensor.shape, op.axes)
+    _, y = _centered(at, op, w.whole(op.inputs[0]), tensor)
+    y = _deviation(at, op, thin, y) if op.rooted else y
+    y = at("MUL", thin, y, np.float32(op.arrays["multiplier"]))
+    at.finish(w.reshaped(y, w.source.tensors[op.outputs[0]].shape), op.clamp, tensors[-1])
+
+
+def _thin(shape: Shape, axes: Sequence[int]) -> Shape:
+    return tuple(1 if a in axes else d for a, d in enumerate(shape))
+
+
+def _centered(at: _Whole, op: OfStatistics, x: int, tensor: Tensor) -> tuple[int, int]:
+    """Return whole numbers less their mean, where it is subtracted, and their variance."""
+    shape, axes = op.grouped(tensor.shape), op.axes
+    thin, part = _thin(shape, axes), reciprocal_count(op.count(tensor.shape))
+    largest, rest = op.largest_sum(tensor.shape, grid_of(tensor)), None
+    if op.centered:
+        near = at("ROUND", thin, at("MUL", thin, at.sum(shape, x, axes), part))
+        x = at("SUB", shape, x, near)
+        rest = at("MUL", thin, at.sum(shape, x, axes), part)
+    squares = _sum_of_wholes(at, shape, at("MUL", shape, x, x), axes, largest)
+    variance = at("MUL", thin, squares, part)
+    if rest is None:
+        return x, variance
+    square = at("MUL", thin, rest, rest)
+    return at("SUB", shape, x, rest), at("SUB", thin, variance, square)
+
+
+def _deviation(at: _Whole, op: OfStatistics, shape: Shape, variance: int) -> int:
+    y = _root(at, shape, variance, np.float32(op.epsilon))
+    y = at("MAXIMUM", shape, y, np.float32(op.least)) if op.least else y
+    return at("ADD", shape, y, np.float32(op.offset)) if op.offset else y
+
+
+def _sum_of_wholes(at: _Whole, shape: Shape, x: int, axes: Sequence[int], largest: float) -> int:
+    """Add whole numbers exactly, and round once; `largest`: what they may add up to.
 
     What float32 does not hold is added in two digits, each of which it holds.
     """
-    squares = at("MUL", shape, x, x)
     if largest <= _EXACT:
-        return at.sum(shape, squares, axes)
+        return at.sum(shape, x, axes)
     digit = np.float32(256)
-    high = at("FLOOR", shape, at("MUL", shape, squares, np.float32(1) / digit))
-    low = at("SUB", shape, squares, at("MUL", shape, high, digit))
-    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
+    high = at("FLOOR", shape, at("MUL", shape, x, np.float32(1) / digit))
+    low = at("SUB", shape, x, at("MUL", shape, high, digit))
+    thin = _thin(shape, axes)
     upper = at("MUL", thin, at.sum(shape, high, axes), digit)
     return at("ADD", thin, upper, at.sum(shape, low, axes))
 
@@ -134,20 +161,63 @@ def softmax(w: Writer, op: SoftmaxOfCodes, *tensors: Codes | None) -> None:
     x = w.whole(op.inputs[0])
     if len(op.inputs) > 1:
         x = _masked(at, op, shape, x, np.float32(numbers.lowest(scale)))
-    a0, a2, a3 = numbers.polynomial(shape[op.axis])
-    thin = tuple(1 if a in axes else d for a, d in enumerate(shape))
-    highest = at("REDUCE_MAX", thin, x, w.constant(axes), keepDims=True)
+    thin = _thin(shape, axes)
+    below = _below(at, shape, x, axes)
+    e = _exponentials(at, shape, below, scale, numbers.unit(shape[op.axis]))
+    each = at("DIV", thin, np.float32(1) / np.float32(target.scale), at.sum(shape, e, axes))
+    at.finish(at("MUL", shape, e, each), (target.qmin, target.qmax), tensors[-1])
+
+
+def _below(at: _Whole, shape: Shape, x: int, axes: Sequence[int]) -> int:
+    """Return how far numbers are below the highest along axes."""
+    thin = _thin(shape, axes)
+    return at("SUB", shape, at("REDUCE_MAX", thin, x, at.w.constant(axes), keepDims=True), x)
+
+
+def _exponentials(at: _Whole, shape: Shape, below: int, scale: np.float32, largest: int) -> int:
+    a0, a2, a3 = numbers.polynomial(largest)
     part = np.float32(0.5**numbers.SQUARINGS)
-    x = at("MUL", shape, at("SUB", shape, highest, x), scale * part)
+    x = at("MUL", shape, below, scale * part)
     x = at("MINIMUM", shape, x, np.float32(numbers.FARTHEST) * part)
     h = at("SUB", shape, a2, at("MUL", shape, x, a3))
     h = at("SUB", shape, a0, at("MUL", shape, x, h))
     p = at("SUB", shape, a0, at("MUL", shape, x, h))
     for _ in range(numbers.SQUARINGS):
         p = at("MUL", shape, p, p)
-    e = at("ROUND", shape, p)
-    each = at("DIV", thin, np.float32(1) / np.float32(target.scale), at.sum(shape, e, axes))
-    at.finish(at("MUL", shape, e, each), (target.qmin, target.qmax), tensors[-1])
+    return at("ROUND", shape, p)
+
+
+def log_softmax(w: Writer, op: LogSoftmaxOfCodes, *tensors: Codes | None) -> None:
+    """Write the logarithm of a softmax, see `numerics.softmax`."""
+    at, known = _Whole(w, op), w.source.tensors
+    source, target = known[op.inputs[0]], grid_of(known[op.outputs[0]])
+    shape, axes, scale = source.shape, (op.axis,), np.float32(grid_of(source).scale)
+    thin = _thin(shape, axes)
+    out_scale, largest = np.float32(target.scale), numbers.fine_unit(shape[op.axis])
+    below = _below(at, shape, w.whole(op.inputs[0]), axes)
+    e = _exponentials(at, shape, below, scale, largest)
+    total = _sum_of_wholes(at, shape, e, axes, 2.0**30)
+    m = at("MUL", thin, total, np.float32(1 / largest))
+    shift = at("DIV", thin, _logarithm(at, thin, m), out_scale)
+    scores = at("MUL", shape, below, -scale / out_scale)
+    x = at("SUB", shape, scores, shift)
+    at.finish(x, (target.qmin, target.qmax), tensors[-1])
+
+
+def _logarithm(at: _Whole, shape: Shape, m: int) -> int:
+    one = np.float32(1)
+    halved: int | np.float32 = np.float32(0.5)
+    for k in numbers.HALVINGS:
+        part = np.float32(0.5**k)
+        much = at("MINIMUM", shape, at("FLOOR", shape, at("MUL", shape, m, part)), one)
+        m = at("MUL", shape, m, at("SUB", shape, one, at("MUL", shape, much, one - part)))
+        halved = at("ADD", shape, at("MUL", shape, much, np.float32(k)), halved)
+    root, log2, (first, *others) = numbers.LOGARITHM
+    t = at("DIV", shape, at("SUB", shape, m, root), at("ADD", shape, m, root))
+    square, series = at("MUL", shape, t, t), first
+    for coefficient in others:
+        series = at("ADD", shape, at("MUL", shape, square, series), coefficient)
+    return at("ADD", shape, at("MUL", shape, halved, log2), at("MUL", shape, t, series))
 
 
 def _masked(at: _Whole, op: SoftmaxOfCodes, shape: Shape, x: int, lowest: np.float32) -> int:

@@ -49,6 +49,8 @@ def run(runtime, arrays):
 
 
 def signed(codes, grid):
+    if grid is None:
+        return np.asarray(codes)
     return (np.asarray(codes, np.int32) - (0 if grid.qmin < 0 else 128)).astype(np.int8)
 
 

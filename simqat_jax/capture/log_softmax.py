@@ -1,0 +1,94 @@
+"""Logarithms of a softmax, as JAX's function and as models write them."""
+
+from simqat_jax.capture.classify import calls, inner_equations
+from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.parts import Parts, number, reduced_axes
+from simqat_jax.ir.compound import LogSoftmax
+from simqat_jax.ir.graph import Add, Elementwise, Graph, Mean, Node, Operand, as_kind
+
+
+def find_log_softmax(graph: Graph) -> Graph:
+    """Merge `x - log(sum(exp(x)))` into one node, also where `exp(x - max(x))` is added up."""
+    draft = Draft(graph)
+    for node in graph.nodes:
+        if calls(node.eqn, "log_softmax", "reduce_max max sub exp reduce_sum log sub"):
+            _replace_function(draft, node)
+        elif isinstance(node, Add) and node.subtracts and not node.parts:
+            _merge(draft, node)
+    return draft.finished()
+
+
+def _replace_function(draft: Draft, node: Node) -> None:
+    reductions = [eqn for eqn in inner_equations(node.eqn) if "axes" in eqn.params]
+    axes = {tuple(map(int, eqn.params["axes"])) for eqn in reductions}
+    if len(axes) == 1 and len(axis := axes.pop()) == 1:
+        draft.instead[node] = [as_kind(LogSoftmax, node, op="log_softmax", axis=axis[0])]
+
+
+def _merge(draft: Draft, last: Node) -> None:
+    parts = Parts(draft, last)
+    x, behind = last.inputs[0], parts.behind(last.inputs[1])
+    added, shift = parts.made_by(behind, "add", Add), None
+    if added is not None:  # x - (log(sum(exp(x - shift))) + shift)
+        parts.add(added)
+        pairs = (added.inputs, added.inputs[::-1])
+        logs = [(a, b) for a, b in pairs if parts.made_by(parts.behind(a), "log")]
+        if len(logs) != 1:
+            return
+        behind, shift = map(parts.behind, logs[0])
+    total = _sum_of_exponentials(parts, behind)
+    if total is None:
+        return
+    axes, y = total
+    difference = parts.made_by(y, "sub", Add)
+    maximum = None if difference is None else _maximum_taken_off(draft, difference, axes)
+    if difference is not None and maximum is not None:
+        parts.add(*maximum.nodes)
+        same = shift is None or parts.behind(difference.inputs[1]) == shift
+        starts_with = difference.outputs[0] if shift is None else difference.inputs[0]
+        if not same or starts_with != x:
+            return
+        x = difference.inputs[0]
+    elif shift is not None or x != y:
+        return
+    if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
+        return
+    if parts.are_aligned(x) and parts.are_closed():
+        parts.merged(LogSoftmax, (x,), op="log_softmax", axis=axes[0])
+
+
+def _sum_of_exponentials(parts: Parts, v: Operand) -> tuple[tuple[int, ...], Operand] | None:
+    """Return the axes and the exponents of a sum of which a tensor is the logarithm."""
+    log = parts.made_by(v, "log", Elementwise)
+    if log is None:
+        return None
+    v = parts.behind(log.inputs[0])
+    magnitude = parts.made_by(v, "abs", Elementwise)  # as `logsumexp` does
+    if magnitude is not None:
+        parts.add(magnitude)
+        v = parts.behind(magnitude.inputs[0])
+    total = parts.made_by(v, "reduce_sum", Mean)
+    exp = None if total is None else parts.made_by(total.inputs[0], "exp", Elementwise)
+    if total is None or exp is None:
+        return None
+    parts.add(log, total, exp)
+    return reduced_axes(total), exp.inputs[0]
+
+
+def _maximum_taken_off(draft: Draft, difference: Node, axes: tuple[int, ...]) -> Parts | None:
+    """Return the nodes that subtract its maximum along axes from a tensor."""
+    parts = Parts(draft, difference)
+    v = parts.behind(difference.inputs[1])
+    choice = parts.made_by(v, "select_n", Elementwise)  # zero where it is infinite
+    if choice is not None:
+        condition, zero, v = choice.inputs
+        finite = parts.made_by(condition, "is_finite", Elementwise)
+        if finite is None or finite.inputs[0] != v or number(draft, zero) != 0:
+            return None
+        parts.add(choice, finite)
+        v = parts.behind(v)
+    highest = parts.made_by(v, "reduce_max")
+    if highest is None or reduced_axes(highest) != axes:
+        return None
+    parts.add(highest)
+    return parts if highest.inputs[0] == difference.inputs[0] else None

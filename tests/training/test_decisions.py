@@ -1,5 +1,9 @@
 """Rules reach what they are about, in the plan, in training and in both files."""
 
+import inspect
+import re
+from typing import get_args
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +11,8 @@ import numpy as np
 import pytest
 
 import simqat_jax as sq
+from simqat_jax.rules import Kind
+from simqat_jax.training.plan_table import Row
 
 W4 = sq.QuantSpec(num_bits=4, symmetric=True, per_channel=True, narrow_range=True, observer="batch")
 A4 = sq.QuantSpec(num_bits=4)
@@ -147,3 +153,9 @@ def test_per_channel_activations_by_a_rule_are_not_converted():
     _, updates = qmodel.apply(variables, X, True, mutable=["quant_stats", "batch_stats"])
     with pytest.raises(ValueError, match="Conv_0/output"):
         sq.convert(qmodel, {**variables, **updates}, X)
+
+
+def test_rules_know_every_kind_of_operation():
+    """But for what only moves values or stays float."""
+    documented = re.findall(r'"(\w+)"', inspect.getdoc(Row).split("kind:")[1].split("op:")[0])
+    assert {*documented, "input"} - {"clamp", "pass", "float"} == set(get_args(Kind))

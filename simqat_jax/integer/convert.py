@@ -72,9 +72,8 @@ def convert(
     """
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
-    metadata, compiled = _metadata(config, call), Compiled()
     stats = tuple(variables.get(collection, {}) for collection in OWN)
-    lowered = partial(_lowered, config, metadata, compiled)
+    lowered = partial(_lowered, config, _metadata(config, call), Compiled())
     sample = call.captured(None)
     builder, program = lowered(sample, stats, free_batch=False)
     if config.float_parts == "refuse":

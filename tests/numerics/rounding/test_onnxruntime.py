@@ -47,3 +47,24 @@ def test_each_product_of_a_sum_is_rounded_once():
     for x, y, code in zip(qa, qb, np.asarray(got) + zc, strict=True):
         inner = rounded(int(y) * exact(rb) + z)
         assert float(code) == np.rint(float(rounded(int(x) * exact(ra) + inner)))
+
+
+def test_differences_are_of_real_values():
+    """Each product, their difference and the quotient are rounded by themselves."""
+    rng = np.random.default_rng(1)
+    a, b, y = (sq.Grid(float(s), 3, 0, 255) for s in np.float32([0.047, 0.013, 0.02]))
+    p, q = rng.integers(-255, 256, (2, 5000)).astype(np.int32)
+    subtract = ONNXRUNTIME.subtract
+    assert tuple(subtract.constants((a, b, y))) == ()
+    x, z = (v.astype(np.float32) * np.float32(g.scale) for v, g in ((p, a), (q, b)))
+    want = np.rint((x - z) / np.float32(y.scale))
+    got = jax.jit(lambda p, q: subtract.apply(p, q, (), (a, b, y)))(p, q)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_products_tie_with_the_zero_point():
+    """The zero point is added before rounding, so that an odd one turns ties round."""
+    products = np.arange(-99, 100, dtype=np.int32)
+    for zero in (0, 76, 77):
+        got = ONNXRUNTIME.multiply.apply(products, np.float32(0.5), sq.Grid(0.1, zero, 0, 255))
+        np.testing.assert_array_equal(got, np.rint(products / 2 + zero) - zero)

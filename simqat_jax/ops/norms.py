@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.plan import Step
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import MOST_ELEMENTS, Statistics, normalized, scaled_and_shifted
@@ -160,6 +160,9 @@ class Normalize(Op):
     def largest_sum(self, shape: Sequence[int], x: Grid) -> float:
         """Return what a sum of squares may reach; `x`: the input's grid."""
         return self.count(shape) * _largest_square(x, self.centered)
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return {"scale": Need(("float32",)), "shift": Need(("float32",), optional=True)}
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         x = c.in_grid().centered(inputs[0]).astype(jnp.float32)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.core.scope import DenyList, LazyRng
 
 from simqat_jax.numerics.arguments import shown
@@ -36,7 +37,7 @@ def check_keys(rngs: Any, example: str) -> None:
 
 
 def _holds_keys(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _is_key(value: Any) -> bool:

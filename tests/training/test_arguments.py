@@ -1,5 +1,7 @@
 """Calls with arguments of other kinds: each error names the argument, the value and the remedy."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ def test_keys_of_any_kind():
     keys = jax.random.PRNGKey(0), np.asarray(jax.random.PRNGKey(0))
     for rngs in (*keys, {"params": KEY}, {"params": keys[0], "dropout": keys[1]}):
         jax.tree.map(np.testing.assert_array_equal, QMODEL.init(rngs, X), want)
-    mapped = jax.vmap(QMODEL.init, (0, None))(jax.random.split(KEY), X)
+    mapped: Any = jax.vmap(QMODEL.init, (0, None))(jax.random.split(KEY), X)
     assert mapped["params"]["kernel"].shape == (2, 4, 3)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import simqat_jax as sq
-from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
+from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME, _fused_multiply_add
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -52,7 +52,7 @@ def test_each_product_of_a_sum_is_rounded_once():
 def test_differences_are_of_real_values():
     """Each product, their difference and the quotient are rounded by themselves."""
     rng = np.random.default_rng(1)
-    a, b, y = (sq.Grid(float(s), 3, 0, 255) for s in np.float32([0.047, 0.013, 0.02]))
+    a, b, y = (sq.Grid(float(s), 3, 0, 255) for s in np.asarray([0.047, 0.013, 0.02], np.float32))
     p, q = rng.integers(-255, 256, (2, 5000)).astype(np.int32)
     subtract = ONNXRUNTIME.subtract
     assert tuple(subtract.constants((a, b, y))) == ()
@@ -68,3 +68,17 @@ def test_products_tie_with_the_zero_point():
     for zero in (0, 76, 77):
         got = ONNXRUNTIME.multiply.apply(products, np.float32(0.5), sq.Grid(0.1, zero, 0, 255))
         np.testing.assert_array_equal(got, np.rint(products / 2 + zero) - zero)
+
+
+def test_a_product_that_ties_is_rounded_by_what_is_added():
+    """However little: twice rounded, it would go to the even number."""
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(2**11, 2**12, 400) * 2 + 1, rng.integers(2**11, 2**12, 400) * 2 + 1
+    signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])[rng.integers(0, 4, 400)]
+    x, y = (x * signs[:, 0]).astype(np.float32), y.astype(np.float32)
+    for least in (2.0**-60, 2.0**-120, 0.0):
+        addend = (signs[:, 1] * least).astype(np.float32)
+        got = np.asarray(jax.jit(_fused_multiply_add)(x, y, addend))
+        numbers = zip(x, y, addend, strict=True)
+        want = [float(rounded(exact(a) * exact(b) + exact(c))) for a, b, c in numbers]
+        np.testing.assert_array_equal(got, np.asarray(want, np.float32))

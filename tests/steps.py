@@ -12,22 +12,26 @@ from zoo import Model
 
 import simqat_jax as sq
 from simqat_jax.ir.graph import Constant, Node
+from simqat_jax.ir.plan import Placement
 from simqat_jax.numerics.grid import Codes, real_values
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import ExactStep
 from simqat_jax.ops.registry import operation_of
 
 
-def step_of(kind: type[Node], body: Any, *shapes: tuple[int, ...]) -> Any:
-    """The step of a kind in a model with a layer behind it; nothing is computed."""
+def placed(body: Any, *shapes: tuple[int, ...]) -> Placement:
+    """The plan of a model with a layer behind; nothing is computed."""
     model = Model(lambda *args: nn.Dense(2)(body(*args)))
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     qmodel = sq.SimQAT().apply(model)
     variables = jax.eval_shape(qmodel.init, KEY, *args)
-    steps = qmodel.plan(variables, *args)._placement.steps
-    found = [s for s in steps if isinstance(s.node, kind)]
-    (step,) = [s for s in found if s.quantized] or found
-    return step
+    return qmodel.plan(variables, *args)._placement
+
+
+def step_of(kind: type[Node], body: Any, *shapes: tuple[int, ...]) -> Any:
+    """The first step of a kind, quantized if one is."""
+    found = [s for s in placed(body, *shapes).steps if isinstance(s.node, kind)]
+    return next((s for s in found if s.quantized), found[0])
 
 
 def grid(scale: float, zero: int, bits: int = 8) -> sq.Grid:

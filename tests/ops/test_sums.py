@@ -1,12 +1,17 @@
 """Sums and means of codes, against NumPy's on integers."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import observed
 from steps import codes_of, grid, random, step_of
+from zoo import Model
 
+import simqat_jax as sq
 from simqat_jax.ir.graph import Mean
+from simqat_jax.ir.program import grid_of
 
 X, Y = grid(0.05, 77), grid(0.031, 120)
 
@@ -61,3 +66,36 @@ def test_sums_that_int32_does_not_hold_have_no_codes():
     for length, fits in ((2**15, True), (2**15 + 1, False)):
         assert (codes_of(step, [random((1, length, 3), wide)], Y) is not None) == fits
     assert codes_of(step, [None], Y) is None
+
+
+POOL = {"window_shape": (3, 3), "strides": (2, 2), "padding": "SAME"}
+FORMS = {
+    "mean": (lambda x: x.mean((1, 2)), 30.0),
+    "sum": (lambda x: x.sum((1, 2)), 1.0),
+    "divided": (lambda x: x.sum((1, 2)) / jnp.array([[1.0, 2.0, 4.0]]), 0.0),
+    "pooled": (lambda x: nn.avg_pool(x, **POOL), 9.0),
+    "padding left out": (lambda x: nn.avg_pool(x, **POOL, count_include_pad=False), 0.0),
+}
+
+
+def test_operations_of_the_program_are_those_of_whole_numbers():
+    """Their counts tell a file whether one number divides all sums."""
+
+    def body(x):
+        return {name: form(x) for name, (form, _) in FORMS.items()} | {"layer": nn.Dense(2)(x)}
+
+    x = jax.random.uniform(jax.random.key(0), (2, 6, 5, 3), minval=-1.0, maxval=2.0)
+    qmodel, variables, _ = observed(Model(body), x)
+    model = sq.convert(qmodel, variables, x)
+    assert not model.program.float_ops
+    given = grid_of(model.tensors[model.inputs[0]])
+    codes = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3)).astype(np.uint8)
+    got, real = model.run_codes(codes), given.dequantize(codes)
+    made = {i: op for op in model.ops for i in op.outputs}
+    for name, i in zip(model.program.output_names(), model.outputs, strict=True):
+        if name in FORMS:
+            form, count = FORMS[name]
+            on = grid_of(model.tensors[i])
+            want = np.clip(np.asarray(form(real), float) / on.scale + on.zero_point, 0, 255)
+            np.testing.assert_allclose(got[name], want, atol=0.502, err_msg=name)
+            assert made[i].attributes["count"] == count

@@ -1,5 +1,6 @@
 """One step of a planned model alone: its codes from codes, without training or a program."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ def placed(body: Any, *shapes: tuple[int, ...]) -> Placement:
     return qmodel.plan(variables, *args)._placement
 
 
+@functools.cache
 def step_of(kind: type[Node], body: Any, *shapes: tuple[int, ...]) -> Any:
     """The first step of a kind, quantized if one is."""
     found = [s for s in placed(body, *shapes).steps if isinstance(s.node, kind)]

@@ -94,13 +94,14 @@ def test_a_folded_kernel_is_the_scaled_one(fold, biased):
     np.testing.assert_allclose(shift, want, rtol=1e-5, atol=1e-6)
 
 
+def beside(x):
+    y = nn.Dense(6)(x)
+    return y + norm(y)
+
+
 @pytest.mark.parametrize("backend", ["onnx", "tflite"])
 def test_a_batch_norm_alone_is_that_of_real_numbers(backend):
-    def body(x):
-        y = nn.Dense(6)(x)
-        return y + norm(y)
-
-    step = step_of(BatchNorm, body, (2, 4))
+    step = step_of(BatchNorm, beside, (2, 4))
     x, y = grid(0.05, 120), grid(0.06, 131)
     rng = np.random.default_rng(2)
     beta, mean = rng.normal(size=(2, 6)).astype(np.float32)

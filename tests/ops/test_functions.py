@@ -17,10 +17,14 @@ NO_GRAPH: Any = None
 GRIDS = [sq.Grid(0.02, 77, 0, 255), sq.Grid(0.02, 0, -127, 127), sq.Grid(0.02, 9, 1, 255)]
 
 
+def activated(x):
+    return nn.tanh(nn.Dense(3)(x))
+
+
 @pytest.mark.parametrize("x", GRIDS)
 @pytest.mark.parametrize("y", GRIDS)
 def test_every_code_has_its_own(x, y):
-    step = step_of(Elementwise, lambda x: nn.tanh(nn.Dense(3)(x)), (2, 4))
+    step = step_of(Elementwise, activated, (2, 4))
     codes = np.arange(x.qmin, x.qmax + 1) - x.zero_point
     got = codes_of(step, [Codes(jnp.asarray(codes, jnp.float32), x)], y)
     want = np.tanh(codes * x.scale) / y.scale

@@ -1,5 +1,7 @@
 """Products of two tensors of codes, against NumPy's on integers."""
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from simqat_jax.numerics.exact_sums import MOST
 A, B, Y = grid(0.05, 120), grid(0.02, 7), grid(0.11, 131)
 
 
+@functools.cache
 def product(rows, terms, multiply=jnp.matmul):
     """Of (2, rows, terms) and (2, terms, 4)."""
 

@@ -38,9 +38,17 @@ def layers(shape, bias):
     return [{"kernel": jnp.zeros(shape)} | ({} if bias is None else {"bias": jnp.asarray(bias)})]
 
 
+def dense(x):
+    return nn.relu(nn.Dense(5)(x))
+
+
+def narrow(x):
+    return nn.Dense(3)(x)
+
+
 @pytest.mark.parametrize("bias", [BIAS, None])
 def test_dense_layers(bias):
-    step, x = step_of(Product, lambda x: nn.relu(nn.Dense(5)(x)), (40, 6)), random((40, 6), X)
+    step, x = step_of(Product, dense, (40, 6)), random((40, 6), X)
     given = {"layers": layers((6, 5), bias), "quantize_kernel": quantized(KERNEL)}
     got = codes_of(step, [x], Y, **given)
     want = np.maximum(wanted(np.asarray(x.codes, int) @ KERNEL, bias, X, Y), 0)
@@ -79,7 +87,7 @@ def test_sums_that_int32_does_not_hold_show(bias, held):
     """In their channels alone; a bias counts as well."""
     wide, unit = grid(2.0**-20, 0, 16), 2.0**-30
     step, x = (
-        step_of(Product, lambda x: nn.Dense(3)(x), (1, 1)),
+        step_of(Product, narrow, (1, 1)),
         Codes(jnp.full((1, 1), 65535.0), wide),
     )
     edge = MOST // 65535

@@ -1,5 +1,7 @@
 """A softmax of codes is that of real numbers, where its sums are exact; else there is none."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,12 @@ Y = grid(1 / 256, 0)
 CAUSAL = np.tril(np.ones((1, 4, 4), bool))
 
 
+@functools.cache
 def plain(length):
     return step_of(Softmax, lambda x: nn.softmax(nn.Dense(length)(x))[..., :3], (2, 4))
 
 
+@functools.cache
 def masked(keeps):
     mask = jnp.asarray(keeps == CAUSAL)
 

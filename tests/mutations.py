@@ -140,11 +140,12 @@ def _annotations(tree: ast.AST) -> set[ast.AST]:
 
 
 def _checks(tree: ast.AST) -> set[ast.AST]:
-    """Return what only checks, and alters no result: assertions, and lengths in `zip`."""
+    """Return what only checks, and alters no result: assertions, `zip(strict=)`, dataclasses."""
     nodes = list(ast.walk(tree))
-    strict = (n.value for n in nodes if isinstance(n, ast.keyword) and n.arg == "strict")
+    flags = ("strict", "frozen", "kw_only")
+    values = (n.value for n in nodes if isinstance(n, ast.keyword) and n.arg in flags)
     asserted = (n for n in nodes if isinstance(n, ast.Assert))
-    return {part for node in (*strict, *asserted) for part in ast.walk(node)}
+    return {part for node in (*values, *asserted) for part in ast.walk(node)}
 
 
 class _Replaced(ast.NodeTransformer):

@@ -75,10 +75,16 @@ def test_a_product_that_ties_is_rounded_by_what_is_added():
     rng = np.random.default_rng(2)
     x, y = rng.integers(2**11, 2**12, 400) * 2 + 1, rng.integers(2**11, 2**12, 400) * 2 + 1
     signs = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1)])[rng.integers(0, 4, 400)]
-    x, y = (x * signs[:, 0]).astype(np.float32), y.astype(np.float32)
+    factors = 2.0 ** rng.choice([0, -30], 400)
+    x, y = (x * signs[:, 0]).astype(np.float32), (y * factors).astype(np.float32)
     for least in (2.0**-60, 2.0**-120, 0.0):
         addend = (signs[:, 1] * least).astype(np.float32)
         got = np.asarray(jax.jit(_fused_multiply_add)(x, y, addend))
         numbers = zip(x, y, addend, strict=True)
         want = [float(rounded(exact(a) * exact(b) + exact(c))) for a, b, c in numbers]
         np.testing.assert_array_equal(got, np.asarray(want, np.float32))
+
+
+def test_roots_are_rounded_once():
+    v = np.random.default_rng(3).uniform(1e-6, 2e4, 5000).astype(np.float32)
+    np.testing.assert_array_equal(ONNXRUNTIME.norm.root(v, 1e-6), np.sqrt(v))

@@ -9,6 +9,7 @@ from models import observed
 from zoo import Model
 
 import simqat_jax as sq
+from simqat_jax.ir.program import grid_of
 
 ROWS, COLUMNS = jnp.array([2, 0, 3]), jnp.array([0, 1, 1])
 
@@ -64,7 +65,7 @@ def test_codes_are_moved_as_real_values():
     x = jax.random.uniform(jax.random.key(0), (2, 5, 4, 3), minval=-1.0, maxval=2.0)
     qmodel, variables, _ = observed(Model(body), x)
     model = sq.convert(qmodel, variables, x)
-    zero = int(model.tensors[model.inputs[0]].grid.zero_point)
+    zero = int(grid_of(model.tensors[model.inputs[0]]).zero_point)
     assert zero not in (0, 128, 255)
     codes = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3)).astype(np.uint8)
     got, centered = model.run_codes(codes), jnp.asarray(codes, jnp.float32) - zero

@@ -115,9 +115,9 @@ def _with(field: str, value: object) -> Callable[[ast.AST], ast.AST]:
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """Yield each change of a source, in words, and the source with it."""
     tree = ast.parse(source)
-    types = _annotations(tree)
+    without = _annotations(tree) | _checks(tree)
     for place, node in enumerate(ast.walk(tree)):
-        if node in types:
+        if node in without:
             continue
         for number, (what, _) in enumerate(changes(node)):
             changed = copy.deepcopy(tree)
@@ -137,6 +137,15 @@ def _annotations(tree: ast.AST) -> set[ast.AST]:
         getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")
     )
     return {part for node in found if node is not None for part in ast.walk(node)}
+
+
+def _checks(tree: ast.AST) -> set[ast.AST]:
+    """Return what only checks, and alters no result: assertions, `zip(strict=)`, dataclasses."""
+    nodes = list(ast.walk(tree))
+    flags = ("strict", "frozen", "kw_only")
+    values = (n.value for n in nodes if isinstance(n, ast.keyword) and n.arg in flags)
+    asserted = (n for n in nodes if isinstance(n, ast.Assert))
+    return {part for node in (*values, *asserted) for part in ast.walk(node)}
 
 
 class _Replaced(ast.NodeTransformer):

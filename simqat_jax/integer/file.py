@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.files import as_path, atomic_file
+from simqat_jax.integer.check import check
 from simqat_jax.ir.program import Function, Op, Program, Structure, Tensor, at_batch
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.floats import FloatOp, MoveOp
@@ -73,6 +74,7 @@ def _program(arrays: Arrays) -> Program:
         metadata=dict(text["metadata"]),
     )
     program.validate()
+    check(program)
     return program
 
 

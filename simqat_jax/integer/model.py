@@ -205,7 +205,7 @@ class IntegerModel:
           TypeError: `path` is none.
           FileNotFoundError: no such file.
           ValueError: a file that cannot be read, is no model, of another format, truncated or
-            altered.
+            altered; arrays or operations that do not fit their tensors.
         """
         return cls(file.load(path))
 

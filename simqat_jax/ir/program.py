@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,20 @@ class Tensor:
     def repeats(self) -> bool:
         """Whether it is a constant that repeats along the batch."""
         return self.value is not None and any(d < 0 for d in self.shape)
+
+
+class Need(NamedTuple):
+    """What an array of an operation has to be.
+
+    Attributes:
+      dtypes: names of the types that it may have.
+      shape: its lengths; None: any with which the operation runs.
+      optional: it may be left out.
+    """
+
+    dtypes: tuple[str, ...]
+    shape: Shape | None = None
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +108,11 @@ class Op:
         """Whether it gives the codes of a runtime that rounds so; most do in every runtime."""
         del rounding
         return True
+
+    def needs(self, c: "Context") -> Mapping[str, Need]:
+        """Return what its arrays have to be, by name."""
+        del c
+        return {}
 
     def run(self, c: "Context", *inputs: jax.Array) -> Sequence[jax.Array]:
         """Compute the outputs, stored codes, from the inputs, stored codes."""

@@ -1,20 +1,26 @@
 """Sums, differences and products of two tensors, each runtime's own way."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from simqat_jax.ir.graph import Add, Mul, Node
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics import rounding
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.exact_sums import product_fits
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
-from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import (
+    ONE_MULTIPLIER,
+    Clamp,
+    ExactStep,
+    IntegerOperation,
+    LoweredStep,
+)
 
 
 class _Binary(IntegerOperation):
@@ -144,6 +150,9 @@ class Multiply(Op):
 
     def rounds_as(self, rounding: Rounding) -> bool:
         return self.kind == rounding.multiply.kind
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return ONE_MULTIPLIER
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         a, b = (c.in_grid(p).centered(x) for p, x in enumerate(inputs))

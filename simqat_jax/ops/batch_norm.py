@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from simqat_jax.ir.compound import ChannelAffine
 from simqat_jax.ir.graph import BatchNorm, Node
 from simqat_jax.ir.plan import Step
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics.affine import along_channel, own_rounding, rounded_product, true_divide
 from simqat_jax.numerics.folding import (
     BatchNormFold,
@@ -26,6 +26,7 @@ from simqat_jax.ops.operation import (
     ExactStep,
     IntegerOperation,
     LoweredStep,
+    of_channels,
     on_last_axis,
     requantize,
 )
@@ -182,6 +183,10 @@ class Affine(Op):
 
     kinds = ("affine",)
     clamp: Clamp
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        count = c.outputs[0].shape[-1]
+        return of_channels(Need(("int8",), (count,)), count)
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         sums = _sums(c.in_grid().centered(inputs[0]), c.arrays)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from simqat_jax.ir.graph import Clamp, Elementwise, Graph, Node
 from simqat_jax.ir.plan import Step
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.ir.replay import pointwise
 from simqat_jax.numerics.affine import dequantize
 from simqat_jax.numerics.grid import Grid, centered_codes
@@ -79,6 +79,10 @@ class Table(Op):
     """A table with a code for each code of the input, lowest first."""
 
     kinds = ("table",)
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        x = c.in_grid()
+        return {"table": Need((c.grid.dtype.name,), (x.qmax - x.qmin + 1,))}
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         index = c.in_grid().codes(inputs[0]).astype(jnp.int32) - c.in_grid().qmin

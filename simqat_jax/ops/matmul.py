@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,13 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Lookup, MatMul
 from simqat_jax.ir.graph import Node
-from simqat_jax.ir.program import Context, Op, joined
+from simqat_jax.ir.program import Context, Need, Op, joined
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.moves import Reshape, reshaped, turned
 from simqat_jax.ops.operation import (
+    ONE_MULTIPLIER,
     Clamp,
     Demand,
     ExactStep,
@@ -155,6 +156,9 @@ class Multiplied(Op):
     scale: float
     clamp: Clamp
 
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return ONE_MULTIPLIER
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         a, b = inputs
         dims = (((2,), (1,)), ((0,), (0,)))
@@ -177,6 +181,9 @@ class LookUp(Op):
 
     kinds = ("lookup",)
     clips: bool
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return {"table": Need((c.grid.dtype.name,))}
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         table, zero = c.grid.stored(c.arrays["table"]), c.grid.stored_zero

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.compound import Norm
 from simqat_jax.ir.plan import Step
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import (
@@ -206,6 +206,9 @@ class Normalize(OfStatistics):
 
     def grouped(self, shape: Sequence[int]) -> tuple[int, ...]:
         return _grouped(shape, self.groups)
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return {"scale": Need(("float32",)), "shift": Need(("float32",), optional=True)}
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         x = c.in_grid().centered(inputs[0]).astype(jnp.float32)

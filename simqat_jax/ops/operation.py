@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import BatchNorm, Graph, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
-from simqat_jax.ir.program import Context, Op, Shape
+from simqat_jax.ir.program import Context, Need, Op, Shape
 from simqat_jax.ir.program_builder import ProgramBuilder
 from simqat_jax.numerics.affine import along_channel, quantize
 from simqat_jax.numerics.grid import Codes, Grid, grid_of_range
@@ -369,6 +369,16 @@ def requantize(c: Context, sums: jax.Array, clamp: Sequence[int]) -> jax.Array:
     if np.ndim(multiplier) < 2:
         multiplier = on_last_axis(multiplier, sums)
     return c.grid.from_float(scaled(sums, multiplier), clamp)
+
+
+ONE_MULTIPLIER = {"multiplier": Need(("float32",), ())}
+"""What scales all sums of an operation alike."""
+
+
+def of_channels(kernel: Need, count: int) -> dict[str, Need]:
+    """Return what the arrays of a layer have to be; `count`: of output channels."""
+    scale, bias = Need(("float32",), (count,)), Need(("int32",), (count,))
+    return {"kernel": kernel, "scale": scale, "bias": bias, "multiplier": scale}
 
 
 def on_last_axis(v: jax.Array, x: jax.Array) -> jax.Array:

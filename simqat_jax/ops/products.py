@@ -16,7 +16,7 @@ from jax import lax
 
 from simqat_jax.ir.graph import Node, Product, shape_of
 from simqat_jax.ir.plan import Quantizer, Step
-from simqat_jax.ir.program import Context, Op, Shape, joined
+from simqat_jax.ir.program import Context, Need, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.convolution import convolve
 from simqat_jax.numerics.exact_sums import MOST, linear
@@ -32,6 +32,7 @@ from simqat_jax.ops.operation import (
     LoweredStep,
     Operation,
     Situation,
+    of_channels,
     on_last_axis,
     requantize,
 )
@@ -348,6 +349,9 @@ class Conv(Op):
     groups: int
     clamp: Clamp
 
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return _needs(c)
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
         kernel = c.arrays["kernel"].astype(x.dtype)
@@ -382,12 +386,19 @@ class Dense(Op):
     kinds = ("dense",)
     clamp: Clamp
 
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return _needs(c)
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
         kernel = c.arrays["kernel"].astype(x.dtype)
         dims = (((x.ndim - 1,), (0,)), ((), ()))
         acc = lax.dot_general(x, kernel, dims, preferred_element_type=jnp.int32)
         return (requantize(c, acc + on_last_axis(_offset_bias(c, (0,)), acc), self.clamp),)
+
+
+def _needs(c: Context) -> dict[str, Need]:
+    return of_channels(Need(("int8", "int16")), c.outputs[0].shape[-1])
 
 
 def _offset_bias(c: Context, axes: tuple[int, ...]) -> jax.Array:

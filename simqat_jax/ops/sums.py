@@ -6,7 +6,7 @@ count padding, one for each position.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Mean, Node
-from simqat_jax.ir.program import Context, Op
+from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics.exact_sums import exact_sum, sum_fits
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.requantize import mean_multiplier
@@ -90,6 +90,10 @@ class MeanOperation(IntegerOperation):
         return True
 
 
+_MULTIPLIER = {"multiplier": Need(("float32",))}
+"""One number, or one for each sum."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SumOver(Op):
     """A sum along axes; its "multiplier" divides by `count` (0.0: by a number for each sum)."""
@@ -98,6 +102,9 @@ class SumOver(Op):
     axes: tuple[int, ...]
     count: float
     clamp: Clamp
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return _MULTIPLIER
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         sums = jnp.sum(c.in_grid().centered(inputs[0]), axis=self.axes)
@@ -114,6 +121,9 @@ class SumPool(Op):
     padding: tuple[tuple[int, int], ...]
     count: float
     clamp: Clamp
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return _MULTIPLIER
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         x = c.in_grid().centered(inputs[0])

@@ -15,6 +15,12 @@ from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.arguments import check_mapping
+from simqat_jax.training.arguments import (
+    check_arrays,
+    check_collections,
+    check_keys,
+    check_method,
+)
 from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
 from simqat_jax.training.plan_table import Plan
@@ -183,6 +189,10 @@ class QuantizedModule(nn.Module):
         would be alone, not rounded.
         """
         check_mapping("variables", variables, _VARIABLES)
+        check_collections(mutable)
+        check_arrays(args, kwargs)
+        if kwargs.get("rngs") is not None:
+            check_keys(kwargs["rngs"], "rngs={'dropout': jax.random.key(0)}")
         called = _quantized(method, capture_intermediates)
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
@@ -192,7 +202,15 @@ class QuantizedModule(nn.Module):
     def init_with_output(
         self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
     ):
-        """Initialize as any linen module, as does `init`; `method` as in `apply`."""
+        """Initialize as any linen module, as does `init`; `method` as in `apply`.
+
+        Raises:
+          TypeError: what is no key, no method, no collection or no array.
+          ValueError: several keys in the place of one.
+        """
+        check_keys(rngs, "init(jax.random.key(0), x)")
+        check_collections(kwargs.get("mutable", True))
+        check_arrays(args, kwargs)
         return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
 
     def _run(
@@ -313,6 +331,7 @@ class QuantizedModule(nn.Module):
         """
         check_mapping("variables", variables, _VARIABLES)
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
+        check_keys(rngs, "rngs={'dropout': jax.random.key(0)}")
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
         stats = restored(placement, *(variables.get(collection, {}) for collection in OWN))
@@ -347,6 +366,7 @@ def trace(
     Raises:
       ValueError: what the call itself raises; an exclusion that matches nothing.
     """
+    check_method(method)
     floats = {k: v for k, v in variables.items() if k not in OWN}
     if _function(method) is type(qmodule.module).__call__:
         method = None
@@ -366,6 +386,7 @@ def trace(
 
 def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:
     """Return what Flax is to call on a QuantizedModule for a method of the float module."""
+    check_method(method)
     if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
         if not intermediates:
             return None

@@ -169,6 +169,9 @@ PROGRAMS = {
     "a scale that is no number": lambda p: p | {"tensors": [with_grid(p["tensors"][0], scale="a")]},
     "codes without end": lambda p: p | {"tensors": [with_grid(p["tensors"][0], qmax=10**30)]},
     "metadata of no kind": lambda p: p | {"metadata": 3},
+    "an output that is not what is made": lambda p: (
+        p | {"tensors": [*p["tensors"][:-1], {**p["tensors"][-1], "shape": [-1, 99]}]}
+    ),
 }
 NESTED = '"structure": ' + '{"list": [' * 5000 + "0" + "]}" * 5000
 

@@ -75,6 +75,124 @@ def test_fold_batch_norm_is_the_composition():
     np.testing.assert_allclose(x @ folded_kernel + folded_bias, want, rtol=1e-5, atol=1e-5)
 
 
+def test_fold_batch_norm_rounds_every_operation():
+    """By jit as one by one: what evaluation folds and what `convert` folds has the same bits."""
+    rng = np.random.default_rng(2)
+    kernel, bias = rng.normal(size=(3, 999)), rng.normal(size=999)
+    gamma, beta, mean = rng.normal(size=(3, 999))
+    var = rng.uniform(0.1, 2, size=999)
+    arrays = [np.asarray(a, np.float32) for a in (kernel, bias, gamma, beta, mean, var)]
+    kernel, bias, gamma, beta, mean, var = arrays
+    slope = gamma / np.sqrt(var + np.float32(EPSILON))
+    params, stats = {"scale": gamma, "bias": beta}, {"mean": mean, "var": var}
+    fold = jax.jit(lambda *given: folding.fold_batch_norm(*given, EPSILON))
+    for given, want in ((None, beta - mean * slope), (bias, (beta - mean * slope) + bias * slope)):
+        got = fold(kernel, given, params, stats)
+        np.testing.assert_array_equal(got[0], kernel * slope)
+        np.testing.assert_array_equal(got[1], want)
+    plain = folding.fold_batch_norm(kernel, None, {}, stats, EPSILON)
+    np.testing.assert_allclose(plain[1], -mean / np.sqrt(var + np.float32(EPSILON)), rtol=1e-6)
+
+
+# Training on any statistics ----------------------------------------------------------------------
+
+LARGE = 0.1
+GAMMA = np.array([1.3, -0.7, 0.0, 1e-15, -1e-15, -2.0], np.float32)
+
+
+def layer(rng, **changes):
+    """A dense layer on 40 rows with six channels, whose kernel is not rounded; and its input."""
+    x, kernel = rng.normal(size=(40, 7)), rng.normal(size=(7, 6))
+    beta, mean, bias = rng.normal(size=(3, 6)).astype(np.float32)
+    values = {"bias": beta, "mean": mean, "var": rng.uniform(0.5, 2, 6).astype(np.float32)}
+    values["scale"] = GAMMA
+    x = jnp.asarray(x, jnp.float32)
+    given = {
+        "run": lambda kernel: x @ kernel,
+        "kernel": jnp.asarray(kernel, jnp.float32),
+        "bias": jnp.asarray(bias),
+        "norm": folding.batch_norm_state(values, LARGE),
+        "epsilon": LARGE,
+        "quantize": lambda kernel: kernel,
+        "moments": folding.Moments(),
+    }
+    return folding.Layer(**(given | changes)), x, values
+
+
+@pytest.mark.parametrize("fold", [folding.one_conv, folding.two_conv])
+@pytest.mark.parametrize("statistics", ["batch", "running", "frozen", "not frozen"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_without_rounding_a_folded_layer_is_that_of_float(fold, statistics, biased):
+    rng = np.random.default_rng(3)
+    frozen = {"frozen": jnp.asarray(True), "not frozen": jnp.asarray(False)}.get(statistics)
+    changes = {"frozen": frozen} | ({} if biased else {"bias": None})
+    changes |= {"moments": None} if statistics == "running" else {}
+    folded, x, values = layer(rng, **changes)
+    y = np.asarray(x, np.float64) @ np.asarray(folded.kernel, np.float64)
+    y = y + (0 if folded.bias is None else np.asarray(folded.bias, np.float64))
+    mean, var = y.mean(0), y.var(0)
+    got = fold(folded)
+    if statistics == "running":
+        assert got.mean is None and got.var is None
+    else:
+        np.testing.assert_allclose(got.mean, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.var, var, rtol=1e-4)
+    if statistics in ("running", "frozen"):
+        mean, var = values["mean"], values["var"]
+    want = (y - mean) / np.sqrt(var + LARGE) * GAMMA + values["bias"]
+    np.testing.assert_allclose(got.output, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_is_scaled_before_it_is_rounded():
+    """By gamma / sigma, of a gamma that is zero or nearly by one that leaves numbers normal."""
+    kernels = []
+    folded, _, values = layer(np.random.default_rng(4), quantize=lambda k: kernels.append(k) or k)
+    folding.one_conv(folded)
+    sigma = np.sqrt(values["var"] + np.float32(LARGE))
+    gamma = np.where(GAMMA == 0, 1, np.sign(GAMMA) * np.maximum(np.abs(GAMMA), sigma * 2.0**-40))
+    np.testing.assert_allclose(kernels[0], np.asarray(folded.kernel) * (gamma / sigma), rtol=1e-6)
+    left = folding.left_to_scale(folded.norm)
+    np.testing.assert_allclose(left, GAMMA / gamma, rtol=1e-6)
+    slopes = jax.grad(lambda g: folding.folding_scale(folded.norm._replace(gamma=g)).sum())(GAMMA)
+    np.testing.assert_array_equal(slopes, 0)
+    slopes = jax.grad(lambda g: folding.left_to_scale(folded.norm._replace(gamma=g)).sum())(GAMMA)
+    np.testing.assert_allclose(slopes, 1 / gamma, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_moments_of_all_devices_and_of_what_a_mask_keeps(fast):
+    c = np.random.default_rng(5).normal(1, 2, size=(4, 10, 3, 6)).astype(np.float32)
+    mask = np.random.default_rng(6).random((10, 3, 1)) < 0.6
+
+    def moments(c, **given):
+        return folding.Moments(fast_variance=fast, **given)(c)
+
+    def wanted(values):
+        return values.mean(0, dtype=np.float64), values.var(0, dtype=np.float64)
+
+    got = moments(c[0], mask=mask)
+    np.testing.assert_allclose(got, wanted(c[0][mask[..., 0]]), rtol=1e-4)
+    got = moments(jnp.asarray(c[0], jnp.bfloat16))
+    assert all(v.dtype == jnp.float32 for v in got)
+    np.testing.assert_allclose(got, wanted(c[0].reshape(-1, 6)), rtol=2e-2, atol=1e-2)
+    got = jax.vmap(lambda c: moments(c, axis_name="device"), axis_name="device")(c)
+    want = wanted(c.reshape(-1, 6))
+    for device in range(4):
+        np.testing.assert_allclose([v[device] for v in got], want, rtol=1e-4)
+
+
+def test_no_variance_is_below_zero():
+    """Although the difference of two squares may be; deviations have more digits."""
+    c = jnp.linspace(4096.0, 4097.0, 50)[None] * jnp.ones((64, 1))
+    plain = jnp.mean(c * c, 0) - jnp.square(jnp.mean(c, 0))
+    assert plain.min() < 0
+    assert folding.Moments()(c)[1].min() == 0
+    c = 4096 + jnp.linspace(0, 0.5, 64)[:, None]
+    want = np.linspace(0, 0.5, 64).var()
+    np.testing.assert_allclose(folding.Moments(fast_variance=False)(c)[1], want, rtol=1e-3)
+    assert abs(folding.Moments()(c)[1] - want) > 0.1 * want
+
+
 def test_fold_batch_norm_names_what_does_not_fit():
     stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
     with pytest.raises(ValueError, match=r"no 'var', only \['mean'\]"):

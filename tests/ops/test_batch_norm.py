@@ -2,11 +2,16 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from steps import codes_of, grid, random, step_of
 from zoo import Model
 
 import simqat_jax as sq
+from simqat_jax.ir.graph import BatchNorm
+from simqat_jax.numerics.grid import Codes
+from simqat_jax.ops.batch_norm import folded
 
 RNG = np.random.default_rng(0)
 GAMMA = np.array([1.2, -0.9, 0.0, -1.4, 0.3, -0.05], np.float32)
@@ -54,3 +59,57 @@ def test_scales_of_both_signs(body, bn_fold):
     for got in (trained, evaluated, sq.convert(qmodel, observed, x)(x)):
         error = np.abs(np.asarray(got) - want).max(axis=(0, 1, 2))
         assert (error < 8 * step).all(), error / step
+
+
+def on_a_grid_of_its_own(kernel):
+    """Symmetric codes of each channel."""
+    scale = jnp.abs(kernel).max(0) / 127
+    grid = sq.Grid(scale, jnp.zeros(scale.shape, int), -127, 127)
+    return Codes(jnp.round(kernel / scale[None]), grid)
+
+
+@pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_folded_kernel_is_the_scaled_one(fold, biased):
+    """Of a channel whose gamma is zero nothing is left but its shift."""
+    rng = np.random.default_rng(1)
+    gamma = np.array([*GAMMA, 1e-15, -1e-15], np.float32)
+    kernel, count = jnp.asarray(rng.normal(size=(7, 8)), jnp.float32), gamma.size
+    beta, mean, bias = rng.normal(size=(3, count)).astype(np.float32)
+    var = rng.uniform(0.3, 3, count).astype(np.float32)
+    values = {"scale": gamma, "bias": beta, "mean": mean, "var": var}
+    values = {name: jnp.asarray(v) for name, v in values.items()}
+    given = jnp.asarray(bias) if biased else None
+    codes, shift = folded(values, 1e-3, kernel, given, on_a_grid_of_its_own, fold)
+    scale = np.asarray(codes.grid.scale)
+    assert (scale > 0).all()
+    slope = gamma / np.sqrt(var + 1e-3)
+    real = np.asarray(codes.codes) * scale
+    np.testing.assert_array_equal(real[:, gamma == 0], 0)
+    others = gamma != 0
+    error = np.abs(real - kernel * slope[None])
+    assert (error <= 0.501 * scale)[:, others].all()
+    assert (np.abs(codes.codes).max(0) == 127)[others].all()
+    want = beta - mean * slope + (bias * slope if biased else 0)
+    np.testing.assert_allclose(shift, want, rtol=1e-5, atol=1e-6)
+
+
+def beside(x):
+    y = nn.Dense(6)(x)
+    return y + norm(y)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "tflite"])
+def test_a_batch_norm_alone_is_that_of_real_numbers(backend):
+    step = step_of(BatchNorm, beside, (2, 4))
+    x, y = grid(0.05, 120), grid(0.06, 131)
+    rng = np.random.default_rng(2)
+    beta, mean = rng.normal(size=(2, 6)).astype(np.float32)
+    var = rng.uniform(0.3, 3, 6).astype(np.float32)
+    values = {"scale": GAMMA, "bias": beta, "mean": mean, "var": var}
+    codes = random((200, 6), x)
+    layers = [{name: jnp.asarray(v) for name, v in values.items()}]
+    real = (np.asarray(codes.codes) * x.scale - mean) / np.sqrt(var + 1e-5) * GAMMA + beta
+    got = codes_of(step, [codes], y, list(layers[0].values()), backend, layers=layers)
+    np.testing.assert_allclose(got, np.clip(real / y.scale + 131, 0, 255) - 131, atol=0.51)
+    assert codes_of(step, [None], y, layers=layers) is None

@@ -28,7 +28,7 @@ def sum_multipliers(grids: Grids, sign: int = 1) -> tuple[jax.Array, jax.Array, 
     """
     a, b, y = (grid.params.scale for grid in grids)
     ratios = [true_divide(s, y) for s in (a, sign * b)]
-    _, exponent = jnp.frexp(jnp.maximum(jnp.abs(ratios[0]), jnp.abs(ratios[1])))
+    _, exponent = jnp.frexp(jnp.maximum(ratios[0], jnp.abs(ratios[1])))
     shift = jnp.clip(21 - exponent, 1, 30).astype(jnp.int32)
     ma, mb = (jnp.round(jnp.ldexp(r, shift)).astype(jnp.int32) for r in ratios)
     return ma, mb, shift

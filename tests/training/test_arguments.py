@@ -1,0 +1,87 @@
+"""Calls with arguments of other kinds: each error names the argument, the value and the remedy."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import simqat_jax as sq
+
+KEY, X = jax.random.key(0), jnp.ones((2, 4))
+QMODEL = sq.SimQAT().apply(nn.Dense(3))
+
+
+@pytest.mark.parametrize(
+    ("rngs", "got"),
+    [
+        (0, "got 0"),
+        (None, "got None"),
+        (X, "got an array of shape"),
+        ([KEY], r"got \["),
+        (np.zeros(2, np.float32), "got an array"),
+        ({"params": 0}, "got 0 for 'params'"),
+        ({"params": KEY, "dropout": X}, "got an array .* for 'dropout'"),
+        ({0: KEY}, "for 0"),
+        ({"params": {"kernel": X}}, "for 'params'"),
+    ],
+)
+def test_what_is_no_key(rngs, got):
+    message = f"rngs must be a random key, or .*{got}.*Write init"
+    for call in (QMODEL.init, QMODEL.init_with_output):
+        with pytest.raises(TypeError, match=message):
+            call(rngs, X)
+    if rngs is not None:
+        with pytest.raises(TypeError, match=f"rngs must be a random key, or .*{got}.*Write rngs="):
+            QMODEL.plan({}, X, rngs=rngs)
+        with pytest.raises(TypeError, match=f"rngs must be a random key, or .*{got}.*Write rngs="):
+            QMODEL.apply({}, X, rngs=rngs)
+
+
+def test_several_keys():
+    for rngs in (jax.random.split(KEY), {"params": KEY, "dropout": jax.random.split(KEY)}):
+        with pytest.raises(ValueError, match=r"one key .* got 2 .*jax.vmap"):
+            QMODEL.init(rngs, X)
+
+
+def test_keys_of_any_kind():
+    want = QMODEL.init(KEY, X)
+    keys = jax.random.PRNGKey(0), np.asarray(jax.random.PRNGKey(0))
+    for rngs in (*keys, {"params": KEY}, {"params": keys[0], "dropout": keys[1]}):
+        jax.tree.map(np.testing.assert_array_equal, QMODEL.init(rngs, X), want)
+    mapped: Any = jax.vmap(QMODEL.init, (0, None))(jax.random.split(KEY), X)
+    assert mapped["params"]["kernel"].shape == (2, 4, 3)
+
+
+def test_other_arguments():
+    variables = QMODEL.init(KEY, X)
+    calls = (
+        (lambda **given: QMODEL.init(KEY, X, **given)),
+        (lambda **given: QMODEL.apply(variables, X, **given)),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=r"method must be .*got 3"):
+            call(method=3)
+        for mutable in (3, [1], None):
+            with pytest.raises(TypeError, match=r"mutable must be .*Write mutable="):
+                call(mutable=mutable)
+    with pytest.raises(TypeError, match=r"method must be .*got 3"):
+        QMODEL.plan(variables, X, method=3)
+
+
+def test_descriptions_of_arrays():
+    variables = QMODEL.init(KEY, X)
+    described = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    for call, first in ((QMODEL.init, KEY), (QMODEL.apply, variables)):
+        with pytest.raises(TypeError, match=r"takes arrays, got ShapeDtypeStruct.*jnp.zeros"):
+            call(first, described)
+        jax.eval_shape(call, first, described)
+
+
+def test_collections_of_any_kind():
+    variables = QMODEL.init(KEY, X)
+    for mutable in ("quant_stats", {"quant_stats": None}.keys(), nn.DenyList("params"), True):
+        _, updates = jax.eval_shape(lambda m=mutable: QMODEL.apply(variables, X, mutable=m))
+        assert "quant_stats" in updates

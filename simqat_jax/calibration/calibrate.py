@@ -17,7 +17,7 @@ from simqat_jax.ir.plan import Placement, Quantizer
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema
 from simqat_jax.training.module import Method, QuantizedModule
-from simqat_jax.training.ranges import COLLECTION, STEP, Stats
+from simqat_jax.training.ranges import COLLECTION, STEP, STEPS, Stats, parted
 from simqat_jax.training.run import run
 
 _NEVER = 2**30
@@ -58,7 +58,7 @@ def calibrate(
       kwargs: keyword arguments of the call in evaluation: `train=False`.
 
     Returns:
-      The variables, with ranges in `quant_stats`.
+      The variables, with ranges in `quant_stats`, and in `quant_params` the steps to be learned.
 
     Raises:
       TypeError: no QuantizedModule, no dictionary of variables, an array in the place of batches.
@@ -73,19 +73,18 @@ def calibrate(
     """
     call, known = EvaluationCall(qmodule, method, kwargs), floats(variables)
     observe = jax.jit(functools.partial(_observe, call))
-    stats: Stats | None = None
+    placement: Placement | None = None
+    stats: Stats = {}
     broken: dict[int, list[str]] = {}
-    count = 0
     for number, args in arguments(batches, "calibrate", progress):
-        if stats is None:
-            stats = call.stats(variables, args)
+        if placement is None:
+            placement, stats = call.start(variables, args)
         stats, nonfinite = observe(known, stats, args)
-        count = number + 1
-        names = [name for name, found in jax.device_get(nonfinite).items() if found]
-        if names:
-            broken[number] = names
-    _tell(broken, count)
-    return {**variables, COLLECTION: stats}
+        broken[number] = [name for name, found in jax.device_get(nonfinite).items() if found]
+    _tell(broken)
+    assert placement is not None, "no batch is an error"
+    ranges, steps = parted(placement, stats)
+    return {**variables, COLLECTION: ranges} | ({STEPS: steps} if steps else {})
 
 
 def _observe(
@@ -123,8 +122,13 @@ def _observing(placement: Placement) -> Placement:
     )
 
 
-def _tell(broken: Mapping[int, list[str]], count: int) -> None:
-    """Warn of batches that were left out; raise ValueError where all of them were."""
+def _tell(nonfinite: Mapping[int, list[str]]) -> None:
+    """Warn of batches that were left out; raise ValueError where all of them were.
+
+    Args:
+      nonfinite: of each batch the names of the ranges that found NaN or Inf in it.
+    """
+    broken, count = {number: names for number, names in nonfinite.items() if names}, len(nonfinite)
     if not broken:
         return
     named = [f"batch {number}: {_listed(names)}" for number, names in broken.items()]

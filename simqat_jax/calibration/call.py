@@ -1,7 +1,6 @@
 """The call that calibration makes of a model: the one of evaluation."""
 
 import dataclasses
-from typing import Any
 
 import flax.errors
 from flax.typing import VariableDict
@@ -11,7 +10,7 @@ from simqat_jax.ir.plan import Placement
 from simqat_jax.numerics.arguments import check_kind, check_mapping
 from simqat_jax.training.module import Kwargs, Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, initial, restored
+from simqat_jax.training.ranges import COLLECTION, STEP, Stats, initial, restored
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,13 +61,18 @@ class EvaluationCall:
         """Place its quantizers."""
         return place_quantizers(captured.graph, self.qmodule.config)
 
-    def stats(self, variables: VariableDict, args: tuple) -> dict[str, Any]:
-        """Return the state of every range; create what is missing."""
+    def start(self, variables: VariableDict, args: tuple) -> tuple[Placement, Stats]:
+        """Return the plan and the state of every range; create what is missing.
+
+        Learned steps are none yet, whatever they were: they are taken from the ranges.
+        """
         held = variables.get(COLLECTION, {})
         check_mapping(COLLECTION, held, "Pass the collection that init and apply return.")
         placement = self.planned(self.captured(variables, args))
         new = {name: initial(q) for name, q in placement.stateful.items()}
-        return {STEP: initial(None), **new, **held, **restored(placement, held)}
+        none = {name: observer.init().step for name, observer in placement.learned.items()}
+        known = restored(placement, held, none)
+        return placement, {STEP: initial(None), **new, **held, **known}
 
 
 _TRAINS = (

@@ -82,9 +82,11 @@ def post_training_quantize(
 
 def _check_no_delay(config: SimQATConfig) -> None:
     """Raise ValueError if quantization waits for steps of training, of which there are none."""
-    for name, spec in (("weight", config.weight), ("activation", config.activation)):
-        if spec.quant_delay:
-            raise ValueError(
-                f"SimQATConfig.{name} has a quant_delay of {spec.quant_delay} training steps, and "
-                "nothing is trained here. Use quant_delay=0."
-            )
+    for owner in (config, *config.rules):
+        for name in ("weight", "activation"):
+            delay = getattr(getattr(owner, name), "quant_delay", 0)
+            if delay:
+                raise ValueError(
+                    f"{type(owner).__name__}.{name} has a quant_delay of {delay} training steps, "
+                    "and nothing is trained here. Use quant_delay=0."
+                )

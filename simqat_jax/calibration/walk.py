@@ -16,7 +16,7 @@ from simqat_jax.calibration.variables import FloatVariables, FreeVariables
 from simqat_jax.ir.graph import Operand
 from simqat_jax.ir.plan import Placement, Quantizer, Step
 from simqat_jax.numerics.observers import Range
-from simqat_jax.training.ranges import COLLECTION, check
+from simqat_jax.training.ranges import check, ranges_and_steps
 from simqat_jax.training.values import Values, read
 
 
@@ -163,7 +163,7 @@ class Walk:
             aims = [jnp.asarray(x) for x in self._floats.like(reference)]
         self.lanes = [self._lane(own, aims, args) for _, args in arguments(batches, what, False)]
         self.placement: Placement = self.lanes[0].exact.steps.placement
-        self.stats = check(self.placement, variables.get(COLLECTION, {}))
+        self.stats = check(self.placement, *ranges_and_steps(variables))
         self._line = Progress(what, "step", len(self.placement.steps), progress)
         self._graph = self.placement.graph
         self.free = FreeVariables(self._graph, self._floats.tensors(self._graph))
@@ -198,7 +198,7 @@ class Walk:
         key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
         if key not in self._plans:
             placement = self._call.planned(self._call.captured(self._given, args))
-            stats = check(placement, self._given.get(COLLECTION, {}))
+            stats = check(placement, *ranges_and_steps(self._given))
             self._plans[key] = Steps(placement, stats), Steps(placement, None)
         exact, real = self._plans[key]
         return _Lane(

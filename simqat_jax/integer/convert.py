@@ -26,7 +26,7 @@ from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, OWN, STEP, Stats, check
+from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, ranges_and_steps
 
 
 def convert(
@@ -72,7 +72,7 @@ def convert(
     """
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
-    stats = tuple(variables.get(collection, {}) for collection in OWN)
+    stats = ranges_and_steps(variables)
     lowered = partial(_lowered, config, _metadata(config, call), Compiled())
     sample = call.captured(None)
     builder, program = lowered(sample, stats, free_batch=False)

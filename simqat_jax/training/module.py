@@ -35,6 +35,7 @@ from simqat_jax.training.ranges import (
     check_steps,
     initial,
     parted,
+    ranges_and_steps,
     restored,
 )
 from simqat_jax.training.run import run
@@ -283,17 +284,14 @@ class QuantizedModule(nn.Module):
             self.put_variable(collection, name, value)
 
     def _checked_stats(self, placement: Placement) -> Stats:
-        return check(placement, *self._own())
-
-    def _own(self) -> list[VariableDict]:
-        return [self.variables.get(collection, {}) for collection in OWN]
+        return check(placement, *ranges_and_steps(self.variables))
 
     def _stats(self, placement: Placement) -> Stats:
         """Return the state of every quantizer; create what is missing.
 
         Where learned steps are mutable they are taken from ranges, whatever they were.
         """
-        kept, steps = self._own()
+        kept, steps = ranges_and_steps(self.variables)
         if self.is_mutable_collection(STEPS):
             steps = {name: observer.init().step for name, observer in placement.learned.items()}
             self._store(STEPS, steps)
@@ -334,7 +332,7 @@ class QuantizedModule(nn.Module):
         check_keys(rngs, "rngs={'dropout': jax.random.key(0)}")
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
-        stats = restored(placement, *(variables.get(collection, {}) for collection in OWN))
+        stats = restored(placement, *ranges_and_steps(variables))
         return Plan(placement, self.config, stats)
 
 

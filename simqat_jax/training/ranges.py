@@ -25,6 +25,11 @@ Stats = Mapping[str, Any]
 """The state of each quantizer with one, by name, and "step": training steps so far."""
 
 
+def ranges_and_steps(variables: Mapping[str, Any]) -> tuple[Stats, Stats]:
+    """Return the collections that the float model has not, empty where there are none."""
+    return variables.get(COLLECTION, {}), variables.get(STEPS, {})
+
+
 def initial(quantizer: Quantizer | None) -> Any:
     """Return the first state of a quantizer; of None: of the count of training steps."""
     return jnp.zeros((), jnp.int32) if quantizer is None else quantizer.observer.init()

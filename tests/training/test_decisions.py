@@ -157,5 +157,5 @@ def test_per_channel_activations_by_a_rule_are_not_converted():
 
 def test_rules_know_every_kind_of_operation():
     """But for what only moves values or stays float."""
-    documented = re.findall(r'"(\w+)"', inspect.getdoc(Row).split("kind:")[1].split("op:")[0])
+    documented = re.findall(r'"(\w+)"', str(inspect.getdoc(Row)).split("kind:")[1].split("op:")[0])
     assert {*documented, "input"} - {"clamp", "pass", "float"} == set(get_args(Kind))

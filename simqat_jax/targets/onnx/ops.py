@@ -118,10 +118,11 @@ def _weights(
     """Write kernel and bias, dequantized."""
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
-    parts = ({"kernel": kernel, "scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
+    parts = ({"scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
     if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
         parts[0]["zero"] = np.zeros(scale.shape, np.int8)
     names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
+    names[0].insert(0, w.kernel(kernel, f"{op.path}/kernel"))
     axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
     return [
         w.node("DequantizeLinear", inputs, op.path, **given)

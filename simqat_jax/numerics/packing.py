@@ -44,13 +44,13 @@ def unpack(data: np.ndarray, width: int, shape: Sequence[int]) -> np.ndarray:
     """Undo `pack`.
 
     Raises:
-      ValueError: no such width; a shape of another number of bytes.
+      ValueError: no such width; no shape, or one of another number of bytes.
     """
     if width not in WIDTHS:
         raise ValueError(f"codes of {width} bits are not packed")
-    size = math.prod(shape)
-    if data.dtype != np.uint8 or data.ndim != 1 or data.size != -(-size * width // 8):
-        raise ValueError(f"{data.size} bytes are no {size} codes of {width} bits")
+    size = math.prod(shape) if min(shape, default=0) >= 0 else -1
+    if size < 0 or data.dtype != np.uint8 or data.ndim != 1 or data.size != -(-size * width // 8):
+        raise ValueError(f"{data.size} bytes hold no codes of {width} bits of shape {tuple(shape)}")
     upper = (data[:, None] << (8 - width - _shifts(width))).view(np.int8)  # the sign at the top
     return (upper >> (8 - width)).reshape(-1)[:size].reshape(shape)
 

@@ -10,6 +10,7 @@ from single_operations import (
     compared,
     grids,
     integer_model,
+    kernel_bits,
     layer,
     operation,
     random_codes,
@@ -95,10 +96,10 @@ def test_products(backend, folder, a, b, c, seed):
 
 @pytest.mark.versions
 @both
-@given(grids, grids, seeds, st.integers(1, 300), st.booleans())
+@given(grids, grids, seeds, st.integers(1, 300), st.booleans(), kernel_bits)
 @settings(max_examples=20, deadline=None)
-def test_matrix_products(backend, folder, x, y, seed, depth, tie):
-    arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie)
+def test_matrix_products(backend, folder, x, y, seed, depth, tie, bits):
+    arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie, bits)
     shapes = (-1, 2, depth), (-1, 2, 16)
     model = single(backend, "dense", (x, y), {}, arrays, *shapes, (seed % 100, 255))
     compared(model, folder, random_codes(model, 30, seed))
@@ -130,9 +131,10 @@ def test_sums_as_large_as_int32_holds(backend, folder, zero_point):
     st.tuples(*[st.integers(1, 3)] * 6),
     st.tuples(*[st.integers(0, 2)] * 4),
     st.booleans(),
+    kernel_bits,
 )
 @settings(max_examples=40, deadline=None)
-def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie):
+def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie, bits):
     groups, features, out = channels
     lengths, strides, dilation = window[:2], window[2:4], window[4:]
     pads = [list(padding[:2]), list(padding[2:])]
@@ -140,7 +142,8 @@ def test_convolutions(backend, folder, x, y, seed, channels, window, padding, ti
         (8 + sum(p) - (k - 1) * d - 1) // s + 1
         for p, k, d, s in zip(pads, lengths, dilation, strides, strict=True)
     ]
-    arrays = layer(np.random.default_rng(seed), x, y, (*lengths, features // groups, out), tie)
+    shape = (*lengths, features // groups, out)
+    arrays = layer(np.random.default_rng(seed), x, y, shape, tie, bits)
     attributes = {
         "strides": list(strides),
         "padding": pads,

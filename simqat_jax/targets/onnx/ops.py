@@ -34,7 +34,7 @@ from simqat_jax.ops.sums import SumOver, SumPool
 from simqat_jax.targets.onnx import primitives
 from simqat_jax.targets.onnx.at import real_values
 from simqat_jax.targets.onnx.whole import look_up, multiplied, normalize, softmax
-from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, looked_up
+from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, kernel_codes, looked_up
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
@@ -122,7 +122,7 @@ def _weights(
     if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
         parts[0]["zero"] = np.zeros(scale.shape, np.int8)
     names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
-    names[0].insert(0, w.kernel(kernel, f"{op.path}/kernel"))
+    names[0].insert(0, kernel_codes(w, kernel, f"{op.path}/kernel"))
     axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
     return [
         w.node("DequantizeLinear", inputs, op.path, **given)

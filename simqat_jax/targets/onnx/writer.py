@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike
 from simqat_jax.files import import_extra
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.numerics.packing import pack, packed_width
+from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.targets.refusals import each
 
 _OPSET, _IR_VERSION = 19, 9
-_PACKED_OPSET, _PACKED_IR_VERSION = 21, 10  # the first that have INT4
-_INT4_WIDTH = 4
+_WORTH_PACKING = 1024
+"""Kernels of so many codes save more bytes than the nodes that unpack them take."""
 OnnxObject = Any
 """A message of ONNX, which has no types."""
 _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
@@ -46,7 +46,6 @@ class Writer:
         self.written: dict[int, dict[Layout, str]] = {}
         # For each tensor of codes the name of its real values.
         self.reals: dict[int, str] = {}
-        self.opset, self.ir_version = _OPSET, _IR_VERSION
 
     # Pieces of a graph -----------------------------------------------------------------------
 
@@ -80,25 +79,6 @@ class Writer:
         name = self.constants[key] = self.name(stem)
         self.initializers.append(self.numpy.from_array(value, name))
         return name
-
-    def kernel(self, codes: np.ndarray, stem: str) -> str:
-        """Add a kernel's codes; those of at most 4 bits packed, and unpacked to int8 behind that.
-
-        No operator of ONNX Runtime multiplies INT4 by uint8; it unpacks once, as it loads the file.
-        """
-        if packed_width(codes) is None:
-            return self.initializer(codes, stem)
-        held = np.array(codes, order="C")
-        key = ("INT4", held.shape, hashlib.sha256(held.data).digest())
-        if key not in self.constants:
-            packed, int4 = pack(held, _INT4_WIDTH).tobytes(), self.onnx.TensorProto.INT4
-            name = self.name(stem)
-            self.initializers.append(
-                self.helper.make_tensor(name, int4, held.shape, packed, raw=True)
-            )
-            self.constants[key] = self.node("Cast", [name], stem, to=self.onnx.TensorProto.INT8)
-            self.opset, self.ir_version = _PACKED_OPSET, _PACKED_IR_VERSION
-        return self.constants[key]
 
     def ints(self, values: Sequence[int], stem: str) -> str:
         """Add a constant of int64: ONNX takes shapes, axes and bounds as tensors."""
@@ -202,8 +182,8 @@ class Writer:
         graph = helper.make_graph(self.nodes, "simqat_jax", inputs, outputs, self.initializers)
         proto = helper.make_model(
             graph,
-            opset_imports=[helper.make_opsetid("", self.opset)],
-            ir_version=self.ir_version,
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR_VERSION,
             producer_name="simqat_jax",
             producer_version=str(self.model.metadata.get("simqat_jax", "")),
         )
@@ -284,6 +264,29 @@ def looked_up(w: Writer, table: np.ndarray, index: str, shape: Sequence[int], st
     flat = w.node("Reshape", [index, w.ints([1, -1], stem)], stem)
     found = w.node("GatherElements", [w.initializer(table[None], stem), flat], stem, axis=1)
     return w.node("Reshape", [found, w.ints(shape, stem)], stem)
+
+
+def kernel_codes(w: Writer, codes: np.ndarray, stem: str) -> str:
+    """Write a kernel; codes of at most 4 bits packed, and looked up in a table byte by byte.
+
+    ONNX Runtime looks them up once, as it opens the file. INT4 would be no other than that: nothing
+    multiplies it by uint8, and version 1.22 does not cast it.
+    """
+    width = packed_width(codes)
+    if width is None or codes.size < _WORTH_PACKING:
+        return w.initializer(codes, stem)
+    packed, count = pack(codes, width), 8 // width
+    key = (width, codes.shape, packed.tobytes())
+    if key in w.constants:
+        return w.constants[key]
+    table = unpack(np.arange(256, dtype=np.uint8), width, (256, count))
+    index = w.node("Cast", [w.initializer(packed, stem)], stem, to=w.onnx.TensorProto.INT32)
+    found = w.node("Gather", [w.initializer(table, "unpacked"), index], stem)
+    if packed.size * count > codes.size:  # codes do not fill the last byte
+        flat = w.node("Reshape", [found, w.ints([-1], stem)], stem)
+        found = w.node("Slice", [flat, w.ints([0], stem), w.ints([codes.size], stem)], stem)
+    w.constants[key] = w.node("Reshape", [found, w.ints(codes.shape, stem)], stem)
+    return w.constants[key]
 
 
 def quotient(w: Writer, number: ArrayLike, divisor: str, stem: str) -> str:

@@ -122,7 +122,7 @@ def _weights(
     if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
         parts[0]["zero"] = np.zeros(scale.shape, np.int8)
     names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
-    names[0].insert(0, kernel_codes(w, kernel, f"{op.path}/kernel"))
+    names[0].insert(0, kernel_codes(w, op, kernel))
     axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
     return [
         w.node("DequantizeLinear", inputs, op.path, **given)

@@ -16,7 +16,7 @@ from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.targets.refusals import each
 
 _OPSET, _IR_VERSION = 19, 9
-_WORTH_PACKING = 1024
+_WORTH_PACKING = 512
 """Kernels of so many codes save more bytes than the nodes that unpack them take."""
 OnnxObject = Any
 """A message of ONNX, which has no types."""
@@ -266,21 +266,21 @@ def looked_up(w: Writer, table: np.ndarray, index: str, shape: Sequence[int], st
     return w.node("Reshape", [found, w.ints(shape, stem)], stem)
 
 
-def kernel_codes(w: Writer, codes: np.ndarray, stem: str) -> str:
+def kernel_codes(w: Writer, op: Op, codes: np.ndarray) -> str:
     """Write a kernel; codes of at most 4 bits packed, and looked up in a table byte by byte.
 
     ONNX Runtime looks them up once, as it opens the file. INT4 would be no other than that: nothing
     multiplies it by uint8, and version 1.22 does not cast it.
     """
-    width = packed_width(codes)
+    width, name, stem = packed_width(codes), f"{op.path}/kernel", op.path
     if width is None or codes.size < _WORTH_PACKING:
-        return w.initializer(codes, stem)
+        return w.initializer(codes, name)
     packed, count = pack(codes, width), 8 // width
     key = (width, codes.shape, packed.tobytes())
     if key in w.constants:
         return w.constants[key]
     table = unpack(np.arange(256, dtype=np.uint8), width, (256, count))
-    index = w.node("Cast", [w.initializer(packed, stem)], stem, to=w.onnx.TensorProto.INT32)
+    index = w.node("Cast", [w.initializer(packed, name)], stem, to=w.onnx.TensorProto.INT32)
     found = w.node("Gather", [w.initializer(table, "unpacked"), index], stem)
     if packed.size * count > codes.size:  # codes do not fill the last byte
         flat = w.node("Reshape", [found, w.ints([-1], stem)], stem)

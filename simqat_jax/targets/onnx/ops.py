@@ -118,6 +118,7 @@ def _weights(
     """Write kernel and bias, dequantized."""
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
+    parts: tuple[dict[str, np.ndarray], ...]
     parts = ({"scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
     if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
         parts[0]["zero"] = np.zeros(scale.shape, np.int8)

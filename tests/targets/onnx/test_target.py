@@ -164,5 +164,5 @@ def test_a_kernel_of_several_operations_is_held_once(num_bits, shape, tmp_path):
     sq.export_onnx(model, path)
     graph = onnx.load(path).graph
     assert len([i for i in graph.initializer if tuple(i.dims) == shape]) == 1
-    assert [node.op_type for node in graph.node].count("Cast") == (num_bits == 4)
+    assert [node.op_type for node in graph.node].count("Gather") == (num_bits == 4)
     assert not sq.verify(model, path, x).differing

@@ -75,7 +75,10 @@ NIGHTLY = pytest.mark.nightly
 
 @pytest.mark.parametrize(
     "front",
-    [name if name in EACH_TIME else pytest.param(name, marks=NIGHTLY) for name in FRONT_ENDS],
+    [
+        name if name in EACH_TIME else pytest.param(name, marks=NIGHTLY)
+        for name in FRONT_ENDS
+    ],
 )
 def test_a_float_front_end_has_one_result(front, tmp_path):
     """Pixels are whole numbers: half of them may lie on ties of the grid behind it."""

@@ -16,6 +16,7 @@ points = st.integers(0, 255)
 ties = st.tuples(st.sampled_from([k / 64 for k in (1, 2, 3, 4, 6, 12)]), points)
 grids = st.one_of(st.tuples(st.floats(0.003, 0.3), points), ties)
 seeds = st.integers(0, 2**31)
+kernel_bits = st.sampled_from([8, 4, 2])
 both = pytest.mark.parametrize("backend", ["onnx", "tflite"])
 
 
@@ -59,13 +60,15 @@ def single(backend, kind, grids, attributes, arrays=None, shape=(-1, 16), out=No
     return integer_model(backend, tensors, [op], range(last), [last])
 
 
-def layer(rng, x, y, shape, tie):
-    """Arrays of a layer with a kernel of this shape."""
+def layer(rng, x, y, shape, tie, bits=8):
+    """Arrays of a layer with a kernel of this shape; 8 bits without the lowest code."""
     channels = shape[-1]
     scale = rng.uniform(0.001, 0.02, channels)
     scale = (2.0 ** rng.integers(-9, -5, channels) if tie else scale).astype(np.float32)
     return {
-        "kernel": rng.integers(-127, 128, shape).astype(np.int8),
+        "kernel": rng.integers(max(-(2 ** (bits - 1)), -127), 2 ** (bits - 1), shape).astype(
+            np.int8
+        ),
         "scale": scale,
         "bias": rng.integers(-5000, 5000, channels).astype(np.int32),
         "multiplier": np.float32(x[0]) * scale / np.float32(y[0]),

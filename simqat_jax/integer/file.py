@@ -19,10 +19,13 @@ from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.check import check
 from simqat_jax.ir.program import Function, Op, Program, Structure, Tensor, at_batch
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.ops.floats import FloatOp, MoveOp
 from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
-FORMAT = 3
+FORMAT = 4
+_READ = (3, FORMAT)
+"""The formats that can be read: 3 has no packed codes, and is else the same."""
 _MAGIC = "simqat_jax integer model"
 
 Arrays = dict[str, np.ndarray]
@@ -97,10 +100,10 @@ def _body(path: str | os.PathLike) -> bytes:
         raise ValueError(_damaged(path, error)) from error
     if not isinstance(header, dict) or header.get("what") != _MAGIC:
         raise ValueError(f"{path} is no integer model of simqat_jax.")
-    if header.get("format") != FORMAT:
+    if header.get("format") not in _READ:
         raise ValueError(
             f"{path} has format {header.get('format')}; this version of simqat_jax reads "
-            f"{FORMAT}. Convert the model again."
+            f"{' and '.join(map(str, _READ))}. Convert the model again."
         )
     if header.get("sha256") != _digest(body):
         raise ValueError(f"{path} is damaged: its checksum does not match.")
@@ -183,13 +186,19 @@ def _op_fields(program: Program, op: Op, number: int, arrays: Arrays) -> Json:
     held = dict(op.arrays)
     if isinstance(op, FloatOp):
         held["function"] = np.frombuffer(_exported(program, op), np.uint8)
+    widths = {name: packed_width(a) for name, a in held.items()}
+    narrow = {name: width for name, width in widths.items() if width is not None}
+    packed = {name: {"width": width, "shape": held[name].shape} for name, width in narrow.items()}
+    held |= {name: pack(held[name], width) for name, width in narrow.items()}
     arrays |= {f"{number}/{name}": a for name, a in held.items()}
     fields = {"kind": op.kind, "path": op.path, "inputs": op.inputs, "outputs": op.outputs}
-    return fields | {"attributes": op.attributes, "arrays": sorted(held)}
+    return fields | {"attributes": op.attributes, "arrays": sorted(held), "packed": packed}
 
 
 def _op(fields: Json, number: int, arrays: Mapping[str, np.ndarray]) -> Op:
     held = {name: arrays[f"{number}/{name}"] for name in fields["arrays"]}
+    for name, form in fields.get("packed", {}).items():
+        held[name] = unpack(held[name], form["width"], _numbers(form["shape"]))
     given = _tuples(fields["attributes"])
     if "function" in held:
         given["function"] = _imported(held.pop("function").tobytes())

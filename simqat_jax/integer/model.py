@@ -79,7 +79,7 @@ class IntegerModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and constants."""
+        """Bytes of all weights and constants as they are saved."""
         return self.program.nbytes
 
     def __str__(self) -> str:

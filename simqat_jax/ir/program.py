@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.packing import packed_bytes
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
 
 Shape = tuple[int, ...]
@@ -96,8 +97,8 @@ class Op:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights."""
-        return sum(a.nbytes for a in self.arrays.values())
+        """Bytes of its weights as they are saved: codes of 2 and 4 bits are packed."""
+        return sum(packed_bytes(a) for a in self.arrays.values())
 
     @property
     def computes_reals(self) -> bool:
@@ -200,7 +201,7 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and constants."""
+        """Bytes of all weights and constants as they are saved."""
         constants = [t.value for t in self.tensors if t.value is not None]
         return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
 

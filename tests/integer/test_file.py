@@ -1,5 +1,6 @@
 """The file of an integer model: read as it was written, or refused."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -7,19 +8,25 @@ import os
 import tracemalloc
 import zipfile
 
+import flax.linen as nn
 import numpy as np
 import pytest
 from models import converted
-from zoo import CASES
+from zoo import CASES, Case
 
 import simqat_jax as sq
 from simqat_jax.integer import file
 
 
+@pytest.fixture(scope="module")
+def model():
+    return converted(CASES["relu"])
+
+
 @pytest.fixture
-def saved(tmp_path):
+def saved(model, tmp_path):
     path = tmp_path / "model"
-    converted(CASES["relu"]).save(path)
+    model.save(path)
     return path
 
 
@@ -61,6 +68,83 @@ def test_a_file_of_a_later_format(saved):
         archive.writestr("model.npz", body)
     with pytest.raises(ValueError, match="has format 99"):
         sq.IntegerModel.load(saved)
+
+
+# Packed kernels ----------------------------------------------------------------------------------
+
+
+class FewBits(nn.Module):
+    """Kernels of 2 and 4 bits, with numbers of codes that fill no byte."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(7, (3, 3))(x))
+        x = nn.relu(nn.Conv(7, (3, 3), feature_group_count=7, name="two_bits")(x))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    weight = sq.QuantSpec(num_bits=4, symmetric=True, per_channel=True, observer="batch")
+    rules = (sq.Rule(path="two_bits", weight=dataclasses.replace(weight, num_bits=2)),)
+    config = sq.SimQATConfig(weight=weight, rules=rules)
+    x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)
+    return converted(Case(FewBits(), (x,), 5, 3), config)
+
+
+def test_kernels_of_few_bits_are_packed(narrow, tmp_path):
+    narrow.save(tmp_path / "model")
+    loaded, (_, arrays) = sq.IntegerModel.load(tmp_path / "model"), parts(tmp_path / "model")
+    bits = iter((4, 2, 4))
+    for number, (a, b) in enumerate(zip(narrow.ops, loaded.ops, strict=True)):
+        assert a.arrays.keys() == b.arrays.keys()
+        for name, array in a.arrays.items():
+            assert array.dtype == b.arrays[name].dtype
+            np.testing.assert_array_equal(array, b.arrays[name])
+        if "kernel" in a.arrays:
+            held = np.load(io.BytesIO(arrays[f"{number}/kernel.npy"]))
+            assert held.nbytes == -(-a.arrays["kernel"].size * next(bits) // 8)
+    assert not list(bits)
+    assert loaded.nbytes == narrow.nbytes == stored_bytes(arrays)
+
+
+def stored_bytes(arrays):
+    """Bytes of the arrays in a file, without its program."""
+    loaded = [np.load(io.BytesIO(data)) for name, data in arrays.items() if name != "program.npy"]
+    return sum(array.nbytes for array in loaded)
+
+
+def test_a_file_of_the_format_without_packed_kernels(saved):
+    header, arrays = parts(saved)
+    program = json.loads(np.load(io.BytesIO(arrays["program.npy"])).tobytes())
+    assert not any(op.pop("packed") for op in program["ops"])
+    older = saved.with_name("older")
+    write(older, header | {"format": 3}, (arrays | {"program.npy": text(program)}).items())
+    a, b = sq.IntegerModel.load(saved), sq.IntegerModel.load(older)
+    for old, new in zip(b.ops, a.ops, strict=True):
+        for name, array in new.arrays.items():
+            np.testing.assert_array_equal(old.arrays[name], array)
+
+
+FORMS = {
+    "a shape of more codes": {"shape": [1 << 40]},
+    "a negative shape": {"shape": [-3, -9]},
+    "lengths of text": {"shape": "3"},
+    "an unknown width": {"width": 1},
+    "a width of text": {"width": "4"},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_kernels_that_are_not_what_the_program_says(narrow, tmp_path, name):
+    path = tmp_path / "model"
+    narrow.save(path)
+    header, arrays = parts(path)
+    program = json.loads(np.load(io.BytesIO(arrays["program.npy"])).tobytes())
+    form = next(op["packed"]["kernel"] for op in program["ops"] if op["packed"])
+    form.update(FORMS[name])
+    write(path, header, (arrays | {"program.npy": text(program)}).items())
+    refused(path, r"codes of .* bits|no whole numbers")
 
 
 def test_an_interrupted_save_leaves_what_was_there(saved, monkeypatch):

@@ -10,6 +10,7 @@ from single_operations import (
     compared,
     grids,
     integer_model,
+    kernel_bits,
     layer,
     operation,
     random_codes,
@@ -130,10 +131,10 @@ def test_positions(backend, folder, kind, shape):
 
 @pytest.mark.versions
 @both
-@given(grids, grids, seeds, st.integers(1, 300), st.booleans())
+@given(grids, grids, seeds, st.integers(1, 300), st.booleans(), kernel_bits)
 @settings(max_examples=20, deadline=None)
-def test_matrix_products(backend, folder, x, y, seed, depth, tie):
-    arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie)
+def test_matrix_products(backend, folder, x, y, seed, depth, tie, bits):
+    arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie, bits)
     shapes = (-1, 2, depth), (-1, 2, 16)
     model = single(backend, "dense", (x, y), {}, arrays, *shapes, (seed % 100, 255))
     compared(model, folder, random_codes(model, 30, seed))
@@ -157,6 +158,56 @@ def test_sums_as_large_as_int32_holds(backend, folder, zero_point):
 
 
 @both
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "shape", "held"),
+    [
+        ("dense", (64, 33), True),
+        ("dense", (63, 33), False),
+        ("pointwise", (1, 1, 64, 33), True),
+        ("conv", (3, 3, 5, 27), False),
+        ("depthwise", (3, 3, 1, 123), False),
+    ],
+)
+def test_kernels_of_few_bits(backend, folder, kind, bits, shape, held):
+    """ONNX files hold them packed, TFLite files where XNNPACK has INT4: in `held`."""
+    x, y = (0.05, 120), (0.1, 128)
+    depth = shape[-1] if kind == "depthwise" else shape[-2]
+    arrays = layer(np.random.default_rng(bits), x, y, shape, False, bits)
+    ends, sizes = (
+        ((-1,), (depth, shape[-1])) if kind == "dense" else ((-1, 6, 6), (depth, shape[-1]))
+    )
+    attributes = {
+        "strides": [1, 1],
+        "padding": [[(k - 1) // 2] * 2 for k in shape[:2]],
+        "input_dilation": [1, 1],
+        "kernel_dilation": [1, 1],
+        "groups": depth if kind == "depthwise" else 1,
+    }
+    shapes = [(*ends, size) for size in sizes]
+    name = "dense" if kind == "dense" else "conv"
+    model = single(backend, name, (x, y), attributes, arrays, *shapes, (100, 255))
+    compared(model, folder, random_codes(model, 3))
+    size, codes = (folder / f"single.{backend}").stat().st_size, arrays["kernel"].size
+    others = 12 * shape[-1] + 3000  # scales and bias; names, operators, tables
+    packed = codes * bits // 8 if backend == "onnx" else codes // 2 if held else codes
+    assert packed < size < packed + others
+
+
+@pytest.mark.parametrize(("bias", "held"), [(2**27 - 2**20, True), (2**28, False)])
+def test_xnnpack_multiplies_sums_of_packed_kernels_by_16(folder, bias, held):
+    """Larger sums would leave int32, so that their kernels take a byte each."""
+    kernel = np.random.default_rng(0).integers(-8, 8, (64, 256)).astype(np.int8)
+    scale = np.full(256, 2.0**-21, np.float32)
+    biases = np.tile([bias, -bias, 0, 5], 64).astype(np.int32)
+    arrays = {"kernel": kernel, "scale": scale, "bias": biases, "multiplier": scale}
+    ends = ((1.0, 120), (1.0, 128))
+    model = single("tflite", "dense", ends, {}, arrays, (-1, 64), (-1, 256))
+    compared(model, folder, random_codes(model, 9))
+    assert ((folder / "single.tflite").stat().st_size < kernel.size) == held
+
+
+@both
 @given(
     grids,
     grids,
@@ -165,9 +216,10 @@ def test_sums_as_large_as_int32_holds(backend, folder, zero_point):
     st.tuples(*[st.integers(1, 3)] * 6),
     st.tuples(*[st.integers(0, 2)] * 4),
     st.booleans(),
+    kernel_bits,
 )
 @settings(max_examples=40, deadline=None)
-def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie):
+def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie, bits):
     groups, features, out = channels
     lengths, strides, dilation = window[:2], window[2:4], window[4:]
     pads = [list(padding[:2]), list(padding[2:])]
@@ -175,7 +227,8 @@ def test_convolutions(backend, folder, x, y, seed, channels, window, padding, ti
         (8 + sum(p) - (k - 1) * d - 1) // s + 1
         for p, k, d, s in zip(pads, lengths, dilation, strides, strict=True)
     ]
-    arrays = layer(np.random.default_rng(seed), x, y, (*lengths, features // groups, out), tie)
+    shape = (*lengths, features // groups, out)
+    arrays = layer(np.random.default_rng(seed), x, y, shape, tie, bits)
     attributes = {
         "strides": list(strides),
         "padding": pads,

@@ -43,7 +43,15 @@ from simqat_jax.targets.onnx.whole import (
     softmax,
     spread,
 )
-from simqat_jax.targets.onnx.writer import FIRST, LAST, Layout, Writer, dequantized, looked_up
+from simqat_jax.targets.onnx.writer import (
+    FIRST,
+    LAST,
+    Layout,
+    Writer,
+    dequantized,
+    kernel_codes,
+    looked_up,
+)
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.refusals import refuse, refuse_float, refuse_wide
 
@@ -127,10 +135,12 @@ def _weights(
     """Write kernel and bias, dequantized."""
     scale = op.arrays["scale"].astype(np.float32)
     unit = np.float32(w.grid(tensor).scale) * scale
-    parts = ({"kernel": kernel, "scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
+    parts: tuple[dict[str, np.ndarray], ...]
+    parts = ({"scale": scale}, {"bias": op.arrays["bias"], "unit": unit})
     if isinstance(op, Dense):  # ONNX Runtime fuses no Gemm whose kernel has no zero points
         parts[0]["zero"] = np.zeros(scale.shape, np.int8)
     names = [[w.initializer(v, f"{op.path}/{k}") for k, v in part.items()] for part in parts]
+    names[0].insert(0, kernel_codes(w, op, kernel))
     axes = ({} if axis == 1 else {"axis": axis}, {"axis": 0})  # 1 is the default
     return [
         w.node("DequantizeLinear", inputs, op.path, **given)

@@ -12,9 +12,12 @@ from numpy.typing import ArrayLike
 from simqat_jax.files import import_extra
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.targets.refusals import each
 
 _OPSET, _IR_VERSION = 19, 9
+_WORTH_PACKING = 512
+"""Kernels of so many codes save more bytes than the nodes that unpack them take."""
 OnnxObject = Any
 """A message of ONNX, which has no types."""
 _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
@@ -265,6 +268,29 @@ def looked_up(w: Writer, table: np.ndarray, index: str, shape: Sequence[int], st
     flat = w.node("Reshape", [index, w.ints([1, -1], stem)], stem)
     found = w.node("GatherElements", [w.initializer(table[None], stem), flat], stem, axis=1)
     return w.node("Reshape", [found, w.ints(shape, stem)], stem)
+
+
+def kernel_codes(w: Writer, op: Op, codes: np.ndarray) -> str:
+    """Write a kernel; codes of at most 4 bits packed, and looked up in a table byte by byte.
+
+    ONNX Runtime looks them up once, as it opens the file. INT4 would be no other than that: nothing
+    multiplies it by uint8, and version 1.22 does not cast it.
+    """
+    width, name, stem = packed_width(codes), f"{op.path}/kernel", op.path
+    if width is None or codes.size < _WORTH_PACKING:
+        return w.initializer(codes, name)
+    packed, count = pack(codes, width), 8 // width
+    key = (width, codes.shape, packed.tobytes())
+    if key in w.constants:
+        return w.constants[key]
+    table = unpack(np.arange(256, dtype=np.uint8), width, (256, count))
+    index = w.node("Cast", [w.initializer(packed, name)], stem, to=w.onnx.TensorProto.INT32)
+    found = w.node("Gather", [w.initializer(table, "unpacked"), index], stem)
+    if packed.size * count > codes.size:  # codes do not fill the last byte
+        flat = w.node("Reshape", [found, w.ints([-1], stem)], stem)
+        found = w.node("Slice", [flat, w.ints([0], stem), w.ints([codes.size], stem)], stem)
+    w.constants[key] = w.node("Reshape", [found, w.ints(codes.shape, stem)], stem)
+    return w.constants[key]
 
 
 def quotient(w: Writer, number: ArrayLike, divisor: str, stem: str) -> str:

@@ -38,7 +38,7 @@ from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
-from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, stored
+from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, is_packed, stored
 from simqat_jax.targets.tflite.whole import (
     added,
     log_softmax,
@@ -154,8 +154,19 @@ def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
     if len(op.strides) > 2:
         refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
     assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
+    rows = kernel.reshape(-1, kernel.shape[-1]).T
+    if _is_pointwise(op) and is_packed(x.grid, rows, op.arrays["bias"]):
+        _fully_connected(w, op, x, y, rows, op.arrays["scale"])
+        return
     window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation)
     _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
+
+
+def _is_pointwise(op: Conv) -> bool:
+    """Whether it multiplies the channels of each position by one matrix."""
+    spatial = op.arrays["kernel"].shape[:-2]
+    padded = any(p for pads in op.padding for p in pads)
+    return {*spatial, *op.strides, op.groups} == {1} and not padded
 
 
 def _dense(w: Writer, op: Dense, x: Codes, y: Codes) -> None:
@@ -163,7 +174,7 @@ def _dense(w: Writer, op: Dense, x: Codes, y: Codes) -> None:
 
 
 def _fully_connected(
-    w: Writer, op: Dense | SumOver, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray
+    w: Writer, op: Dense | Conv | SumOver, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray
 ) -> None:
     x = x if len(x.shape) > 1 else w.reshape(x, (1, *x.shape))
     flat = len(y.shape) == 1

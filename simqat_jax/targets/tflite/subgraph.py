@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from simqat_jax.ir.program import Op
 from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.packing import pack, packed_width
 from simqat_jax.targets.refusals import OTHER_FILE, refuse
 
 _ACTIVATIONS = {
@@ -20,6 +21,7 @@ _ACTIVATIONS = {
     "RELU_N1_TO_1": (-1.0, 1.0),
 }
 _LARGEST = np.float32(255.75)
+_INT4_WIDTH, _INT4_VERSION = 4, 10  # the first version of FULLY_CONNECTED that takes it
 _TYPES = {np.float32: "FLOAT32", np.int8: "INT8", np.uint8: "UINT8", np.int32: "INT32"}
 _TYPES |= {np.bool_: "BOOL"}
 
@@ -60,12 +62,13 @@ class Subgraph:
         self.buffers: list[SchemaObject] = [schema.BufferT()]
         self.operators: list[SchemaObject] = []
         self.opcodes: dict[str, int] = {}
+        self.needed: dict[str, int] = {}  # later versions, of operators that need one
 
     def opcode(self, name: str) -> SchemaObject:
         """Return the entry of an operator in the list of those that the file uses."""
         code, value = self.schema.OperatorCodeT(), getattr(self.schema.BuiltinOperator, name)
         code.builtinCode, code.deprecatedBuiltinCode = value, min(value, 127)
-        code.version = self.versions[name][1]
+        code.version = self.needed.get(name, self.versions[name][1])
         return code
 
     # Tensors ---------------------------------------------------------------------------------
@@ -134,10 +137,17 @@ class Subgraph:
         scale = np.where(ratio < _LARGEST, scale, scale * (_LARGEST / ratio)).astype(np.float32)
         unit = np.float32(x.grid.scale) * scale
         bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
-        return [
-            self.constant(kernel, np.int8, scale=scale, axis=axis),
-            self.constant(bias, np.int32, scale=unit),
-        ]
+        held = self.constant(kernel, np.int8, scale=scale, axis=axis)
+        if is_packed(x.grid, kernel, bias):
+            self.pack(held, kernel)
+        return [held, self.constant(bias, np.int32, scale=unit)]
+
+    def pack(self, held: int, kernel: np.ndarray) -> None:
+        """Hold a fully connected layer's kernel of at most 4 bits as INT4."""
+        tensor = self.tensors[held]
+        tensor.type = self.schema.TensorType.INT4
+        self.buffers[tensor.buffer].data = pack(kernel, _INT4_WIDTH)
+        self.needed["FULLY_CONNECTED"] = _INT4_VERSION
 
     # Operators -------------------------------------------------------------------------------
 
@@ -232,6 +242,18 @@ class Subgraph:
             shrinkAxisMask=0,
             **masks,
         )
+
+
+def is_packed(x: Grid, kernel: np.ndarray, bias: np.ndarray) -> bool:
+    """Whether XNNPACK computes the codes of a layer with a kernel of type INT4.
+
+    It has INT4 for fully connected layers alone, `kernel` of shape (outputs, inputs), with rows of
+    whole bytes; there it adds up 16 times each product in int32.
+    """
+    if kernel.ndim != 2 or kernel.shape[1] % 2 or packed_width(kernel) is None:
+        return False
+    sums = np.abs(kernel.astype(np.int64)).sum(1) * x.largest + np.abs(bias.astype(np.int64))
+    return bool(16 * sums.max() < 2**31)
 
 
 def check_ratio(op: Op, ratios: ArrayLike, least: float, most: float = 256.0) -> None:

@@ -1,5 +1,6 @@
 """ONNX files: ONNX Runtime computes the integer model's codes, with integer operators."""
 
+import dataclasses
 import importlib
 import json
 
@@ -161,10 +162,14 @@ class ReadTwice(nn.Module):
         return layer(jnp.tanh(layer(x)))
 
 
-def test_a_kernel_of_several_operations_is_held_once(tmp_path):
+@pytest.mark.parametrize(("num_bits", "shape"), [(8, (24, 24)), (4, (24 * 24 // 2,))])
+def test_a_kernel_of_several_operations_is_held_once(num_bits, shape, tmp_path):
     x = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
-    model, path = converted(Case(ReadTwice(), (x,), 3, 1), CONFIG), tmp_path / "m.onnx"
+    weight = dataclasses.replace(CONFIG.weight, num_bits=num_bits)
+    config = dataclasses.replace(CONFIG, weight=weight)
+    model, path = converted(Case(ReadTwice(), (x,), 3, 1), config), tmp_path / "m.onnx"
     sq.export_onnx(model, path)
-    held = [i for i in onnx.load(path).graph.initializer if tuple(i.dims) == (24, 24)]
-    assert len(held) == 1
+    graph = onnx.load(path).graph
+    assert len([i for i in graph.initializer if tuple(i.dims) == shape]) == 1
+    assert [node.op_type for node in graph.node].count("Gather") == (num_bits == 4)
     assert not sq.verify(model, path, x).differing

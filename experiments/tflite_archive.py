@@ -9,12 +9,16 @@ import numpy as np
 
 from experiments.errors import ExperimentError
 
-_DEPTHWISE_CONV_2D, _SOFTMAX = 4, 25
+_CONV_2D, _DEPTHWISE_CONV_2D, _FULLY_CONNECTED, _SOFTMAX = 3, 4, 9, 25
 """Of BuiltinOperator in the schema."""
+_TO_FLAX = {
+    _CONV_2D: (1, 2, 3, 0),  # from (out, H, W, in)
+    _DEPTHWISE_CONV_2D: (1, 2, 0, 3),  # from (1, H, W, out)
+    _FULLY_CONNECTED: (1, 0),  # from (out, in)
+}
+"""Axes of kernels, for each kind of layer."""
 _TYPES = {0: np.dtype(np.float32), 2: np.dtype(np.int32), 9: np.dtype(np.int8)}
 """Of TensorType in the schema, as far as weights have them."""
-_AXES = {4: (1, 2, 3, 0), 2: (1, 0)}
-"""From (out, H, W, in) and (out, in) to the order of Flax."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +40,11 @@ def layers(path: Path) -> list[Layer]:
     graph = model.subgraphs[0]
     found = []
     for operator in graph.operators:
-        arrays = [_values(model, graph.tensors[i]) for i in operator.inputs[1:3]]
-        if len(arrays) == 2:
-            depthwise = _kind(model, operator) == _DEPTHWISE_CONV_2D
-            kernel = arrays[0]
-            if not depthwise:  # which has (1, H, W, C)
-                kernel = kernel.transpose(_AXES[kernel.ndim])
-            elif kernel.ndim == 4:
-                kernel = kernel.transpose(1, 2, 0, 3)
-            found.append(Layer(kernel, arrays[1], depthwise))
+        kind = _kind(model, operator)
+        if kind in _TO_FLAX:
+            kernel, bias = (_values(model, graph.tensors[i]) for i in operator.inputs[1:3])
+            depthwise = kind == _DEPTHWISE_CONV_2D
+            found.append(Layer(kernel.transpose(_TO_FLAX[kind]), bias, depthwise))
     return found
 
 
@@ -135,7 +135,7 @@ def _kind(model: Any, operator: Any) -> int:
 
 
 def _values(model: Any, tensor: Any) -> np.ndarray:
-    """Return a constant's real values; an array of no element where it is computed."""
+    """Return a constant's real values."""
     data = model.buffers[tensor.buffer].data
     codes = np.asarray(data, np.uint8).view(_TYPES[tensor.type]).reshape(tensor.shape)
     if codes.dtype == np.float32:

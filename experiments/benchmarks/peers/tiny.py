@@ -146,10 +146,10 @@ def compare(
         agreement = same if network.classifies else None
         return Row(what=what, agreement=agreement, sqnr_db=_sqnr_db(reference, found), **more)
 
+    ours, differing, found = _ours(network.model, variables, inputs, place)
     real = LiteRTFile(folder / network.real, softmax=False)
     of_real = _outputs(network.model, network.real_variables(folder), inputs.test)
     theirs = LiteRTFile(folder / network.int8, softmax=False)
-    ours, differing, found = _ours(network.model, variables, inputs, place)
     files = {"real": real, "theirs": theirs, "ours": ours}
     one = {name: file.encoded(inputs.test[:1]) for name, file in files.items()}
     calls = {name: functools.partial(file.invoke, one[name]) for name, file in files.items()}

@@ -1,6 +1,7 @@
 """Read the weights of a Keras model from its `.h5` file, as variables of a Flax network.
 
-Keras numbers layers of a kind as they are made: `conv2d`, `conv2d_1`. So does Flax: `Conv_0`, `Conv_1`.
+Keras numbers layers of a kind as they are made: `conv2d`, `conv2d_1`. So does Flax: `Conv_0`,
+`Conv_1`. Depthwise convolutions, which Flax has no kind of, are expected as `depthwise_0`.
 """
 
 import importlib

@@ -5,9 +5,9 @@ some inputs; no training, no labels.
 
 - resnet8: CIFAR-10; ranges of training images, compared on test images.
 - mobilenetv1: photos (SIMQAT_PHOTOS), the central 224x224 at 96x96; ranges of some of them.
-- ds_cnn, autoencoder: without data. Inputs are drawn: normal, mean 0, standard deviation a fifteenth
-  of the range that the published file takes, which is where that file is most exact. Its ranges are
-  those of sounds, ours those of other such inputs.
+- ds_cnn, autoencoder: without data. Inputs are drawn with seeds 0 and 1: normal, mean 0, standard
+  deviation a fifteenth of the range that the published file takes, clipped to it. Its ranges are
+  those of sounds, ours those of such inputs.
 
 Example:
   MLPERF_TINY=mlperf_tiny python -m experiments.benchmarks.peers.tiny --network resnet8

@@ -36,7 +36,7 @@ def layers(path: Path) -> list[Layer]:
     Raises:
       ExperimentError: a package of the extra `export` is missing; the file is no TFLite file.
     """
-    model = _parsed(path)
+    model = _parsed(_read(path))
     graph = model.subgraphs[0]
     found = []
     for operator in graph.operators:
@@ -65,15 +65,14 @@ class LiteRTFile:
           path: of the file.
           softmax: False: leave out the softmax at its end, so that it returns logits.
         """
-        content = path.read_bytes() if softmax else _without_softmax(_parsed(path))
-        self.bytes = path.stat().st_size
+        content = _read(path)
+        self.bytes = len(content)
+        content = content if softmax else _without_softmax(_parsed(content))
         interpreter = _import("ai_edge_litert.interpreter").Interpreter
         self._file = interpreter(model_content=content, num_threads=1)
         self._file.allocate_tensors()
-        (self._input,), (self._output,) = (
-            self._file.get_input_details(),
-            self._file.get_output_details(),
-        )
+        (self._input,) = self._file.get_input_details()
+        (self._output,) = self._file.get_output_details()
 
     @property
     def input_range(self) -> tuple[float, float]:
@@ -112,19 +111,23 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ExperimentError(
-            f'TFLite files need {name}, of the extra "export": '
+            f"TFLite files need {name}, of the extra 'export': "
             'pip install -e ".[export,experiments]" installs it.'
         ) from error
 
 
-def _parsed(path: Path) -> Any:
-    schema = _import("ai_edge_litert.schema_py_generated")
+def _read(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ExperimentError(f"cannot read {path}: {error.strerror or error}.") from error
     if content[4:8] != b"TFL3":
         raise ExperimentError(f"{path} is no TFLite file: give one that a converter wrote.")
+    return content
+
+
+def _parsed(content: bytes) -> Any:
+    schema = _import("ai_edge_litert.schema_py_generated")
     return schema.ModelT.InitFromPackedBuf(content, 0)
 
 

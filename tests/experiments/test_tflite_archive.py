@@ -70,5 +70,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="cannot read"):
         tflite_archive.layers(path)
     path.write_bytes(b"no model")
-    with pytest.raises(ExperimentError, match=r"model\.tflite is no TFLite file"):
-        tflite_archive.LiteRTFile(path, softmax=False)
+    for softmax in (False, True):
+        with pytest.raises(ExperimentError, match=r"model\.tflite is no TFLite file"):
+            tflite_archive.LiteRTFile(path, softmax=softmax)

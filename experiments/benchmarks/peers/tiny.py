@@ -36,6 +36,7 @@ from experiments.mlperf_tiny import NETWORKS, Published
 from experiments.tflite_archive import LiteRTFile
 
 _BATCH = 50
+"""Of inputs that run at a time."""
 _CALLS = 5
 """In one timing."""
 CONFIG = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
@@ -92,9 +93,11 @@ def inputs_of(arguments: Arguments, int8: LiteRTFile) -> Inputs:
     """Return the inputs of a network; the first ones, in the order of their set.
 
     Raises:
-      ExperimentError: their data set is not there.
+      ExperimentError: their data set is not there, or none are left for one of both.
     """
     count = arguments.calibration
+    if 0 in (count, arguments.examples):
+        raise ExperimentError("--calibration and --examples must be 1 or more, got 0.")
     if arguments.network == "resnet8":
         data = cast(Dataset, load("cifar10"))
         found = Inputs(data.train_images[: count or 512], data.test_images)
@@ -110,6 +113,8 @@ def inputs_of(arguments: Arguments, int8: LiteRTFile) -> Inputs:
         ]
         found = Inputs(*(np.clip(x, lowest, highest) for x in drawn))
     test = found.test[: arguments.examples]
+    if not len(test):
+        raise ExperimentError(f"--calibration {count} leaves none to compare on: give less.")
     return Inputs(found.calibration.astype(np.float32), test.astype(np.float32))
 
 

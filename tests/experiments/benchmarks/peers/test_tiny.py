@@ -1,6 +1,7 @@
 """The comparison with published files finds no difference from a file that it wrote itself."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.peers import tiny
+from experiments.errors import ExperimentError
 from experiments.mlperf_tiny import Published
 
 
@@ -52,3 +54,21 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert ours.differing == 0
     tiny.show(rows, "small")
     assert f"{ours.sqnr_db:.2f}" in capsys.readouterr().out
+
+
+def test_drawn_inputs_are_in_the_range_of_the_file_and_always_the_same() -> None:
+    arguments = tiny.Arguments(network="ds_cnn", calibration=3, examples=200)
+    file = SimpleNamespace(input_range=(-2.0, 0.1))
+    one, other = (tiny.inputs_of(arguments, file) for _ in range(2))
+    np.testing.assert_array_equal(one.test, other.test)
+    assert one.calibration.shape == (3, 49, 10, 1) and one.test.shape == (200, 49, 10, 1)
+    assert one.test.min() >= -2 and one.test.max() == np.float32(0.1)
+    assert abs(one.test.std() - 0.14) < 0.05
+    assert not np.array_equal(one.calibration, one.test[:3])
+
+
+@pytest.mark.parametrize("wrong", [{"calibration": 0}, {"examples": 0}])
+def test_no_inputs_are_refused(wrong: dict) -> None:
+    arguments = tiny.Arguments(network="autoencoder", **wrong)
+    with pytest.raises(ExperimentError, match="must be 1 or more"):
+        tiny.inputs_of(arguments, SimpleNamespace(input_range=(-1.0, 1.0)))

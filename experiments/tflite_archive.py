@@ -52,7 +52,7 @@ class LiteRTFile:
     """A file in LiteRT on one thread, which takes one example at a time.
 
     Attributes:
-      bytes: size of the published file.
+      bytes: size of the file, softmax included.
 
     Raises:
       ExperimentError: a package of the extra `export` is missing; the file is no TFLite file.

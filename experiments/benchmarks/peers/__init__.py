@@ -1,1 +1,1 @@
-"""What runs in an environment of its own, `.venv-peers`: other packages' converters."""
+"""Others' files and converters; those run in an environment of their own, `.venv-peers`."""

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from experiments.models import (
+    DSCNN,
     EfficientNetLite0,
     LeNet5,
     MLPMixer,
+    MobileNetV1,
     MobileNetV2,
+    ResNet8,
     ResNet18,
     ResNet20,
     ResNet50,
@@ -25,6 +28,9 @@ from experiments.models import (
     [
         (EfficientNetLite0(), (224, 224, 3), 4_652_008),
         (LeNet5(), (32, 32, 1), 61_684),
+        (ResNet8(), (32, 32, 3), 78_186),
+        (MobileNetV1(), (96, 96, 3), 216_322),
+        (DSCNN(), (49, 10, 1), 22_604),
         (ResNet20(), (32, 32, 3), 272_474),
         (ResNet18(cifar_stem=False, num_classes=1000), (224, 224, 3), 11_689_512),
         (ResNet50(cifar_stem=False, num_classes=1000), (224, 224, 3), 25_557_032),

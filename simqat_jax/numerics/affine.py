@@ -1,6 +1,6 @@
 """Affine quantization: pure functions on arrays, no Flax.
 
-Every function is exact by construction: eager, jitted, CPU and GPU results are the same bits.
+Every function is exact by construction: eager and jitted results are the same bits on a CPU.
 """
 
 from functools import partial

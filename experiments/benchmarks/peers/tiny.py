@@ -1,7 +1,7 @@
 """MLPerf Tiny's networks, quantized after training, beside the int8 files that are published.
 
 Both int8 files are of the same float network, and run in LiteRT on one thread. Ours has ranges of
-some inputs; no training, no labels.
+some inputs, or also roundings and biases (`--recipe`); no training, no labels.
 
 - resnet8: CIFAR-10; ranges of training images, compared on test images.
 - mobilenetv1: photos (SIMQAT_PHOTOS), the central 224x224 at 96x96; ranges of some of them.
@@ -39,8 +39,8 @@ _BATCH = 50
 """Of inputs that run at a time."""
 _CALLS = 5
 """In one timing."""
-CONFIG = sq.SimQATConfig(activation=sq.QuantSpec(observer="minmax"))
-"""How networks are quantized: 8 bits, kernels per channel, the extremes of all batches."""
+Recipe = Literal["ranges", "fast", "accurate"]
+"""Of `sq.post_training_quantize`; `ranges`: `sq.calibrate` alone."""
 Variables = dict[str, Any]
 
 
@@ -85,6 +85,8 @@ class Arguments:
     """How many inputs ranges are taken from; by default 512, of photos 100."""
     examples: int | None = None
     """How many to compare on; by default all, of drawn ones 2,000."""
+    recipe: Recipe = "accurate"
+    """How our file is made: its ranges alone, or one of the recipes of `post_training_quantize`."""
     rounds: int = 100
     """Interleaved timings of each file."""
 
@@ -118,18 +120,8 @@ def inputs_of(arguments: Arguments, int8: LiteRTFile) -> Inputs:
     return Inputs(found.calibration.astype(np.float32), test.astype(np.float32))
 
 
-def calibrate(qmodel: nn.Module, variables: Variables, x: np.ndarray) -> Variables:
-    """Return the variables with ranges of the inputs `x`; nothing else moves."""
-    ranges = jax.jit(qmodel.init)(jax.random.key(0), x[:1])["quant_stats"]
-    observe = jax.jit(lambda v, x: qmodel.apply(v, x, train=False, mutable=["quant_stats"])[1])
-    for start in range(0, len(x), _BATCH):
-        batch = x[start : start + _BATCH]
-        ranges = observe({**variables, "quant_stats": ranges}, batch)["quant_stats"]
-    return {**variables, "quant_stats": ranges}
-
-
 def compare(
-    network: Published, folder: Path, inputs: Inputs, place: Path, rounds: int
+    network: Published, folder: Path, inputs: Inputs, place: Path, recipe: Recipe, rounds: int
 ) -> list[Row]:
     """Quantize a network, write it, and compare it and the published files with float.
 
@@ -138,6 +130,7 @@ def compare(
       folder: of the published files.
       inputs: for ranges, and to compare on.
       place: where the files of this library go.
+      recipe: how they are made.
       rounds: interleaved timings of each file.
 
     Raises:
@@ -151,7 +144,7 @@ def compare(
         agreement = same if network.classifies else None
         return Row(what=what, agreement=agreement, sqnr_db=_sqnr_db(reference, found), **more)
 
-    ours, differing, found = _ours(network.model, variables, inputs, place)
+    ours, differing, found = _ours(network.model, variables, inputs, place, recipe)
     real = LiteRTFile(folder / network.real, softmax=False)
     of_real = _outputs(network.model, network.real_variables(folder), inputs.test)
     theirs = LiteRTFile(folder / network.int8, softmax=False)
@@ -184,11 +177,18 @@ def compare(
 
 
 def _ours(
-    model: nn.Module, variables: Variables, inputs: Inputs, place: Path
+    model: nn.Module, variables: Variables, inputs: Inputs, place: Path, recipe: Recipe
 ) -> tuple[LiteRTFile, int, np.ndarray]:
     """Return the int8 file, how many of its codes differ from evaluation, and its outputs."""
-    qmodel = sq.SimQAT(CONFIG).apply(model)
-    quantized = calibrate(qmodel, variables, inputs.calibration)
+    x = inputs.calibration
+    batches = [x[start : start + _BATCH] for start in range(0, len(x), _BATCH)]
+    if recipe == "ranges":
+        qmodel = sq.SimQAT().apply(model)
+        quantized = sq.calibrate(qmodel, variables, batches, train=False)
+    else:
+        qmodel, quantized = sq.post_training_quantize(
+            model, variables, batches, recipe=recipe, train=False
+        )
     integer = sq.convert(qmodel, quantized, inputs.test[:1], train=False)
     path = place / "int8.tflite"
     sq.export_tflite(integer, path, integer_io=True)
@@ -239,7 +239,7 @@ def main() -> None:
     network = NETWORKS[arguments.network]
     inputs = inputs_of(arguments, LiteRTFile(folder / network.int8))
     with tempfile.TemporaryDirectory() as place:
-        rows = compare(network, folder, inputs, Path(place), arguments.rounds)
+        rows = compare(network, folder, inputs, Path(place), arguments.recipe, arguments.rounds)
     counts = f"{len(inputs.calibration):,} calibrate, {len(inputs.test):,} compared"
     show(rows, f"{arguments.network}: {counts}, one thread, jax {jax.__version__}")
     if any(row.differing for row in rows):

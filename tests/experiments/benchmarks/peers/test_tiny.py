@@ -46,7 +46,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         model=Small(), shape=(8,), weights="weights.h5", real="int8.tflite", int8="int8.tflite"
     )
     x = rng.uniform(-1, 1, (70, 8)).astype(np.float32)
-    rows = tiny.compare(network, tmp_path, tiny.Inputs(x[:60], x[60:]), tmp_path, rounds=1)
+    rows = tiny.compare(
+        network, tmp_path, tiny.Inputs(x[:60], x[60:]), tmp_path, "ranges", rounds=1
+    )
     real, theirs, ours = rows
     assert real.sqnr_db == theirs.sqnr_db == ours.sqnr_db > 25
     assert theirs.agreement == ours.agreement == 1

@@ -10,7 +10,11 @@ ROOMS = sorted(
     {p.relative_to(TESTS).parts[0] for p in TESTS.rglob("*/test_*.py")} - {"experiments"}
 )
 STANDS_FOR_SEVERAL = {
-    "targets/test_operations.py": ("targets/onnx/ops.py", "targets/tflite/ops.py"),
+    "targets/test_operations.py": (
+        "targets/onnx/ops.py",
+        "targets/tflite/ops.py",
+        "targets/tflite/layers.py",
+    ),
     "targets/test_primitives.py": ("targets/onnx/primitives.py", "targets/tflite/primitives.py"),
     "targets/test_whole.py": ("targets/onnx/whole.py", "targets/tflite/whole.py"),
 }

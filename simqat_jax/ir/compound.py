@@ -62,17 +62,12 @@ class ChannelAffine(Node):
 
     Attributes:
       steps: what happens with each of the next inputs, numbers for each channel, by primitive.
-      training: some of these are statistics of the batch.
+      training: some of these are statistics of the batch: then it is float, as it is written.
     """
 
     steps: tuple[str, ...]
     training: bool
     kind: str = "batch_norm"
-
-    @property
-    def only_training(self) -> bool:
-        """Whether it uses batch statistics."""
-        return self.training
 
     def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
         """The first input: statistics have no codes."""

@@ -140,6 +140,8 @@ class ChannelAffineOperation(IntegerOperation):
     def lower(self, at: LoweredStep) -> bool:
         node = at.node
         assert isinstance(node, ChannelAffine)
+        if node.training:
+            return False
         values = [jnp.asarray(at.builder.value(v)) for v in node.inputs[1:]]
         _emit_affine(at, *_slope_and_shift(node, values))
         return True

@@ -1,8 +1,7 @@
 """Write the operations of a program as TFLite operators on int8 codes."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -38,7 +37,8 @@ from simqat_jax.targets.refusals import OTHER_FILE, check_shape, refuse, refuse_
 from simqat_jax.targets.refusals import check as check_each
 from simqat_jax.targets.tflite import primitives
 from simqat_jax.targets.tflite.gelu import is_gelu
-from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, is_packed, stored
+from simqat_jax.targets.tflite.layers import affine, conv, convolution, dense, fully_connected
+from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, stored
 from simqat_jax.targets.tflite.whole import (
     added,
     log_softmax,
@@ -54,7 +54,6 @@ from simqat_jax.targets.tflite.windows import (
     grown,
     in_regions,
     pad_codes,
-    padded,
     windowed,
 )
 from simqat_jax.targets.tflite.writer import Writer
@@ -146,91 +145,6 @@ def _check(program: Program, op: Op) -> None:
     refuse_wide(program, op)
 
 
-# Layers ----------------------------------------------------------------------------------------
-
-
-def _conv(w: Writer, op: Conv, x: Codes, y: Codes) -> None:
-    kernel = op.arrays["kernel"]
-    if len(op.strides) > 2:
-        refuse(op, "TFLite convolves over one or two axes in integers, not three", OTHER_FILE)
-    assert set(op.input_dilation) == {1}, op.path  # `in_subpixels` leaves no other
-    rows = kernel.reshape(-1, kernel.shape[-1]).T
-    if _is_pointwise(op) and is_packed(x.grid, rows, op.arrays["bias"]):
-        _fully_connected(w, op, x, y, rows, op.arrays["scale"])
-        return
-    window = Window(kernel.shape[:-2], op.strides, op.padding, op.kernel_dilation)
-    _convolution(w, op, x, y, kernel, op.arrays["scale"], op.groups, window, op.clamp)
-
-
-def _is_pointwise(op: Conv) -> bool:
-    """Whether it multiplies the channels of each position by one matrix."""
-    spatial = op.arrays["kernel"].shape[:-2]
-    padded = any(p for pads in op.padding for p in pads)
-    return {*spatial, *op.strides, op.groups} == {1} and not padded
-
-
-def _dense(w: Writer, op: Dense, x: Codes, y: Codes) -> None:
-    _fully_connected(w, op, x, y, op.arrays["kernel"].T, op.arrays["scale"])
-
-
-def _fully_connected(
-    w: Writer, op: Dense | Conv | SumOver, x: Codes, y: Codes, kernel: np.ndarray, scale: np.ndarray
-) -> None:
-    x = x if len(x.shape) > 1 else w.reshape(x, (1, *x.shape))
-    flat = len(y.shape) == 1
-    out = w.codes(f"{op.path}/row", (1, *y.shape), y.grid) if flat else y
-    inputs = [x.index, *w.weights(op, x, y, kernel, scale, 0)]
-    w.clamped(op, "FULLY_CONNECTED", inputs, out, op.clamp, keepNumDims=len(x.shape) > 2)
-    if flat:
-        w.reshape(out, y.shape, y)
-
-
-def _affine(w: Writer, op: Affine, x: Codes, y: Codes) -> None:
-    def planar(shape: tuple[int, ...]) -> tuple[int, ...]:
-        if len(shape) == 4:
-            return shape
-        lead = (1,) if len(shape) == 1 else shape[:1]
-        return (*lead, 1, math.prod(shape[1:-1]), shape[-1])
-
-    channels, scale = x.shape[-1], op.arrays["scale"]
-    kernel = np.broadcast_to(op.arrays["kernel"], (channels,)).reshape(1, 1, 1, channels)
-    window = Window((1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1))
-    source = w.reshape(x, planar(x.shape))
-    out = y if len(y.shape) == 4 else w.codes(f"{op.path}/planar", planar(y.shape), y.grid)
-    scales = np.broadcast_to(scale, (channels,))
-    _convolution(w, op, source, out, kernel, scales, channels, window, op.clamp)
-    if out is not y:
-        w.reshape(out, y.shape, y)
-
-
-def _convolution(
-    w: Writer,
-    op: Op,
-    x: Codes,
-    y: Codes,
-    kernel: np.ndarray,
-    scale: np.ndarray,
-    groups: int,
-    window: Window,
-    clamp: Sequence[int],
-) -> None:
-    depthwise = groups > 1 and groups == x.shape[-1]
-    kernel = kernel.reshape(*(1,) * (4 - kernel.ndim), *kernel.shape)
-    name = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
-
-    def emit(x: Codes, y: Codes, options: dict[str, int]) -> None:
-        dilation = window.planar().dilation
-        options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
-        if depthwise:
-            options["depthMultiplier"] = kernel.shape[-1] // groups
-            weights = w.weights(op, x, y, kernel.reshape(1, *kernel.shape[:2], -1), scale, 3)
-        else:
-            weights = w.weights(op, x, y, kernel.transpose(3, 0, 1, 2), scale, 0)
-        w.clamped(op, name, [x.index, *weights], y, clamp, **options)
-
-    windowed(w, op, x, y, window, emit, functools.partial(padded, w, op))
-
-
 # Sums --------------------------------------------------------------------------------------------
 
 
@@ -256,7 +170,7 @@ def _sum(w: Writer, op: SumOver, x: Codes, y: Codes) -> None:
     weight, scale = _ones(op, x.grid, y.grid, count, multiplier)
     sums = w.codes(f"{op.path}/sums", [*rows, 1], y.grid)
     kernel = np.full((1, count), weight)
-    _fully_connected(w, op, w.reshape(x, [*rows, count]), sums, kernel, np.full(1, scale))
+    fully_connected(w, op, w.reshape(x, [*rows, count]), sums, kernel, np.full(1, scale))
     w.reshape(sums, y.shape, y)
 
 
@@ -267,7 +181,7 @@ def _sum_pool(w: Writer, op: SumPool, x: Codes, y: Codes) -> None:
         weight, scale = _ones(op, x.grid, y.grid, math.prod(window.lengths), multiplier)
         kernel = np.full((*window.lengths, 1, channels), weight)
         scales = np.full(channels, scale)
-        _convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
+        convolution(w, op, x, y, kernel, scales, channels, window, op.clamp)
 
     multipliers = op.arrays["multiplier"]
     if multipliers.size == 1:
@@ -474,9 +388,9 @@ def _pad(w: Writer, op: Pad, x: Codes, y: Codes) -> None:
 
 
 _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
-    Conv: _conv,
-    Dense: _dense,
-    Affine: _affine,
+    Conv: conv,
+    Dense: dense,
+    Affine: affine,
     Sum: _add,
     Multiply: _mul,
     ExtremumOfCodes: _extremum,

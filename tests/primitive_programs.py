@@ -25,7 +25,7 @@ def primitives_of(function: Callable[..., Any], backend: str, *args: Any) -> sq.
     """Return the integer model of a function, for any length of the first axis of its arrays."""
     shapes = [jax.ShapeDtypeStruct((BATCH, *x.shape[1:]), x.dtype) for x in args]
     call = Call(Model(function), {}, tuple(shapes), {}, None, {}, mutable=[])
-    captured = capture(call, exclude=(), forbidden=_Nowhere)
+    captured = capture(call, config=sq.SimQATConfig(), forbidden=_Nowhere)
     graph = captured.graph
     builder = ProgramBuilder(graph, captured.inputs, free_batch=True)
     inputs = [builder.tensor(f"x{k}", v, None) for k, v in enumerate(graph.inputs)]

@@ -1,7 +1,7 @@
 """Deviations, variances and lengths of tensors along axes on codes, see `numerics.norms`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from simqat_jax.ir.compound import Spread
 from simqat_jax.ir.graph import shape_of
 from simqat_jax.ir.plan import Step
-from simqat_jax.ir.program import Context
+from simqat_jax.ir.program import Context, Need
 from simqat_jax.numerics.affine import rounded_product, true_divide
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import Statistics, deviation, variance
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
 from simqat_jax.ops.norms import OfStatistics, fits, guard_in_codes, held
-from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import ONE_MULTIPLIER, ExactStep, IntegerOperation, LoweredStep
 
 
 class SpreadOperation(IntegerOperation):
@@ -84,6 +84,9 @@ class SpreadOfCodes(OfStatistics):
 
     def rounds_as(self, rounding: Rounding) -> bool:
         return not self.rooted or self.kind == rounding.norm.spread
+
+    def needs(self, c: Context) -> Mapping[str, Need]:
+        return ONE_MULTIPLIER
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         y = variance(c.in_grid().centered(inputs[0]).astype(jnp.float32), self.statistics)

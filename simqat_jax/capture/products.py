@@ -258,8 +258,9 @@ class _Finder:
         inputs: tuple[int, ...],
         tail: _Tail,
     ) -> Product:
+        kind = _kind(node)
         module = node.module if name.path == node.path else None
-        op = type(module).__name__ if module else {"dense": "matmul"}.get(_kind(node), _kind(node))
+        op = type(module).__name__ if module else {"dense": "matmul"}.get(kind, kind)
         (at,) = (k for k, part in enumerate(parts) if isinstance(part, Contraction))
         contraction, shape = parts[at], self.draft.avals[tail.output].shape
         assert isinstance(contraction, Contraction)
@@ -273,7 +274,7 @@ class _Finder:
             run=chain(parts, inputs),
             eqn=form.eqn,
             parts=parts,
-            kind=_kind(node),
+            kind=kind,
             layer=Layer(module, name.path, ("kernel", "bias")[: len(inputs) - 1]),
             kernel_name=name.kernel,
             counted=name.counted,

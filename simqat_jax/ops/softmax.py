@@ -15,14 +15,18 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
 
 
-class SoftmaxOperation(IntegerOperation):
-    """What a softmax is on integers."""
+class _OfCodes(IntegerOperation):
+    """What a softmax, or its logarithm, is on integers."""
 
     def joins(self, inputs: int) -> bool:
         return True
 
     def form(self, step: Step) -> str:
         return "of its codes"
+
+
+class SoftmaxOperation(_OfCodes):
+    """What a softmax is on integers."""
 
     def codes(self, at: ExactStep) -> jax.Array | None:
         x, node = at.inputs[0], at.step.node
@@ -50,14 +54,8 @@ class SoftmaxOperation(IntegerOperation):
         return True
 
 
-class LogSoftmaxOperation(IntegerOperation):
+class LogSoftmaxOperation(_OfCodes):
     """What the logarithm of a softmax is on integers."""
-
-    def joins(self, inputs: int) -> bool:
-        return True
-
-    def form(self, step: Step) -> str:
-        return "of its codes"
 
     def codes(self, at: ExactStep) -> jax.Array | None:
         x, node = at.inputs[0], at.step.node

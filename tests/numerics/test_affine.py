@@ -22,7 +22,8 @@ specs = st.builds(
     symmetric=st.booleans(),
     narrow_range=st.booleans(),
 )
-reals = st.floats(-1e6, 1e6, width=32)
+# Whether a process flushes subnormal numbers to zero depends on what else runs in it.
+reals = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 arrays = hnp.arrays(F32, hnp.array_shapes(max_dims=3, max_side=8), elements=reals)
 ranges = st.tuples(reals, reals).map(sorted)
 

@@ -13,9 +13,9 @@ import simqat_jax as sq
 pytestmark = pytest.mark.usefixtures("optimized")
 F32 = np.float32
 OBSERVERS = ("ema", "minmax", "batch")
-batches = st.lists(
-    hnp.arrays(F32, (4, 3), elements=st.floats(-1e6, 1e6, width=32)), min_size=1, max_size=5
-)
+# Whether a process flushes subnormal numbers to zero depends on what else runs in it: none comes up.
+reals = st.floats(-1e6, 1e6, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
+batches = st.lists(hnp.arrays(F32, (4, 3), elements=reals), min_size=1, max_size=5)
 
 
 def oracle(observer, decay, values):

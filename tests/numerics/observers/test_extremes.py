@@ -13,7 +13,7 @@ import simqat_jax as sq
 pytestmark = pytest.mark.usefixtures("optimized")
 F32 = np.float32
 OBSERVERS = ("ema", "minmax", "batch")
-# Whether a process flushes subnormal numbers to zero depends on what else runs in it: none comes up.
+# Whether a process flushes subnormal numbers to zero depends on what else runs in it.
 reals = st.floats(-1e6, 1e6, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
 batches = st.lists(hnp.arrays(F32, (4, 3), elements=reals), min_size=1, max_size=5)
 

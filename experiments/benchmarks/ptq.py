@@ -23,11 +23,14 @@ from rich.table import Table
 import simqat_jax as sq
 from experiments import lite0, pretrained
 from experiments.data import in_batches, load, photos
+from experiments.distillation import distil
 from experiments.errors import run_or_exit
 from experiments.models import EfficientNetLite0, LeNet5
 
 _EPOCHS, _BATCH, _RATE = 3, 128, 2e-3
 """Of the float LeNet5, with a cosine schedule of Adam."""
+
+Recipe = Literal["calibrate", "fast", "accurate", "distilled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,15 @@ class Arguments:
     """Examples to calibrate on; by default 512 of MNIST, 96 photos."""
     examples: int | None = None
     """Examples to measure on; by default all."""
+    recipes: tuple[Recipe, ...] = ("calibrate", "fast", "accurate")
+    """Ways to quantize, one row each: ranges alone, the recipes of `post_training_quantize`, and
+    "distilled": "fast", then training on the calibration data without their labels."""
+    observer: str | None = None
+    """Observer of kernels, as "mse"."""
+    ends: int | None = None
+    """Width of the first and the last layer's kernels; by default that of the others."""
+    distillation_steps: int = 120
+    """Of 16 examples."""
     seed: int = 0
     """Of the float LeNet5."""
 
@@ -58,6 +70,8 @@ class Workload(NamedTuple):
     batches: list[np.ndarray]
     x: np.ndarray
     labels: np.ndarray
+    ends: tuple[str, str]
+    """Paths of the first and the last layer."""
 
 
 def lenet5(arguments: Arguments) -> Workload:
@@ -81,7 +95,7 @@ def lenet5(arguments: Arguments) -> Workload:
             variables, state = step(variables, state, x, y)
     images, labels, real = map(np.concatenate, zip(*data.test_batches(1000), strict=True))
     first = next(iter(data.train_batches(arguments.calibration or 512, arguments.seed, 0)))[0]
-    return Workload(module, variables, [first], images[real], labels[real])
+    return Workload(module, variables, [first], images[real], labels[real], ("Conv_0", "Dense_2"))
 
 
 def lite0_on_photos(arguments: Arguments) -> Workload:
@@ -94,6 +108,7 @@ def lite0_on_photos(arguments: Arguments) -> Workload:
         [x[i : i + 32] for i in range(0, len(x), 32)],
         lite0.preprocess(others.pixels),
         others.labels,
+        ("stem", "classifier"),
     )
 
 
@@ -102,6 +117,56 @@ WORKLOADS: dict[str, Callable[[Arguments], Workload]] = {
     "lite0": lite0_on_photos,
 }
 """By the name that the command takes."""
+
+
+def _config(arguments: Arguments, work: Workload, bits: int) -> sq.SimQATConfig:
+    weight = dataclasses.replace(
+        sq.SimQATConfig().weight,
+        num_bits=bits,
+        per_channel=not arguments.per_tensor,
+        **({} if arguments.observer is None else {"observer": arguments.observer}),
+    )
+    config = sq.SimQATConfig(
+        weight=weight, activation=sq.QuantSpec(num_bits=arguments.activation_bits)
+    )
+    if arguments.ends is None:
+        return config
+    wider = dataclasses.replace(weight, num_bits=arguments.ends)
+    rules = [sq.Rule(path=path, weight=wider) for path in work.ends]
+    return dataclasses.replace(config, rules=rules)
+
+
+def quantize(
+    work: Workload, recipe: Recipe, config: sq.SimQATConfig, arguments: Arguments
+) -> tuple[sq.QuantizedModule, Any]:
+    """Return the quantized network and its variables, by one of the recipes."""
+    if recipe == "calibrate":
+        qmodel = sq.SimQAT(config).apply(work.module)
+        return qmodel, sq.calibrate(qmodel, work.variables, work.batches)
+    known = "fast" if recipe == "distilled" else recipe
+    qmodel, variables = sq.post_training_quantize(
+        work.module, work.variables, work.batches, config=config, recipe=known
+    )
+    if recipe == "distilled":
+        teacher: Any = functools.partial(work.module.apply, work.variables)
+        variables = distil(
+            qmodel,
+            variables,
+            teacher,
+            np.concatenate(work.batches),
+            steps=arguments.distillation_steps,
+            seed=arguments.seed,
+        )
+    return qmodel, variables
+
+
+def _columns(got: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> tuple[str, str, str]:
+    noise = np.sum((got - logits) ** 2, dtype=np.float64)
+    return (
+        f"{np.mean(got.argmax(-1) == labels):.2%}",
+        f"{np.mean(got.argmax(-1) == logits.argmax(-1)):.2%}",
+        f"{10 * np.log10(np.sum(logits**2, dtype=np.float64) / noise):.2f}",
+    )
 
 
 def measure(arguments: Arguments, console: Console) -> None:
@@ -114,32 +179,13 @@ def measure(arguments: Arguments, console: Console) -> None:
     for column in ("weight bits", "recipe", "top-1", "as float", "SQNR, dB", "s"):
         table.add_column(column, justify="right")
     for bits in arguments.weight_bits:
-        weight = dataclasses.replace(
-            sq.SimQATConfig().weight, num_bits=bits, per_channel=not arguments.per_tensor
-        )
-        activation = sq.QuantSpec(num_bits=arguments.activation_bits)
-        config = sq.SimQATConfig(weight=weight, activation=activation)
-        for recipe in ("calibrate", "fast", "accurate"):
+        for recipe in arguments.recipes:
             start = time.perf_counter()
-            if recipe == "calibrate":
-                qmodel = sq.SimQAT(config).apply(work.module)
-                variables = sq.calibrate(qmodel, work.variables, work.batches)
-            else:
-                qmodel, variables = sq.post_training_quantize(
-                    work.module, work.variables, work.batches, config=config, recipe=recipe
-                )
+            qmodel, variables = quantize(work, recipe, _config(arguments, work, bits), arguments)
             seconds = time.perf_counter() - start
             evaluate: Any = functools.partial(qmodel.apply, variables)
             got = in_batches(evaluate, x, 100)
-            noise = np.sum((got - logits) ** 2, dtype=np.float64)
-            table.add_row(
-                str(bits),
-                recipe,
-                f"{np.mean(got.argmax(-1) == labels):.2%}",
-                f"{np.mean(got.argmax(-1) == logits.argmax(-1)):.2%}",
-                f"{10 * np.log10(np.sum(logits**2, dtype=np.float64) / noise):.2f}",
-                f"{seconds:.0f}",
-            )
+            table.add_row(str(bits), recipe, *_columns(got, logits, labels), f"{seconds:.0f}")
     console.print(table)
 
 

@@ -64,4 +64,4 @@ docs: venv
 
 peers:  ## others' converters, for benchmarks alone, in an environment of their own
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet jax2onnx litert-converter flax
+	.venv-peers/bin/python -m pip install --quiet jax2onnx litert-converter flax ai-edge-quantizer qwix

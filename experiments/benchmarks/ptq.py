@@ -1,15 +1,22 @@
-"""What quantization without training costs: accuracy and distance from the float network.
+r"""What quantization without training costs: accuracy and distance from the float network.
 
 Calibration data are training images, and the test set is what is measured on; EfficientNet-Lite0
 has published weights, and photos for both.
 
-Example: TFDS_DATA_DIR=tfds python -m experiments.benchmarks.ptq --model lenet5
+Example:
+  TFDS_DATA_DIR=tfds python -m experiments.benchmarks.ptq --model lenet5
+  make peers; SIMQAT_PHOTOS=photos python -m experiments.benchmarks.ptq --model lite0 \
+    --peers .venv-peers/bin/python
 """
 
 import dataclasses
 import functools
+import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +24,7 @@ import jax
 import numpy as np
 import optax
 import tyro
+from flax import serialization
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +66,8 @@ class Arguments:
     """Width of the first and the last layer's kernels; by default that of the others."""
     distillation_steps: int = 120
     """Of 16 examples."""
+    peers: Path | None = None
+    """Python of `make peers`: what AI Edge Quantizer and qwix make of the same data, at 8 bits."""
     seed: int = 0
     """Of the float LeNet5."""
 
@@ -169,6 +179,17 @@ def _columns(got: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> tuple[s
     )
 
 
+def _of_peers(python: Path, model: str, work: Workload, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the logits that the tools of another environment come to, at 8 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = Path(folder, "variables.msgpack")
+        values.write_bytes(serialization.to_bytes(work.variables))
+        np.savez(Path(folder, "images.npz"), chosen=np.concatenate(work.batches), x=x)
+        command = [python, "-m", "experiments.benchmarks.peers.ptq", model, folder]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+        return {path.stem: np.load(path) for path in sorted(Path(folder).glob("*.npy"))}
+
+
 def measure(arguments: Arguments, console: Console) -> None:
     """Quantize in every way, and print a table."""
     work = WORKLOADS[arguments.model](arguments)
@@ -186,6 +207,9 @@ def measure(arguments: Arguments, console: Console) -> None:
             evaluate: Any = functools.partial(qmodel.apply, variables)
             got = in_batches(evaluate, x, 100)
             table.add_row(str(bits), recipe, *_columns(got, logits, labels), f"{seconds:.0f}")
+    if arguments.peers is not None:
+        for tool, got in _of_peers(arguments.peers, arguments.model, work, x).items():
+            table.add_row("8", tool, *_columns(got, logits, labels), "")
     console.print(table)
 
 

@@ -37,6 +37,8 @@ from experiments.models import EfficientNetLite0, LeNet5
 
 _EPOCHS, _BATCH, _RATE = 3, 128, 2e-3
 """Of the float LeNet5, with a cosine schedule of Adam."""
+_AT_ONCE = 32
+"""Examples of an evaluation."""
 
 Recipe = Literal["calibrate", "fast", "accurate", "distilled"]
 
@@ -195,7 +197,7 @@ def measure(arguments: Arguments, console: Console) -> None:
     work = WORKLOADS[arguments.model](arguments)
     x, labels = work.x[: arguments.examples], work.labels[: arguments.examples]
     run: Any = jax.jit(work.module.apply)
-    logits = in_batches(lambda x: run(work.variables, x), x, 100)
+    logits = in_batches(lambda x: run(work.variables, x), x, _AT_ONCE)
     table = Table(title=f"{arguments.model}, float {np.mean(logits.argmax(-1) == labels):.2%}")
     for column in ("weight bits", "recipe", "top-1", "as float", "SQNR, dB", "s"):
         table.add_column(column, justify="right")
@@ -205,7 +207,7 @@ def measure(arguments: Arguments, console: Console) -> None:
             qmodel, variables = quantize(work, recipe, _config(arguments, work, bits), arguments)
             seconds = time.perf_counter() - start
             evaluate: Any = functools.partial(qmodel.apply, variables)
-            got = in_batches(evaluate, x, 100)
+            got = in_batches(evaluate, x, _AT_ONCE)
             table.add_row(str(bits), recipe, *_columns(got, logits, labels), f"{seconds:.0f}")
     if arguments.peers is not None:
         for tool, got in _of_peers(arguments.peers, arguments.model, work, x).items():

@@ -7,6 +7,7 @@ Source:
   on-device models), of which this uses the public functions.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def ai_edge(
 ) -> np.ndarray:
     """Return the logits of its int8 file, in LiteRT, one at a time."""
     path = folder / "peer_float.tflite"
-    write_tflite(lambda images: module.apply(variables, images), (1, *x.shape[1:]), path)
+    network: Any = functools.partial(module.apply, variables)
+    write_tflite(network, (1, *x.shape[1:]), path)
     tool = quantizer.Quantizer(str(path), recipe.static_wi8_ai8())
     data = {"serving_default": [{"input": image[None]} for image in chosen]}
     quantized = tool.quantize(tool.calibrate(data)).quantized_model

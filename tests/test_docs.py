@@ -208,6 +208,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/index.md": nothing,
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
+    "docs/low_bits.md": float_variables,
     "docs/migrating.md": nothing,
     "docs/rules.md": nothing,
     "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),

@@ -10,6 +10,7 @@ from single_operations import integer_model, operation
 from steps import codes_of, step_of
 
 import simqat_jax as sq
+from simqat_jax.integer.check import check
 from simqat_jax.ir.graph import Clamp, Elementwise
 from simqat_jax.ir.program import Tensor
 from simqat_jax.numerics.grid import Codes
@@ -43,6 +44,7 @@ def test_a_program_has_a_code_for_every_code_from_the_lowest(x):
     tensors = [Tensor("x", (-1,), "float32", x), Tensor("y", (-1,), "float32", GRIDS[0])]
     op = operation("table", (0,), (1,), arrays={"table": table})
     model = integer_model("tflite", tensors, [op], [0], [1])
+    check(model.program)
     np.testing.assert_array_equal(model.run_codes(codes.astype(x.dtype)), table)
 
 

@@ -9,6 +9,7 @@ from steps import codes_of, grid, random, step_of
 from simqat_jax.ir.compound import Norm
 from simqat_jax.numerics.norms import MOST_ELEMENTS
 from simqat_jax.numerics.rounding import ROUNDINGS
+from simqat_jax.ops.norms import Normalize
 
 X, Y = grid(0.05, 120), grid(0.03, 131)
 RNG = np.random.default_rng(0)
@@ -80,5 +81,6 @@ def test_codes_and_lengths_for_which_sums_are_exact():
 def test_a_file_that_names_no_guard_has_none(rounding):
     """As of format 3, before there was one."""
     given = {"axes": (1,), "groups": 0, "centered": True, "epsilon": 0.5, "clamp": (0, 255)}
-    guard = operation(rounding.norm.kind, (0,), (1,), given).guard
-    assert guard.epsilon == 0.5 and guard.least is None and guard.offset is None
+    op = operation(rounding.norm.kind, (0,), (1,), given)
+    assert isinstance(op, Normalize)
+    assert op.guard == (0.5, None, None)

@@ -12,10 +12,16 @@ named, to the first that fails: name the fast ones first.
 
 import os
 
-os.environ.update(CI="true", JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+os.environ.update(
+    CI="true",
+    JAX_PLATFORMS="cpu",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",  # of what a change leaves as it was
+)
 
 import argparse
 import ast
+import compileall
 import copy
 import random
 import shutil
@@ -24,18 +30,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
-import ai_edge_litert.interpreter  # what every child needs, imported once
+import ai_edge_litert.interpreter  # what tests need, imported once
 import ai_edge_litert.schema_py_generated  # noqa: F401
 import flax.linen  # noqa: F401
-import jax  # noqa: F401
+import jax
 import onnx  # noqa: F401
 import onnxruntime  # noqa: F401
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = "simqat_jax"
 SECONDS = 300
-"""A child that takes longer has noticed: it runs in circles."""
+"""Of the processor: what takes longer has been noticed, it runs in circles."""
 
 OPERATORS: dict[type, type] = {
     ast.Add: ast.Sub,
@@ -112,23 +120,30 @@ def _with(field: str, value: object) -> Callable[[ast.AST], ast.AST]:
     return change
 
 
-def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """Yield each change of a source, in words, and the source with it."""
+class Mutant(NamedTuple):
+    """A change: the place of a node in the walk of a source's tree, and which of its changes."""
+
+    place: int
+    number: int
+
+    def of(self, source: str) -> tuple[str, str]:
+        """Return the change in words, and the source with it."""
+        tree = ast.parse(source)
+        target = list(ast.walk(tree))[self.place]
+        before, line = ast.unparse(target).splitlines()[0], getattr(target, "lineno", 0)
+        what, change = list(changes(target))[self.number]
+        result = change(copy.deepcopy(target))
+        changed = _Replaced(target, result).visit(tree)
+        after = ast.unparse(ast.fix_missing_locations(result)).splitlines()[0]
+        return f"line {line}, {what}: {before}  ->  {after}", ast.unparse(changed)
+
+
+def mutants(source: str) -> list[Mutant]:
+    """Return all changes of a source."""
     tree = ast.parse(source)
     without = _annotations(tree) | _checks(tree)
-    for place, node in enumerate(ast.walk(tree)):
-        if node in without:
-            continue
-        for number, (what, _) in enumerate(changes(node)):
-            changed = copy.deepcopy(tree)
-            target = list(ast.walk(changed))[place]
-            before = ast.unparse(target).splitlines()[0]
-            _, change = list(changes(target))[number]
-            result = change(copy.deepcopy(target))
-            changed = _Replaced(target, result).visit(changed)
-            line = getattr(node, "lineno", 0)
-            after = ast.unparse(ast.fix_missing_locations(result)).splitlines()[0]
-            yield f"line {line}, {what}: {before}  ->  {after}", ast.unparse(changed)
+    nodes = ((place, n) for place, n in enumerate(ast.walk(tree)) if n not in without)
+    return [Mutant(place, k) for place, n in nodes for k, _ in enumerate(changes(n))]
 
 
 def _annotations(tree: ast.AST) -> set[ast.AST]:
@@ -158,27 +173,53 @@ class _Replaced(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
-def notices(package: Path, tests: list[str]) -> bool:
-    """Whether a test fails with the package in this folder, in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        null = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(null, stream)
-        signal.alarm(SECONDS)
-        sys.path.insert(0, str(package))
-        os.chdir(ROOT)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        os._exit(int(pytest.main([*options, *tests])))
-    _, status = os.waitpid(child, 0)
-    return status != 0
+def noticed(folder: Path, name: str, sources: list[str], tests: list[str]) -> Iterator[bool]:
+    """Yield for each source of a file whether a test fails with it, in the package in a folder.
+
+    A process tries one after the other, with what JAX has compiled. Where one ends it, another
+    goes on behind that.
+    """
+    tried = 0
+    while tried < len(sources):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            _try(folder, name, sources[tried:], tests, write)
+        os.close(write)
+        while answer := os.read(read, 1):
+            tried += 1
+            yield answer == b"1"
+        os.close(read)
+        os.wait()
+        if tried < len(sources):
+            tried += 1
+            yield True
 
 
-def _sample(changed: list[tuple[str, str]], count: int | None, seed: int) -> list[tuple[str, str]]:
-    if count is None or count >= len(changed):
-        return changed
-    places = random.Random(seed).sample(range(len(changed)), count)
-    return [changed[place] for place in sorted(places)]
+def _try(folder: Path, name: str, sources: list[str], tests: list[str], answers: int) -> NoReturn:
+    """Write "1" for each source with which a test fails, "0" for others."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(folder))
+    kept = set(sys.modules)
+    for source in sources:
+        (folder / PACKAGE / name).write_text(source)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        fails = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
+        os.write(answers, b"1" if fails else b"0")
+        for module in set(sys.modules) - kept:
+            origin = getattr(sys.modules[module], "__file__", None) or ""
+            if origin.startswith((str(folder), str(ROOT / "tests"))):
+                del sys.modules[module]
+    os._exit(0)
+
+
+def _sample(all_of: list[Mutant], count: int | None, seed: int) -> list[Mutant]:
+    if count is None or count >= len(all_of):
+        return all_of
+    places = random.Random(seed).sample(range(len(all_of)), count)
+    return [all_of[place] for place in sorted(places)]
 
 
 def main() -> None:
@@ -191,22 +232,29 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True
     with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / "simqat_jax"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "simqat_jax", copied, ignore=ignored)
+        jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
+        package = Path(folder) / PACKAGE
+        shutil.copytree(ROOT / PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(package, quiet=1)
         for name in arguments.files:
             tests = arguments.tests or [f"tests/{Path(name).parent}/test_{Path(name).name}"]
-            if notices(Path(folder), tests):
+            source = (ROOT / PACKAGE / name).read_text()
+            for stale in (package / name).parent.glob(f"__pycache__/{Path(name).stem}.*"):
+                stale.unlink()  # Python tells a file's age in seconds
+            tried = [
+                m.of(source) for m in _sample(mutants(source), arguments.sample, arguments.seed)
+            ]
+            sources, found = [source, *(changed for _, changed in tried), source], 0
+            results = noticed(Path(folder), name, sources, tests)
+            if next(results):
                 sys.exit(f"{tests} fail as it is.")
-            source = (ROOT / "simqat_jax" / name).read_text()
-            found, tried = 0, _sample(list(mutants(source)), arguments.sample, arguments.seed)
-            for what, changed in tried:
-                (copied / name).write_text(changed)
-                if notices(Path(folder), tests):
+            for what, _ in tried:
+                if next(results):
                     found += 1
                 else:
                     print(f"{name}: {what}", flush=True)
-            (copied / name).write_text(source)
+            if next(results):
+                sys.exit(f"{tests} fail behind changes as it is: they leave something behind.")
             print(f"{name}: {found} of {len(tried)} changes noticed", flush=True)
 
 

@@ -22,9 +22,13 @@ from simqat_jax.ops.registry import operation_of
 
 def placed(body: Any, *shapes: tuple[int, ...]) -> Placement:
     """The plan of a model with a layer behind; nothing is computed."""
-    model = Model(lambda *args: nn.Dense(2)(body(*args)))
+    return planned(lambda *args: nn.Dense(2)(body(*args)), *shapes)
+
+
+def planned(body: Any, *shapes: tuple[int, ...]) -> Placement:
+    """The plan of a model; nothing is computed."""
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    qmodel = sq.SimQAT().apply(model)
+    qmodel = sq.SimQAT().apply(Model(body))
     variables = jax.eval_shape(qmodel.init, KEY, *args)
     return qmodel.plan(variables, *args)._placement
 

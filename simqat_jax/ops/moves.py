@@ -170,7 +170,7 @@ def _gather(at: LoweredStep) -> bool:
         return False
     lead, lengths = at.builder.shape(picked)[:-1], [shape[a] for a in axes]
     place = _place_of(lead, at.node.eqn.params["dimension_numbers"].offset_dims)
-    if place is None or 0 in lead or any(d < 0 for d in lead):
+    if place is None or any(d < 1 for d in lead):
         return False
     indices = np.moveaxis(np.asarray(at.builder.value(picked)), -1, 0)
     if any(i.min() < 0 or i.max() >= d for i, d in zip(indices, lengths, strict=True)):

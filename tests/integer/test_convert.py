@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import assert_same, trained
+from models import assert_same, observed, trained
 from zoo import CASES, Model, batch_norm, case
 
 import simqat_jax as sq
@@ -124,6 +124,24 @@ def test_sums_that_int32_cannot_hold():
     qmodel, variables, _ = dense(wide)
     with pytest.raises(ValueError, match=r"Dense_.: its sums may reach .* fewer bits"):
         sq.convert(qmodel, variables, X)
+
+
+def test_a_bias_counts_among_the_sums():
+    """Codes of 15 bits, 16383 and 14745, times 65535: int32 holds 0.04 of the bias besides."""
+    wide = sq.SimQATConfig(
+        weight=sq.QuantSpec(num_bits=15, symmetric=True, per_channel=True, observer="batch"),
+        activation=sq.QuantSpec(num_bits=16),
+    )
+    x = jnp.array([[0.0, 1.0]])
+    qmodel, variables, _ = observed(Model(lambda x: nn.Dense(1)(x)), x, config=wide)
+
+    def converted(bias):
+        layer = {"kernel": jnp.array([[1.0], [0.9]]), "bias": jnp.array([bias])}
+        return sq.convert(qmodel, {**variables, "params": {"Dense_0": layer}}, x)
+
+    assert converted(0.04).ops
+    with pytest.raises(ValueError, match=r"its sums may reach 21"):
+        converted(0.1)
 
 
 @pytest.mark.parametrize(

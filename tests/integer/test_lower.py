@@ -19,7 +19,7 @@ class Scaled(nn.Module):
     def __call__(self, x, ids):
         scale = self.param("scale", nn.initializers.ones, (1, 6))
         y = nn.Dense(3)(nn.tanh(nn.Dense(6)(x) * scale))
-        return {"a": [y, (None, ids + jnp.array([[1, 2]]))], "b": (nn.relu(y),)}
+        return {"a": [y, (None, ids + jnp.array([[1, 2]]))], "b": (nn.relu(y),), "c": {}}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_structure_and_the_names_of_inputs(scaled):
     qmodel, variables, y = scaled
     model = sq.convert(qmodel, variables, X, IDS)
     assert jax.tree.structure(model(X, IDS)) == jax.tree.structure(y)
-    assert model.structure == {"a": [0, (None, 1)], "b": (2,)}
+    assert model.structure == {"a": [0, (None, 1)], "b": (2,), "c": {}}
     tensors = [model.tensors[i] for i in model.inputs]
     assert [t.name for t in tensors] == ["input", "input_1"]
     assert [t.grid is None for t in tensors] == [False, True]

@@ -57,7 +57,14 @@ def test_nothing_but_int8_is_packed(dtype):
 
 @pytest.mark.parametrize(
     ("size", "width", "shape"),
-    [(2, 4, (5,)), (2, 4, (2,)), (2, 2, (3, 3)), (2, 3, (5,)), (2, 4, (-1, -4)), (1, 4, (-1, 2))],
+    [
+        (2, 4, (5,)),
+        (2, 4, (2,)),
+        (2, 2, (3, 3)),
+        (2, 3, (5,)),
+        (2, 4, (-1, -4, 1)),
+        (1, 4, (-1, 2)),
+    ],
 )
 def test_shapes_of_other_sizes_and_widths_that_are_none(size, width, shape):
     with pytest.raises(ValueError, match=r"codes of . bits"):

@@ -6,10 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from single_operations import integer_model, operation
 from steps import codes_of, step_of
 
 import simqat_jax as sq
+from simqat_jax.integer.check import check
 from simqat_jax.ir.graph import Clamp, Elementwise
+from simqat_jax.ir.program import Tensor
 from simqat_jax.numerics.grid import Codes
 from simqat_jax.ops.registry import operation_of
 
@@ -32,6 +35,17 @@ def test_every_code_has_its_own(x, y):
         got, np.clip(want, y.qmin - y.zero_point, y.qmax - y.zero_point), atol=0.501
     )
     assert codes_of(step, [None], y) is None
+
+
+@pytest.mark.parametrize("x", GRIDS)
+def test_a_program_has_a_code_for_every_code_from_the_lowest(x):
+    codes = np.arange(x.qmin, x.qmax + 1)
+    table = np.random.default_rng(0).integers(0, 256, codes.size).astype(np.uint8)
+    tensors = [Tensor("x", (-1,), "float32", x), Tensor("y", (-1,), "float32", GRIDS[0])]
+    op = operation("table", (0,), (1,), arrays={"table": table})
+    model = integer_model("tflite", tensors, [op], [0], [1])
+    check(model.program)
+    np.testing.assert_array_equal(model.run_codes(codes.astype(x.dtype)), table)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import observed
 from steps import codes_of, grid, random, step_of
+from zoo import Model
 
+import simqat_jax as sq
 from simqat_jax.ir.compound import MatMul
 from simqat_jax.numerics.exact_sums import MOST
 
@@ -70,3 +73,12 @@ def test_sums_that_int32_does_not_hold_have_no_codes():
     assert codes_of(step, [narrow, None], Y) is None
     assert codes_of(step, [None, random(shape, B)], Y) is None
     assert jnp.shape(codes_of(step, [narrow, random(shape, B)], Y)) == (2, 1, 4)
+
+
+def test_columns_are_no_terms():
+    """More of them than int32 holds terms, in a program."""
+    x = jnp.linspace(-1, 1, 12).reshape(1, 3, 4)
+    body = Model(lambda x: nn.Dense(2)(x) @ nn.Dense(MOST // 255**2 + 1)(x[:, :2]))
+    qmodel, variables, _ = observed(body, x)
+    model = sq.convert(qmodel, variables, x)
+    assert "matmul" in {op.kind for op in model.ops} and not model.program.float_ops

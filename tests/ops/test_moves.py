@@ -4,11 +4,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from models import observed
+from steps import planned
 from zoo import Model
 
 import simqat_jax as sq
+from simqat_jax.ir.graph import Elementwise
 from simqat_jax.ir.program import grid_of
 
 ROWS, COLUMNS = jnp.array([2, 0, 3]), jnp.array([0, 1, 1])
@@ -33,13 +36,15 @@ MOVES = {
     "max_pool": lambda x: nn.max_pool(x, (3, 2), (2, 1), "SAME"),
     "clip": nn.relu,
     "take": lambda x: x[:, jnp.array([3, 0, 0])],
-    "concat": lambda x: jnp.concatenate([x, x[:, :, :1]], 2),
+    "concat": lambda x: jnp.concatenate([x, x[:, :, :0], x[:, :, :1]], 2),
 }
 """By the kind of the operation that they become."""
 SEVERAL = {
     "clip from above": (lambda x: jnp.minimum(x, 0.0), "clip"),
     "along two axes": (lambda x: x[:, ROWS, COLUMNS], "take"),
     "along the last axes": (lambda x: x[:, :, ROWS, COLUMNS], "take"),
+    "along axes apart": (lambda x: x[:, COLUMNS, :, ROWS - 1], "take"),
+    "one place": (lambda x: x[:, jnp.array([2])], "take"),
     "a grid of places": (lambda x: x[:, jnp.array([[2, 0], [1, 1]])], "reshape"),
     "stack": (lambda x: jnp.stack([x, x], 2), "concat"),
 }
@@ -75,7 +80,18 @@ def test_codes_are_moved_as_real_values():
     for part, want in zip(got["split"], np.split(codes, [1, 3], 1), strict=True):
         np.testing.assert_array_equal(part, want)
     made = {i: op.kind for op in model.ops for i in op.outputs}
-    kinds = dict(zip(model.program.output_names(), map(made.get, model.outputs), strict=True))
+    outputs = dict(zip(model.program.output_names(), model.outputs, strict=True))
+    kinds = {name: made.get(i) for name, i in outputs.items()}
     wanted = {name: name for name in MOVES} | {name: kind for name, (_, kind) in SEVERAL.items()}
     assert {name: kinds[name] for name in wanted} == wanted
     assert not {kinds[name] for name in OTHERS} & {"max_pool", "take", "reshape"}
+    (concat,) = (op for op in model.ops if outputs["concat"] in op.outputs)
+    assert len(concat.inputs) == 2  # runtimes take no tensor without elements
+
+
+@pytest.mark.parametrize(
+    ("behind", "wanted"), [(lambda x: x, True), (lambda x: jnp.log(2.0 + x), False)]
+)
+def test_what_leads_to_an_output_is_on_integers_in_front_of_a_move(behind, wanted):
+    plan = planned(lambda x: behind(nn.tanh(nn.Dense(3)(x)).reshape(-1)), (2, 4))
+    assert next(s.quantized for s in plan.steps if isinstance(s.node, Elementwise)) == wanted

@@ -3,10 +3,13 @@
 import flax.linen as nn
 import numpy as np
 import pytest
+from single_operations import operation
 from steps import codes_of, grid, random, step_of
 
 from simqat_jax.ir.compound import Norm
 from simqat_jax.numerics.norms import MOST_ELEMENTS
+from simqat_jax.numerics.rounding import ROUNDINGS
+from simqat_jax.ops.norms import Normalize
 
 X, Y = grid(0.05, 120), grid(0.03, 131)
 RNG = np.random.default_rng(0)
@@ -72,3 +75,12 @@ def test_codes_and_lengths_for_which_sums_are_exact():
             ones = [np.ones(length, np.float32)] * len(step.node.affine)
             got = codes_of(step, [random((1, 1, length), X)], Y, ones)
             assert (got is not None) == fits
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)
+def test_a_file_that_names_no_guard_has_none(rounding):
+    """As of format 3, before there was one."""
+    given = {"axes": (1,), "groups": 0, "centered": True, "epsilon": 0.5, "clamp": (0, 255)}
+    op = operation(rounding.norm.kind, (0,), (1,), given)
+    assert isinstance(op, Normalize)
+    assert op.guard == (0.5, None, None)

@@ -3,10 +3,10 @@
 import flax.linen as nn
 import jax.numpy as jnp
 import pytest
-from steps import step_of
+from steps import planned, step_of
 
-from simqat_jax.ir.compound import MatMul, Norm, Softmax
-from simqat_jax.ir.graph import Add, BatchNorm, Concat, Mean
+from simqat_jax.ir.compound import MatMul, Norm, Softmax, Spread
+from simqat_jax.ir.graph import Add, BatchNorm, Concat, Mean, Mul, Product
 
 
 def floats(x):
@@ -38,3 +38,16 @@ def test_what_asks_for_codes(name):
 def test_what_is_float_behind_float(name):
     kind, body = NOT_ASKING[name]
     assert not step_of(kind, body, (2, 5, 4)).quantized
+
+
+def test_what_computes_a_relu_behind_it():
+    """With a grid that ends at zero in the place of two."""
+
+    def body(x):
+        y, z = nn.Dense(6)(x), nn.Dense(6)(x)
+        joined = [y + z, y * z, y @ z.swapaxes(1, 2)]
+        normed = [nn.LayerNorm()(y), nn.BatchNorm(use_running_average=True)(y)]
+        return [nn.relu(v) for v in (nn.Dense(6)(x), *joined, *normed, y.mean(1), y.std(1))]
+
+    kinds = {type(s.node) for s in planned(body, (2, 5, 4)).steps if s.clamp}
+    assert kinds == {Product, Add, Mul, MatMul, Norm, BatchNorm, Mean, Spread}

@@ -56,6 +56,26 @@ def test_dense_layers(bias):
     assert codes_of(step, [None], Y, **given) is None
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_norm_behind_is_folded_in(training):
+    """Unless its statistics are those of the batch."""
+
+    def body(x):
+        return nn.BatchNorm(use_running_average=not training)(nn.Dense(5)(x))
+
+    step, x = step_of(Product, body, (40, 6)), random((40, 6), X)
+    gamma, var = RNG.uniform(0.5, 2, (2, 5)).astype(np.float32)
+    norm = {"scale": gamma, "bias": BIAS[::-1], "mean": np.zeros(5, np.float32), "var": var}
+    of_norm = {name: jnp.asarray(v) for name, v in norm.items()}
+    given = {"layers": [*layers((6, 5), BIAS), of_norm], "quantize_kernel": quantized(KERNEL)}
+    got = codes_of(step, [x], Y, **given)
+    if training:
+        assert got is None
+        return
+    bias = (BIAS[::-1] + BIAS * gamma / np.sqrt(var + np.float32(1e-5))).astype(np.float32)
+    np.testing.assert_array_equal(got, wanted(np.asarray(x.codes, int) @ KERNEL, bias, X, Y))
+
+
 def test_channels_of_several_axes():
     def body(x):
         return nn.DenseGeneral((5, 2), axis=-1)(x).sum(-1)

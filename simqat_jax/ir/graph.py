@@ -423,6 +423,7 @@ class Graph:
       avals: shape and dtype of every tensor.
       data: the tensors that depend on the arguments or on random keys.
       arguments: the inputs that are arguments of the call.
+      keys: the inputs that are random keys, typed or plain numbers; arguments may be among them.
       parameters: for each input that is a parameter its path in "params"; for the slice of one that
         a layer of a loop has, with its number.
       unquantizable: the products that cannot be quantized.
@@ -439,6 +440,7 @@ class Graph:
     avals: dict[int, jax.ShapeDtypeStruct]
     data: frozenset[int]
     arguments: tuple[int, ...]
+    keys: frozenset[int]
     parameters: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
@@ -448,7 +450,7 @@ class Graph:
     @property
     def batch(self) -> int | None:
         """The first length that all arrays among the arguments have in common."""
-        shapes = [self.avals[v].shape for v in self.inputs if v in self.data]
+        shapes = [self.avals[v].shape for v in self.inputs if v in self.data - self.keys]
         lengths = {shape[0] for shape in shapes if shape}
         return lengths.pop() if len(lengths) == 1 else None
 

@@ -40,15 +40,16 @@ class Evaluation(Run):
             else:
                 env[v] = self.exact(step, quantizer, x, operands, env)
 
-    def results(self, env: Values) -> list[jax.Array]:
-        """Return the values of the graph's outputs; NaN where the model is not sound."""
+    def results(self, env: Values, stored: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the values of outputs and of what is stored; NaN where the model is not sound."""
         graph, sound = self.placement.graph, self.is_sound(env)
         made = graph.data - set(graph.inputs)
+        computed = [*(v in made for v in graph.outputs), *(True for _ in stored)]
         return [
             jnp.where(sound, y, jnp.nan)
-            if v in made and jnp.issubdtype(y.dtype, jnp.floating)
+            if computes and jnp.issubdtype(y.dtype, jnp.floating)
             else y
-            for v, y in zip(graph.outputs, super().results(env), strict=True)
+            for computes, y in zip(computed, super().results(env, stored), strict=True)
         ]
 
     def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:

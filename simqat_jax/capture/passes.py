@@ -251,12 +251,14 @@ def random_keys(
     for node in reversed(nodes):
         if isinstance(node, Move) and not drawn.isdisjoint(node.outputs):
             drawn.update(node.inputs)
-    plain = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
 
     def is_key(v: int) -> bool:
-        typed = jnp.issubdtype(avals[v].dtype, jax.dtypes.prng_key)
-        kind = avals[v].shape, avals[v].dtype
-        return typed or v in drawn or (v not in read and kind == (plain.shape, plain.dtype))
+        if jnp.issubdtype(avals[v].dtype, jax.dtypes.prng_key) or v in drawn:
+            return True
+        if v in read or avals[v].dtype != jnp.uint32:
+            return False
+        plain = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        return avals[v].shape == plain.shape
 
     return frozenset(filter(is_key, arguments))
 

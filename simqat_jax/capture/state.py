@@ -1,7 +1,7 @@
 """What a call computes beside the activations: state that it keeps, sown values, intermediates."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ class Beside:
 
     Attributes:
       tensors: which.
-      nodes: of the graph as it was traced.
+      nodes: of the graph as it was traced, those that lead to them.
       statistics: tensors without the batch axis. What activations depend on may lie on grids, and
         a running mean that does is rounded in every step: they are computed again.
     """
@@ -49,11 +49,13 @@ class Beside:
 
 def beside(graph: Graph, tensors: tuple[Operand, ...]) -> Beside:
     """Return tensors of a graph as it was traced as what is computed beside it."""
-    return Beside(tensors, graph.nodes, _statistics(graph))
+    leading = leading_to(graph, tensors)
+    nodes = tuple(node for node in graph.nodes if node in leading)
+    return Beside(tensors, nodes, _statistics(graph, nodes))
 
 
-def _statistics(graph: Graph) -> frozenset[int]:
-    """Return the tensors that functional operations make of data, and that no batch axis has."""
+def _statistics(graph: Graph, nodes: Sequence[Node]) -> frozenset[int]:
+    """Return the tensors that functional operations make of data, and that have no batch axis."""
     batch = graph.batch
     if batch is None:
         return frozenset()
@@ -63,7 +65,7 @@ def _statistics(graph: Graph) -> frozenset[int]:
         plain = not layer and node.data_inputs(graph.data) and not node.effects
         return bool(plain) and all(batch not in graph.avals[v].shape for v in node.outputs)
 
-    return frozenset(v for node in graph.nodes if is_statistic(node) for v in node.outputs)
+    return frozenset(v for node in nodes if is_statistic(node) for v in node.outputs)
 
 
 def stored(graph: Graph) -> list[int]:

@@ -64,7 +64,7 @@ def test_other_arguments():
     for call in calls:
         with pytest.raises(TypeError, match=r"method must be .*got 3"):
             call(method=3)
-        with pytest.raises(ValueError, match="method must be one of Dense, .*got 'no_such'"):
+        with pytest.raises(ValueError, match=r"method must be one of Dense, .*got 'no_such'"):
             call(method="no_such")
         for mutable in (3, [1], None):
             with pytest.raises(TypeError, match=r"mutable must be .*Write mutable="):

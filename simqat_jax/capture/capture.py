@@ -296,8 +296,10 @@ def _graph(
     fixed = len(paths)
     streams = inputs[fixed + len(arguments.names) :]
     flattener.fed.update(inputs[fixed : fixed + len(arguments.names)])
-    for v, path in _parameters(zip(inputs, paths, strict=False)).items():
-        flattener.parameter(v, path)
+    trained = _trained(zip(inputs, paths, strict=False))
+    for v, (collection, *path) in trained.items():
+        if collection == "params":
+            flattener.parameter(v, tuple(path))
     where = Where(Scope(call.start, None))
     outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, where)
     given = inputs[fixed : fixed + len(arguments.names)]
@@ -312,18 +314,19 @@ def _graph(
         arguments=given,
         keys=random_keys(flattener.nodes, given, flattener.avals) | set(streams),
         parameters=flattener.parameters,
+        trained=trained,
         unquantizable=(),
         repeated=flattener.repeated,
         carried=frozenset(flattener.carried),
     )
 
 
-def _parameters(
+def _trained(
     inputs: Iterable[tuple[int, jax.tree_util.KeyPath]],
 ) -> dict[int, tuple[str, ...]]:
-    """Return the path of each parameter among the variables, boxes around values left out."""
+    """Return the path of each parameter and statistic, boxes around values left out."""
     named = {
         v: tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
         for v, path in inputs
     }
-    return {v: path[1:] for v, path in named.items() if path[:1] == ("params",)}
+    return {v: path for v, path in named.items() if path[:1] in (("params",), ("batch_stats",))}

@@ -65,6 +65,7 @@ def lower(
         else:
             for node in step.nodes:
                 builder.compute(node)
+    _check_trained(builder)
     read, structure = _returned(returned, len(graph.outputs))
     outputs = [builder.output(graph.outputs[i]) for i in read]
     return builder.program(inputs, outputs, structure, placement.rounding.name, metadata)
@@ -99,6 +100,16 @@ def _check_operands(at: LoweredStep) -> None:
                     f"{node.where}: a parameter of {node.op} holds NaN. Train again from a "
                     "checkpoint without."
                 )
+
+
+def _check_trained(builder: ProgramBuilder) -> None:
+    """Raise ValueError for NaN and Inf in what was trained, whatever reads it."""
+    for v, path in builder.graph.read_trained().items():
+        if not np.isfinite(np.asarray(builder.value(v), np.float32)).all():
+            raise ValueError(
+                f"{'/'.join(path[1:])}: the variable in {path[0]} holds NaN or Inf. Train again "
+                "from a checkpoint without."
+            )
 
 
 def _returned(

@@ -88,6 +88,8 @@ class Evaluation(Run):
         """
         ranges = (q.observer.range(self.stats[q.name]) for q in self.placement.stateful.values())
         sound = [_is_range(lo, hi) for lo, hi in ranges]
+        trained = self.placement.graph.read_trained()
+        sound += [jnp.all(jnp.isfinite(env[v].real)) for v in trained if v in env]
         nodes = (node for step in self.placement.steps for node in step.nodes)
         for node, position, v in ((n, k, v) for n in nodes for k, v in enumerate(n.inputs)):
             if v in self.placement.graph.data or (isinstance(v, int) and v not in env):

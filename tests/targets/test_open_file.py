@@ -5,6 +5,7 @@ import gc
 import runpy
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -121,9 +122,10 @@ def test_a_file_that_hangs_is_stopped(files, in_runtime, name):
         sq.verify(model, path, X, timeout=1)
 
 
-def test_a_hanging_file_takes_no_more_calls(files, in_runtime):
+def test_a_hanging_file_takes_no_more_calls(files, in_runtime, monkeypatch):
     in_runtime("never_answers")
-    file = sq.open_file(files[1] / "m.tflite", timeout=1)
+    file, timer = sq.open_file(files[1] / "m.tflite"), threading.Timer
+    monkeypatch.setattr(threading, "Timer", lambda _, end: timer(0.5, end))
     with pytest.raises(ValueError, match="was stopped"):
         file.run([np.zeros((3, 300_000), np.float32)])  # more than a pipe holds
     with pytest.raises(ValueError, match="its runtime ended with SIGKILL"):

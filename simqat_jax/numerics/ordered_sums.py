@@ -24,7 +24,7 @@ def ordered_sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     """
     shape = tuple(d for axis, d in enumerate(x.shape) if axis not in axes)
     if any(x.shape[axis] == 0 for axis in axes):
-        return jnp.zeros(shape, x.dtype)
+        return jnp.sum(x, axes)
     total = own_rounding(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     for axis in axes:
         while total.shape[axis] > 1:
@@ -34,11 +34,10 @@ def ordered_sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
 
 def _halved(x: jax.Array, axis: int) -> jax.Array:
     length = x.shape[axis]
-    half = -(-length // 2)
-    first, second = (
-        lax.slice_in_dim(x, start, limit, axis=axis) for start, limit in ((0, half), (half, length))
-    )
-    if length % 2:
-        last = [(0, int(k == axis), 0) for k in range(x.ndim)]
-        second = lax.pad(second, jnp.zeros((), x.dtype), last)
-    return own_rounding(first + second)
+    short, half = length // 2, -(-length // 2)
+
+    def part(start: int, limit: int) -> jax.Array:
+        return lax.slice_in_dim(x, start, limit, axis=axis)
+
+    added = own_rounding(part(0, short) + part(half, length))
+    return added if short == half else lax.concatenate([added, part(short, half)], axis)

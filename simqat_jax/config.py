@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast, get_args
 
+from simqat_jax.numerics.arguments import shown
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
@@ -115,8 +116,10 @@ class SimQATConfig:
 
         Raises:
           ValueError: no JSON object, another version, an unknown field; what the fields refuse.
-          TypeError: a field of the wrong type.
+          TypeError: no string, a field of the wrong type.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"the recipe must be JSON as a string, got {shown(text)}.")
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:

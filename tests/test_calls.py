@@ -120,6 +120,54 @@ def test_a_random_key_as_argument_is_refused_by_name(args, kwargs, where):
     sq.convert(qmodel, variables, X)  # the remedy
 
 
+class Drawing(nn.Module):
+    """Adds noise in training, and returns a loss."""
+
+    in_evaluation: bool = False
+
+    @nn.compact
+    def __call__(self, x, key, train=True):
+        x = nn.relu(nn.Dense(4)(x))
+        if train or self.in_evaluation:
+            x = x + 0.1 * jax.random.normal(jax.random.split(key)[1], x.shape)
+        x = x + nn.Dense(4)(x)
+        return nn.Dense(3)(x), jnp.square(x).mean()
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_key_as_argument_is_no_array_of_examples(raw):
+    """Losses beside it stay float, and evaluation finds the ranges of training."""
+    key = jax.random.PRNGKey(0) if raw else KEY
+    qmodel, variables = observed(Drawing(), X, key)
+    assert not [name for name in variables["quant_stats"] if "mean" in name]
+    (y, _) = qmodel.apply(variables, X, key, train=False)
+    model = sq.convert(qmodel, variables, X, None, train=False)  # the remedy
+    np.testing.assert_array_equal(y, model(X, None)[0])
+
+
+@pytest.mark.parametrize("in_evaluation", [True, False])
+def test_a_key_of_plain_numbers_is_refused_as_others_are(in_evaluation):
+    key = jax.random.PRNGKey(0)
+    qmodel, variables = observed(Drawing(in_evaluation), X, key)
+    with pytest.raises(ValueError, match=r"argument 1 is a random key \(uint32\)"):
+        sq.convert(qmodel, variables, X, key, train=False)
+
+
+def test_a_key_made_of_an_argument_is_in_no_file(tmp_path):
+    class Seeded(nn.Module):
+        @nn.compact
+        def __call__(self, x, seed):
+            x = nn.Dense(4)(x) + jax.random.normal(jax.random.key(seed[0]), (4, 4))
+            return nn.Dense(3)(x)
+
+    seed = jnp.zeros(4, int)
+    qmodel, variables = observed(Seeded(), X, seed)
+    model = sq.convert(qmodel, variables, X, seed)
+    with pytest.raises(ValueError, match=r"random_seed: random numbers .* key<fry>"):
+        model.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 # Intermediates ---------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ def spoiled(value):
         *itertools.product(PARAMETERS, (np.nan, np.inf, -np.inf)),
         (("batch_stats", "BatchNorm_0", "var"), -1.0),
         (("params", "alpha"), np.nan),
+        (("params", "alpha"), np.inf),
     ],
 )
 def test_a_diverged_parameter_shows(trained, path, value):
@@ -73,8 +74,10 @@ def test_a_diverged_parameter_shows(trained, path, value):
     qmodel, variables, evaluate = trained
     broken = replaced(variables, path, spoiled(value))
     assert np.isnan(evaluate(broken, IMAGE)).all()
-    where = path[1] if len(path) > 2 else "mul"
-    with pytest.raises(ValueError, match=f"{where}.*{path[-1] if len(path) > 2 else 'parameter'}"):
+    said = f"{path[1]}.*{path[-1]}"
+    if path == ("params", "alpha"):
+        said = "mul: a parameter" if np.isnan(value) else "alpha: the variable in params"
+    with pytest.raises(ValueError, match=said):
         sq.convert(qmodel, broken, IMAGE)
 
 

@@ -35,7 +35,7 @@ def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int
       progress: write to stderr how far it is.
 
     Raises:
-      TypeError: `batches` yields no batches.
+      TypeError: `batches` yields no batches, or one without arrays.
       ValueError: there is none, or an array in one is empty.
     """
     check_flag("progress", progress)
@@ -44,7 +44,10 @@ def arguments(batches: Batches, what: str, progress: bool) -> Iterator[tuple[int
     line = Progress(what, "batch", total, progress)
     for count, batch in enumerate(batches, 1):
         args = batch if isinstance(batch, tuple) else (batch,)
-        empty = [np.shape(v) for v in jax.tree.leaves(args) if 0 in np.shape(v)]
+        arrays = [v for v in jax.tree.leaves(args) if hasattr(v, "dtype")]
+        if not arrays:
+            raise TypeError(f"{what}: batch {count - 1} holds no array, got {shown(batch)}.")
+        empty = [np.shape(v) for v in arrays if 0 in np.shape(v)]
         if empty:
             raise ValueError(
                 f"{what}: batch {count - 1} holds an array of shape {empty[0]}, in which there is "

@@ -17,13 +17,13 @@ from simqat_jax.capture.compound import find_compound
 from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener, Where
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
-from simqat_jax.capture.passes import dependent, name_random, prune, share, simplify
+from simqat_jax.capture.passes import dependent, name_random, prune, random_keys, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
-from simqat_jax.capture.state import separate_state
+from simqat_jax.capture.state import Beside, beside, stored
 from simqat_jax.capture.unreachable import unreachable_products
 from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.graph import Constant, Graph, Node, Operand, shape_of
+from simqat_jax.ir.graph import Graph, shape_of
 from simqat_jax.rules import Rule
 
 Result = tuple[object, VariableDict]
@@ -72,38 +72,6 @@ class Call:
         return (self.method if isinstance(self.method, str) else self.method.__name__,)
 
 
-@dataclasses.dataclass(frozen=True)
-class Intermediates:
-    """Tensors that somebody looks at: they are no outputs, and nothing is planned otherwise.
-
-    Attributes:
-      tensors: which.
-      nodes: of the graph as it was traced.
-    """
-
-    tensors: tuple[Operand, ...] = ()
-    nodes: tuple[Node, ...] = ()
-
-    def values(self, known: Mapping[int, jax.Array]) -> list[jax.Array]:
-        """Return their values.
-
-        Args:
-          known: those of the tensors that the plan makes. Of what it fuses or merges the nodes are
-            run by themselves.
-        """
-        env, makers = dict(known), {v: node for node in self.nodes for v in node.outputs}
-
-        def value(v: Operand) -> Any:
-            if isinstance(v, Constant):
-                return v.value
-            if v not in env:
-                node = makers[v]
-                env.update(zip(node.outputs, node.run(*map(value, node.inputs)), strict=True))
-            return env[v]
-
-        return [jnp.asarray(value(v)) for v in self.tensors]
-
-
 class Capture(NamedTuple):
     """A captured call.
 
@@ -112,13 +80,17 @@ class Capture(NamedTuple):
       inputs: the value of each of `graph.inputs`.
       restore: maps the values of `graph.outputs`, then those of `seen`, to the call's
         `(output, updated collections)`.
-      seen: the intermediates that were asked for.
+      seen: what the call stores: state, sown values, intermediates.
     """
 
     graph: Graph
     inputs: list[jax.Array]
     restore: Restore
-    seen: Intermediates = Intermediates()
+    seen: Beside = Beside()
+
+    def returned(self, values: Sequence[Any]) -> Any:
+        """Return what the call returns of the values of `graph.outputs`, without what it stores."""
+        return self.restore([*values, *self.seen.tensors])[0]
 
 
 def capture(call: Call, *, config: SimQATConfig, forbidden: type[nn.Module]) -> Capture:
@@ -148,23 +120,23 @@ def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
     arguments = _flattened(call)
     operands = (call.variables, arguments.arrays, call.rngs)
     closed, restore = _trace(call, arguments, operands, recorder, forget=forget)
-    returned, _ = restore([_Place() for _ in closed.jaxpr.outvars])
+    places = [_Place(n) for n, _ in enumerate(closed.jaxpr.outvars)]
+    returned, updates = restore(places)
     count = sum(isinstance(leaf, _Place) for leaf in jax.tree.leaves(returned))
     graph = _graph(call, arguments, closed, recorder, count)
-    inputs = jax.tree.leaves(operands)
-    if not call.intermediates:
-        return Capture(_understood(call, graph, recorder), inputs, restore)
-    looked_at = _looked_at(restore, len(graph.outputs))
-    order = [*(i for i in range(len(graph.outputs)) if i not in looked_at), *looked_at]
-    outputs = [graph.outputs[i] for i in order]
+    asked = _asked_for(updates) if call.intermediates else []
+    looked_at = sorted({*asked, *stored(graph)})
+    order = [*(n for n, _ in enumerate(places) if n not in looked_at), *looked_at]
+    outputs = tuple(graph.outputs[n] for n in order)
     kept = len(outputs) - len(looked_at)
-    rest = dataclasses.replace(graph, outputs=tuple(outputs[:kept]))
-    seen = Intermediates(tuple(outputs[kept:]), graph.nodes)
+    seen = beside(graph, outputs[kept:])
+    rest = dataclasses.replace(graph, outputs=outputs[:kept])
 
     def reordered(values: Sequence[Any]) -> Result:
         at = dict(zip(order, values, strict=True))
-        return restore([at[i] for i in range(len(order))])
+        return restore([at[n] for n, _ in enumerate(places)])
 
+    inputs = jax.tree.leaves(operands)
     return Capture(_understood(call, rest, recorder), inputs, reordered, seen)
 
 
@@ -174,18 +146,21 @@ def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)
-    graph = simplify(separate_state(find_compound(graph)))
+    graph = simplify(find_compound(graph))
     return keep_exact(keep_norms_float(name_random(graph)))
 
 
-def _looked_at(restore: Restore, count: int) -> list[int]:
-    """Return the outputs that are intermediates."""
-    _, updates = restore(list(range(count)))
-    return jax.tree.leaves(dict(updates).get(_INTERMEDIATES, {}))
-
-
+@dataclasses.dataclass(frozen=True)
 class _Place:
-    """Stands for an output of a graph."""
+    """Stands for an output of a graph, by its number."""
+
+    number: int
+
+
+def _asked_for(updates: VariableDict) -> list[int]:
+    """Return the outputs that are intermediates."""
+    leaves = jax.tree.leaves(dict(updates).get(_INTERMEDIATES, {}))
+    return [leaf.number for leaf in leaves if isinstance(leaf, _Place)]
 
 
 # Arguments ---------------------------------------------------------------------------------------
@@ -319,34 +294,39 @@ def _graph(
     inputs = tuple(flattener.new(shape_of(v)) for v in closed.jaxpr.invars)
     paths = [path for path, _ in jax.tree.leaves_with_path(call.variables)]
     fixed = len(paths)
-    keys = len(inputs) - fixed - len(arguments.names)
+    streams = inputs[fixed + len(arguments.names) :]
     flattener.fed.update(inputs[fixed : fixed + len(arguments.names)])
-    for v, path in _parameters(zip(inputs, paths, strict=False)).items():
-        flattener.parameter(v, path)
+    trained = _trained(zip(inputs, paths, strict=False))
+    for v, (collection, *path) in trained.items():
+        if collection == "params":
+            flattener.parameter(v, tuple(path))
     where = Where(Scope(call.start, None))
     outputs = flattener.inline(closed.jaxpr, closed.consts, inputs, where)
+    given = inputs[fixed : fixed + len(arguments.names)]
     return Graph(
         nodes=tuple(flattener.nodes),
         inputs=inputs,
-        input_names=(*[None] * fixed, *arguments.names, *[None] * keys),
+        input_names=(*[None] * fixed, *arguments.names, *[None] * len(streams)),
         outputs=outputs,
         returned=returned,
         avals=flattener.avals,
         data=dependent(flattener.nodes, inputs[fixed:]),
-        arguments=inputs[fixed : fixed + len(arguments.names)],
+        arguments=given,
+        keys=random_keys(flattener.nodes, given, flattener.avals) | set(streams),
         parameters=flattener.parameters,
+        trained=trained,
         unquantizable=(),
         repeated=flattener.repeated,
         carried=frozenset(flattener.carried),
     )
 
 
-def _parameters(
+def _trained(
     inputs: Iterable[tuple[int, jax.tree_util.KeyPath]],
 ) -> dict[int, tuple[str, ...]]:
-    """Return the path of each parameter among the variables, boxes around values left out."""
+    """Return the path of each parameter and statistic, boxes around values left out."""
     named = {
         v: tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
         for v, path in inputs
     }
-    return {v: path[1:] for v, path in named.items() if path[:1] == ("params",)}
+    return {v: path for v, path in named.items() if path[:1] in (("params",), ("batch_stats",))}

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from simqat_jax.ir.graph import (
     Float,
     Graph,
     Mean,
+    Move,
     Node,
     Operand,
     as_kind,
@@ -236,6 +238,31 @@ def merge_elementwise(graph: Graph) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
+def random_keys(
+    nodes: Sequence[Node], arguments: Sequence[int], avals: Mapping[int, jax.ShapeDtypeStruct]
+) -> frozenset[int]:
+    """Return the arguments that are random keys: typed, or plain numbers.
+
+    Of plain numbers those are keys that numbers are drawn with, and what has a key's shape and type
+    where nothing reads it, as in evaluation.
+    """
+    read = {v for node in nodes for v in node.inputs}
+    drawn = {v for node in nodes if node.primitive == "random_wrap" for v in node.inputs}
+    for node in reversed(nodes):
+        if isinstance(node, Move) and not drawn.isdisjoint(node.outputs):
+            drawn.update(node.inputs)
+
+    def is_key(v: int) -> bool:
+        if jnp.issubdtype(avals[v].dtype, jax.dtypes.prng_key) or v in drawn:
+            return True
+        if v in read or avals[v].dtype != jnp.uint32:
+            return False
+        plain = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        return avals[v].shape == plain.shape
+
+    return frozenset(filter(is_key, arguments))
+
+
 def name_random(graph: Graph) -> Graph:
     """Name operations with random numbers apart: dropout, stochastic depth, noise.
 
@@ -243,7 +270,8 @@ def name_random(graph: Graph) -> Graph:
     a constant next to one belongs to it.
     """
     readers = graph.readers()
-    drawn = graph.data - dependent(graph.nodes, graph.arguments)
+    given = (v for v in graph.arguments if v not in graph.keys)
+    drawn = graph.data - dependent(graph.nodes, given)
     random = {n for n in graph.nodes if not drawn.isdisjoint(n.data_inputs(graph.data))}
     made = {v for n in random for v in n.outputs}
     for node in graph.nodes:

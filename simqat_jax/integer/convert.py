@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 import flax.errors
 import jax
-import jax.numpy as jnp
 from flax.typing import VariableDict
 from jax.core import Tracer
 
@@ -24,6 +23,7 @@ from simqat_jax.ir.program_builder import BATCH, FixedBatchError, ProgramBuilder
 from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
+from simqat_jax.training.arguments import check_method
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, ranges_and_steps
@@ -74,7 +74,7 @@ def convert(
     call = _Call(qmodule, variables, args, method, kwargs)
     stats = ranges_and_steps(variables)
     lowered = partial(_lowered, config, _metadata(config, call), Compiled())
-    sample = call.captured(None)
+    sample = call.sample()
     builder, program = lowered(sample, stats, free_batch=False)
     if config.float_parts == "refuse":
         refuse_float_parts(program)
@@ -114,7 +114,7 @@ def _lowered(
     _check_per_tensor(placement)
     ranges = _ranges(placement, *stats)
     builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
-    program = lower(placement, ranges, builder, captured.restore, compiled, metadata)
+    program = lower(placement, ranges, builder, captured.returned, compiled, metadata)
     return builder, program
 
 
@@ -124,7 +124,7 @@ def _checked(
     """Return the configuration to convert with; raise for what cannot be converted at all."""
     check_kind("qmodule", qmodule, QuantizedModule, "SimQAT(...).apply(model) returns one.")
     check_mapping("variables", variables, "Pass what init returned, trained.")
-    _check_method(qmodule, method)
+    check_method(method, qmodule.module)
     check_mapping(
         COLLECTION, variables.get(COLLECTION, {}), "Pass the collection that apply returned."
     )
@@ -143,16 +143,6 @@ def _check_per_tensor(placement: Placement) -> None:
             "an integer layer cannot sum over channels of different scales: convert takes models "
             "whose activations have QuantSpec(per_channel=False), in SimQATConfig.activation and "
             f"in its rules; {len(names)} have not, as {names[0]}."
-        )
-
-
-def _check_method(qmodule: QuantizedModule, method: Method) -> None:
-    module = qmodule.module
-    known = method is None or callable(method)
-    if not known and not (isinstance(method, str) and callable(getattr(module, method, None))):
-        raise ValueError(
-            f"method must be one of {type(module).__name__}, by name or function, or None for its "
-            f"__call__, got {shown(method)}."
         )
 
 
@@ -183,19 +173,6 @@ def _shape(x: PyTree) -> PyTree:
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
 
 
-def _check_no_keys(args: tuple, kwargs: Mapping[str, PyTree]) -> None:
-    """Raise ValueError for random keys: no file takes any, and evaluation draws no numbers."""
-    for (place, *inner), x in jax.tree.leaves_with_path((args, dict(kwargs))):
-        if _is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            path = jax.tree_util.keystr(tuple(inner), simple=True, separator="/")
-            kind = "keyword argument" if place.idx else "argument"
-            raise ValueError(
-                f"{kind} {path} is a random key ({x.dtype}), and an integer model draws no random "
-                "numbers. Pass None in evaluation, or draw keys inside of the model, with "
-                "self.make_rng, where it trains."
-            )
-
-
 class _Call:
     """A call of a quantized module, to be captured with one batch size or another."""
 
@@ -210,7 +187,6 @@ class _Call:
         self.qmodule = qmodule
         self.variables = variables
         self.method = method
-        _check_no_keys(args, kwargs)
         self.args, self.kwargs = jax.tree.map(_shape, (args, dict(kwargs)))
         arrays = [x for x in jax.tree.leaves((self.args, self.kwargs)) if _is_array(x)]
         if not arrays:
@@ -226,6 +202,26 @@ class _Call:
         """How many arrays are in each keyword argument that holds any."""
         counts = {k: sum(map(_is_array, jax.tree.leaves(v))) for k, v in self.kwargs.items()}
         return {k: count for k, count in sorted(counts.items()) if count}
+
+    def sample(self) -> Capture:
+        """Capture the call as it was given; raise ValueError where it draws random numbers."""
+        captured = self.captured(None)
+        self._check_no_keys(captured.graph)
+        return captured
+
+    def _check_no_keys(self, graph: Graph) -> None:
+        """Raise ValueError for random keys: no file takes any."""
+        leaves = jax.tree.leaves_with_path((self.args, self.kwargs))
+        arrays = [(path, x) for path, x in leaves if _is_array(x)]
+        for ((place, *inner), x), v in zip(arrays, graph.arguments, strict=True):
+            if v in graph.keys:
+                path = jax.tree_util.keystr(tuple(inner), simple=True, separator="/")
+                kind = "keyword argument" if place.idx else "argument"
+                raise ValueError(
+                    f"{kind} {path} is a random key ({x.dtype}), and an integer model draws no "
+                    "random numbers. Let the model draw none in evaluation and pass None, or give "
+                    "it the random numbers themselves as an argument."
+                )
 
     def captured(self, batch: int | None) -> Capture:
         def resized(x: PyTree) -> PyTree:

@@ -35,6 +35,7 @@ Json = Any
 
 def save(program: Program, path: str | os.PathLike) -> None:
     """Write a program to a file, see IntegerModel.save."""
+    _check_no_keys(program)
     arrays: Arrays = {}
     text = {
         "tensors": [_tensor_fields(t, n, arrays) for n, t in enumerate(program.tensors)],
@@ -52,6 +53,19 @@ def save(program: Program, path: str | os.PathLike) -> None:
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("header.json", json.dumps(header))
         archive.writestr("model.npz", body.getvalue())
+
+
+def _check_no_keys(program: Program) -> None:
+    """Raise ValueError for random keys that a program makes of its inputs."""
+    for tensor in program.tensors:
+        try:
+            jnp.dtype(tensor.dtype)
+        except TypeError as error:
+            raise ValueError(
+                f"{tensor.name}: random numbers are drawn with a key that depends on the inputs "
+                f"({tensor.dtype}), which no file holds. Let the model draw none in evaluation, or "
+                "give it the random numbers themselves as an argument."
+            ) from error
 
 
 def load(path: str | os.PathLike) -> Program:

@@ -1,12 +1,12 @@
 """Lower a planned model to a program on integers."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from simqat_jax.capture.capture import Restore
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import Program, PyTree, Structure
 from simqat_jax.ir.program_builder import ProgramBuilder
@@ -33,7 +33,7 @@ def lower(
     placement: Placement,
     ranges: Mapping[str, Range],
     builder: ProgramBuilder,
-    restore: Restore,
+    returned: Callable[[Sequence[Any]], PyTree],
     compiled: Compiled,
     metadata: Mapping[str, object],
 ) -> Program:
@@ -43,7 +43,7 @@ def lower(
       placement: the planned model.
       ranges: the range of each quantizer with a state, by name.
       builder: an empty program of the same graph.
-      restore: makes what the model returns of its outputs.
+      returned: makes what the model returns of its outputs.
       compiled: functions that layers which are alike share, of this or another lowering.
       metadata: for the program.
 
@@ -65,7 +65,8 @@ def lower(
         else:
             for node in step.nodes:
                 builder.compute(node)
-    read, structure = _returned(restore, len(graph.outputs))
+    _check_trained(builder)
+    read, structure = _returned(returned, len(graph.outputs))
     outputs = [builder.output(graph.outputs[i]) for i in read]
     return builder.program(inputs, outputs, structure, placement.rounding.name, metadata)
 
@@ -101,9 +102,21 @@ def _check_operands(at: LoweredStep) -> None:
                 )
 
 
-def _returned(restore: Restore, count: int) -> tuple[list[_Index], Structure]:
+def _check_trained(builder: ProgramBuilder) -> None:
+    """Raise ValueError for NaN and Inf in what was trained, whatever reads it."""
+    for v, path in builder.graph.read_trained().items():
+        if not np.isfinite(np.asarray(builder.value(v), np.float32)).all():
+            raise ValueError(
+                f"{'/'.join(path[1:])}: the variable in {path[0]} holds NaN or Inf. Train again "
+                "from a checkpoint without."
+            )
+
+
+def _returned(
+    returned: Callable[[Sequence[Any]], PyTree], count: int
+) -> tuple[list[_Index], Structure]:
     """Return which outputs the model returns, in order, and in what structure."""
-    result, _ = restore(list(map(_Index, range(count))))
+    result = returned(list(map(_Index, range(count))))
     read = jax.tree.leaves(result)
     others = [x for x in read if not isinstance(x, _Index)]
     if others:

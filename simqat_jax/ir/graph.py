@@ -423,8 +423,10 @@ class Graph:
       avals: shape and dtype of every tensor.
       data: the tensors that depend on the arguments or on random keys.
       arguments: the inputs that are arguments of the call.
+      keys: the inputs that are random keys, typed or plain numbers; arguments may be among them.
       parameters: for each input that is a parameter its path in "params"; for the slice of one that
         a layer of a loop has, with its number.
+      trained: the path of each input that is a parameter or statistic, collection first.
       unquantizable: the products that cannot be quantized.
       exact: the tensors that are read as they are, and lie on no grid.
       repeated: of what the steps of a loop make again, which tensor it is: the same in every step.
@@ -439,7 +441,9 @@ class Graph:
     avals: dict[int, jax.ShapeDtypeStruct]
     data: frozenset[int]
     arguments: tuple[int, ...]
+    keys: frozenset[int]
     parameters: Mapping[int, tuple[str, ...]]
+    trained: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
     repeated: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -448,7 +452,7 @@ class Graph:
     @property
     def batch(self) -> int | None:
         """The first length that all arrays among the arguments have in common."""
-        shapes = [self.avals[v].shape for v in self.inputs if v in self.data]
+        shapes = [self.avals[v].shape for v in self.inputs if v in self.data - self.keys]
         lengths = {shape[0] for shape in shapes if shape}
         return lengths.pop() if len(lengths) == 1 else None
 
@@ -462,6 +466,12 @@ class Graph:
         returned = {v for v in self.outputs[: self.returned] if isinstance(v, int)}
         batched = {v for v in returned if batch is None or batch in self.avals[v].shape}
         return batched or {v for v in returned if self.avals[v].shape}
+
+    def read_trained(self) -> dict[int, tuple[str, ...]]:
+        """Return the path of each parameter and statistic, real numbers, that a node reads."""
+        read = {v for node in self.nodes for v in node.inputs}
+        found = {v: path for v, path in self.trained.items() if v in read}
+        return {v: p for v, p in found.items() if jnp.issubdtype(self.avals[v].dtype, jnp.floating)}
 
     def readers(self) -> dict[int, list[Node]]:
         """Return the nodes that read each tensor."""

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Node, Operand, shape_of
 from simqat_jax.numerics.affine import own_rounding, true_divide
+from simqat_jax.numerics.ordered_sums import ordered_sum
 
 Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
 INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -75,12 +76,17 @@ def alone(
             a, b = jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values))
             return (own_rounding(true_divide(a, b)),)
         return (own_rounding(compute(*values)),)
-    # In which order a sum is taken, or how a function is approximated, depends on what it is fused
-    # with.
+    # In which order products are summed, or how a function is approximated, depends on what it is
+    # fused with.
     apart = not moves(name)
     result = compute(*(lax.optimization_barrier(tuple(values)) if apart else values))
     made = tuple(result) if isinstance(result, list | tuple) else (result,)
-    return lax.optimization_barrier(made) if apart else made
+    return lax.optimization_barrier(tuple(map(_by_itself, made))) if apart else made
+
+
+def _by_itself(value: ArrayLike) -> jax.Array:
+    x = jnp.asarray(value)
+    return own_rounding(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def moves(name: str) -> bool:
@@ -99,8 +105,11 @@ def results(
       params: other parameters than its own, as `bind` takes them.
     """
     params = eqn.primitive.get_bind_params(eqn.params) if params is None else params
-    compute = partial(eqn.primitive.bind, **params)
-    return alone(eqn.primitive.name, _dtype(eqn), compute, values)
+    compute, dtype = partial(eqn.primitive.bind, **params), _dtype(eqn)
+    summed = eqn.primitive.name == "reduce_sum" and dtype is not None
+    if summed and jnp.issubdtype(dtype, jnp.floating):
+        compute = partial(ordered_sum, axes=eqn.params["axes"])
+    return alone(eqn.primitive.name, dtype, compute, values)
 
 
 def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:

@@ -4,6 +4,7 @@ Types are always checked, and values where they are at hand: under `jit` they ar
 of this package that call each other do without.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,16 @@ def check_whole(name: str, value: Any, least: int, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(text)
     if value < least:
+        raise ValueError(text)
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raise TypeError unless `value` is a number or None, ValueError unless it is above 0."""
+    text = f"{name} must be a number of seconds above 0, or None, got {shown(value)}."
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if value is not None and (isinstance(value, bool) or not number):
+        raise TypeError(text)
+    if value is not None and not 0 < value <= threading.TIMEOUT_MAX:
         raise ValueError(text)
 
 

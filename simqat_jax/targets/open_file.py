@@ -9,37 +9,48 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simqat_jax.files import as_path, import_extra
-from simqat_jax.numerics.arguments import check_flag, check_whole
+from simqat_jax.numerics.arguments import check_flag, check_seconds, check_whole, shown
 from simqat_jax.targets import TARGETS, serve
 from simqat_jax.targets.target import OpenFile, Session, Target
 
+TIMEOUT = 600.0
+"""Seconds that a file may take to open, and for each call, in a process of its own."""
+
 
 def open_file(
-    path: str | os.PathLike, threads: int | None = None, *, isolated: bool = True
+    path: str | os.PathLike,
+    threads: int | None = None,
+    *,
+    isolated: bool = True,
+    timeout: float | None = TIMEOUT,
 ) -> OpenFile:
     """Open an exported file in its runtime, on the CPU.
 
-    A damaged file can make its runtime end the process that it runs in. The file therefore runs in
-    a process of its own, which takes a fifth of a second to start and ends with the OpenFile.
+    A damaged file can make its runtime end the process that it runs in, or run for ever. The file
+    therefore runs in a process of its own, which takes a fifth of a second to start and ends with
+    the OpenFile, or where it takes longer than `timeout`: then opening, or the call, raises
+    ValueError.
 
     Args:
       path: *.onnx or *.tflite.
       threads: how many threads to run on; None: as many as the runtime takes by itself.
       isolated: False: run the file in this process, where a call takes less time: for files that
         nobody else has had in hand, and to measure times.
+      timeout: seconds that opening it, and each call, may take in a process of its own; None: any.
 
     Raises:
       FileNotFoundError: no such file.
-      TypeError: `path` is no path, `threads` no whole number, `isolated` no bool.
-      ValueError: neither *.onnx nor *.tflite, a file that the runtime does not read, `threads`
-        below 1.
+      TypeError: `path` is no path, `threads` no whole number, `isolated` no bool, `timeout` no
+        number.
+      ValueError: neither *.onnx nor *.tflite, a file that the runtime does not read, or not within
+        `timeout`; `threads` below 1, `timeout` not above 0.
       ImportError: the extra `export` is missing.
     """
     path = as_path(path)
@@ -47,13 +58,19 @@ def open_file(
     if threads is not None:
         check_whole("threads", threads, 1, ", or None")
     check_flag("isolated", isolated)
+    check_seconds("timeout", timeout)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
     for package in target.packages:
         import_extra(package)
     settings = {"threads": threads, **target.settings()}
-    name, float_inputs, run = (_isolated if isolated else _here)(target, path, settings)
-    return OpenFile(name, run, float_inputs, target.offset, target.dtype)
+    session = _isolated(target, path, settings, timeout) if isolated else None
+    name, float_inputs, run = session or _here(target, path, settings)
+
+    def checked(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return run(_inputs(path, arrays, len(float_inputs)))
+
+    return OpenFile(name, checked, float_inputs, target.offset, target.dtype)
 
 
 def target_of(path: Path) -> Target:
@@ -68,6 +85,24 @@ def target_of(path: Path) -> Target:
     return TARGETS[path.suffix]
 
 
+def _inputs(path: Path, arrays: Any, count: int) -> list[np.ndarray]:
+    """Return what a file is run on.
+
+    Raises:
+      TypeError: it is no list of arrays.
+      ValueError: it has not `count` arrays.
+    """
+    whole = isinstance(arrays, list | tuple) and all(hasattr(a, "dtype") for a in arrays)
+    if not whole:
+        raise TypeError(
+            f"run takes a list of arrays, one for each input of {path}, got {shown(arrays)}. "
+            "Write run([x])."
+        )
+    if len(arrays) != count:
+        raise ValueError(f"{path} takes {count} arrays, got {len(arrays)}.")
+    return list(map(np.asarray, arrays))
+
+
 def _here(target: Target, path: Path, settings: dict[str, Any]) -> Session:
     try:
         return target.open(str(path), **settings)
@@ -75,8 +110,10 @@ def _here(target: Target, path: Path, settings: dict[str, Any]) -> Session:
         raise ValueError(_refused(path, str(error))) from error
 
 
-def _isolated(target: Target, path: Path, settings: dict[str, Any]) -> Session:
-    process = _Process(target, path, settings)
+def _isolated(
+    target: Target, path: Path, settings: dict[str, Any], timeout: float | None
+) -> Session:
+    process = _Process(target, path, settings, timeout)
     return process.message["name"], process.message["float_inputs"], process.run
 
 
@@ -94,9 +131,10 @@ class _Process:
       message: what it said once the file was open.
     """
 
-    def __init__(self, target: Target, path: Path, settings: dict[str, Any]):
+    def __init__(self, target: Target, path: Path, settings: dict[str, Any], timeout: float | None):
         arguments = inspect.getfile(target.open), target.open.__name__, str(path)
         self._path = path
+        self._timeout = timeout
         self._turn = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-P", serve.__file__, *arguments, json.dumps(settings)],
@@ -118,12 +156,17 @@ class _Process:
     ) -> tuple[dict[str, Any], list[np.ndarray]]:
         inputs, outputs = self._process.stdin, self._process.stdout
         assert inputs is not None and outputs is not None, "both are pipes"
+        late = threading.Event()
         try:
-            if arrays is not None:
-                serve.send(inputs, {}, arrays)
-            message, results = serve.receive(outputs)
+            with self._limited(late):
+                if arrays is not None:
+                    serve.send(inputs, {}, arrays)
+                message, results = serve.receive(outputs)
         except (EOFError, OSError, ValueError) as error:
-            raise ValueError(_refused(self._path, self._how_it_ended())) from error
+            ended = self._how_it_ended()
+            raise ValueError(
+                self._too_slow() if late.is_set() else _refused(self._path, ended)
+            ) from error
         except BaseException:  # its answer to this question must not be that to the next
             self._end()
             raise
@@ -131,6 +174,31 @@ class _Process:
             self._end()
             raise ValueError(_refused(self._path, message["error"]))
         return message, results
+
+    @contextlib.contextmanager
+    def _limited(self, late: threading.Event) -> Iterator[None]:
+        """End the process where this takes too long, which ends all reading and writing."""
+        if self._timeout is None:
+            yield
+            return
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(self._timeout, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _too_slow(self) -> str:
+        return (
+            f"{self._path} was stopped: its runtime gave no answer within {self._timeout:g} "
+            "seconds. Give it more time with timeout=..., or export the model again."
+        )
 
     def _how_it_ended(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):

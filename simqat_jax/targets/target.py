@@ -17,7 +17,7 @@ class OpenFile:
 
     Attributes:
       name: the runtime with its version.
-      run: from input arrays to output arrays.
+      run: from input arrays, one for each input, to output arrays.
       float_inputs: whether each input takes real values; otherwise codes.
       offset: what codes of a grid have added in the file.
       dtype: the type of codes in the file.

@@ -19,7 +19,7 @@ from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_kind, check_real, check_whole
-from simqat_jax.targets.open_file import open_file, target_of
+from simqat_jax.targets.open_file import TIMEOUT, open_file, target_of
 from simqat_jax.targets.target import OpenFile
 
 _MOST_PARTS = 6
@@ -73,12 +73,16 @@ class Verification:
 
 
 def verify(
-    model: IntegerModel, path: str | os.PathLike, *data: ArrayLike, batch_size: int = 64
+    model: IntegerModel,
+    path: str | os.PathLike,
+    *data: ArrayLike,
+    batch_size: int = 64,
+    timeout: float | None = TIMEOUT,
 ) -> Verification:
     """Run an exported file and count the output codes that are not the integer model's.
 
-    The file runs in a process of its own, see `open_file`: one that makes its runtime crash is a
-    ValueError.
+    The file runs in a process of its own, see `open_file`: one that makes its runtime crash, or run
+    for ever, is a ValueError.
 
     Args:
       model: what the file was written from.
@@ -86,6 +90,7 @@ def verify(
       data: arrays in real units, one for each input of the model (arrays by keyword last, sorted),
         as many examples as wanted.
       batch_size: examples a call; the model's own where that is fixed.
+      timeout: seconds that opening the file, and each call, may take; None: any.
 
     Returns:
       A Verification.
@@ -93,8 +98,8 @@ def verify(
     Raises:
       TypeError: an argument of the wrong type.
       FileNotFoundError: no such file.
-      ValueError: a damaged file, one of another kind or another model, data that hold no examples
-        or NaN, a `batch_size` below 1.
+      ValueError: a damaged file, one of another kind or another model, or that takes longer than
+        `timeout`; data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
     check_kind("model", model, IntegerModel, "convert and IntegerModel.load return one.")
@@ -102,12 +107,7 @@ def verify(
     check_whole("batch_size", batch_size, 1)
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}.")
-    runtime = open_file(path)
-    if len(runtime.float_inputs) != len(model.inputs):
-        raise ValueError(
-            f"{path} takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
-            "it was written from another model."
-        )
+    runtime = _opened(model, path, timeout)
     for array in data:
         check_real("data", array)
     arrays = [np.asarray(a) for a in data]
@@ -116,7 +116,7 @@ def verify(
     for batch in _batches(model, arrays, batch_size):
         found.append(_compared(model, runtime, path, batch))
         if first is None and any(map(np.any, found[-1].codes)):
-            first = _first_layer(model, path, batch)
+            first = _first_layer(model, path, batch, timeout)
     codes = [x for compared in found for x in compared.codes]
     gaps = [x for compared in found for x in compared.gaps]
     return Verification(
@@ -131,6 +131,21 @@ def verify(
         largest_difference=max((float(x.max(initial=0)) for x in gaps), default=0.0),
         float_parts=_float_parts(model.program),
     )
+
+
+def _opened(model: IntegerModel, path: Path, timeout: float | None) -> OpenFile:
+    """Open a file of a model.
+
+    Raises:
+      ValueError: it has another number of inputs.
+    """
+    runtime = open_file(path, timeout=timeout)
+    if len(runtime.float_inputs) != len(model.inputs):
+        raise ValueError(
+            f"{path} takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
+            "it was written from another model."
+        )
+    return runtime
 
 
 class _Compared(NamedTuple):
@@ -218,7 +233,9 @@ def _gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(gap), np.inf, gap)
 
 
-def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -> str:
+def _first_layer(
+    model: IntegerModel, path: Path, batch: Sequence[np.ndarray], timeout: float | None
+) -> str:
     """Write the model again with every tensor an output, and return where codes first differ."""
     ops = [op for op in model.ops if model.tensors[op.outputs[0]].grid is not None]
     outputs = [op.outputs[0] for op in ops]
@@ -228,7 +245,8 @@ def _first_layer(model: IntegerModel, path: Path, batch: Sequence[np.ndarray]) -
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{path.suffix}"
         whole.write_bytes(target_of(path).write(program, True))
-        wrong = _compared(IntegerModel(program), open_file(whole), whole, batch).codes
+        runtime = open_file(whole, timeout=timeout)
+        wrong = _compared(IntegerModel(program), runtime, whole, batch).codes
     for op, differ in zip(ops, wrong, strict=True):
         if differ.any():
             return op.path
@@ -246,12 +264,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="an integer model, as IntegerModel.save wrote it")
     parser.add_argument("file", nargs="+", help="*.onnx or *.tflite files written from it")
     parser.add_argument("--data", required=True, help="*.npy with inputs in real units")
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, help="seconds to open a file, and for each call"
+    )
     options = parser.parse_args(arguments)
     status = 0
     try:
         model, data = IntegerModel.load(options.model), np.load(options.data)
         for file in options.file:
-            found = verify(model, file, data)
+            found = verify(model, file, data, timeout=options.timeout)
             print(found)
             status = max(status, int(found.differing > 0))
     except Exception as error:  # a runtime raises errors of its own for a file that it cannot read

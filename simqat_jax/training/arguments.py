@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList, LazyRng
@@ -49,13 +50,21 @@ def _is_key(value: Any) -> bool:
     return kind == (raw.shape, raw.dtype)
 
 
-def check_method(method: Any) -> None:
-    """Raise TypeError unless it is the name of a method, a function, or None."""
+def check_method(method: Any, module: nn.Module) -> None:
+    """Check that it is one of a module's methods.
+
+    Raises:
+      TypeError: it is neither a name nor a function nor None.
+      ValueError: the module has no method of this name.
+    """
+    text = (
+        f"method must be one of {type(module).__name__}, by name or function, or None for its "
+        f"__call__, got {shown(method)}."
+    )
     if not (method is None or isinstance(method, str) or callable(method)):
-        raise TypeError(
-            "method must be one of the float module's methods, by name or function, got "
-            f"{shown(method)}. Leave it out for __call__."
-        )
+        raise TypeError(text)
+    if isinstance(method, str) and not callable(getattr(module, method, None)):
+        raise ValueError(text)
 
 
 def check_collections(mutable: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import jax
 
-from simqat_jax.capture.capture import Intermediates
+from simqat_jax.capture.state import Beside
 from simqat_jax.ir.fingerprint import UnknownError, fingerprint
 from simqat_jax.ir.plan import Placement
 from simqat_jax.training.ranges import Stats
@@ -24,14 +24,14 @@ class _Key:
 
     fingerprint: Hashable
     placement: Placement = dataclasses.field(compare=False)
-    seen: Intermediates = dataclasses.field(compare=False)
+    seen: Beside = dataclasses.field(compare=False)
 
 
 def evaluate(
     placement: Placement,
     inputs: Sequence[jax.Array],
     stats: Stats,
-    seen: Intermediates,
+    seen: Beside,
     about: object,
 ) -> list[jax.Array]:
     """Evaluate a planned call; calls that compute the same share one compiled program.
@@ -43,7 +43,7 @@ def evaluate(
       placement: the planned model.
       inputs: one value per tensor of `placement.graph.inputs`.
       stats: the ranges.
-      seen: intermediates to return as well.
+      seen: what to return as well.
       about: what else the call depends on: configuration, the model's attributes.
 
     Returns:
@@ -56,7 +56,7 @@ def evaluate(
     return program(inputs, stats)
 
 
-def _compiled(placement: Placement, seen: Intermediates) -> _Program:
+def _compiled(placement: Placement, seen: Beside) -> _Program:
     def evaluation(inputs: Sequence[jax.Array], stats: Stats) -> list[jax.Array]:
         return run(placement, inputs, stats, training=False, look=seen.values)[0]
 

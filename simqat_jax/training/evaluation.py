@@ -40,15 +40,16 @@ class Evaluation(Run):
             else:
                 env[v] = self.exact(step, quantizer, x, operands, env)
 
-    def results(self, env: Values) -> list[jax.Array]:
-        """Return the values of the graph's outputs; NaN where the model is not sound."""
+    def results(self, env: Values, stored: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the values of outputs and of what is stored; NaN where the model is not sound."""
         graph, sound = self.placement.graph, self.is_sound(env)
         made = graph.data - set(graph.inputs)
+        computed = [*(v in made for v in graph.outputs), *(True for _ in stored)]
         return [
             jnp.where(sound, y, jnp.nan)
-            if v in made and jnp.issubdtype(y.dtype, jnp.floating)
+            if computes and jnp.issubdtype(y.dtype, jnp.floating)
             else y
-            for v, y in zip(graph.outputs, super().results(env), strict=True)
+            for computes, y in zip(computed, super().results(env, stored), strict=True)
         ]
 
     def run_node(self, node: Node, values: Sequence[jax.Array]) -> Sequence[jax.Array]:
@@ -87,6 +88,8 @@ class Evaluation(Run):
         """
         ranges = (q.observer.range(self.stats[q.name]) for q in self.placement.stateful.values())
         sound = [_is_range(lo, hi) for lo, hi in ranges]
+        trained = self.placement.graph.read_trained()
+        sound += [jnp.all(jnp.isfinite(env[v].real)) for v in trained if v in env]
         nodes = (node for step in self.placement.steps for node in step.nodes)
         for node, position, v in ((n, k, v) for n in nodes for k, v in enumerate(n.inputs)):
             if v in self.placement.graph.data or (isinstance(v, int) and v not in env):

@@ -194,6 +194,7 @@ class QuantizedModule(nn.Module):
         check_arrays(args, kwargs)
         if kwargs.get("rngs") is not None:
             check_keys(kwargs["rngs"], "rngs={'dropout': jax.random.key(0)}")
+        check_method(method, self.module)
         called = _quantized(method, capture_intermediates)
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
@@ -212,6 +213,7 @@ class QuantizedModule(nn.Module):
         check_keys(rngs, "init(jax.random.key(0), x)")
         check_collections(kwargs.get("mutable", True))
         check_arrays(args, kwargs)
+        check_method(method, self.module)
         return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
 
     def _run(
@@ -364,9 +366,10 @@ def trace(
     Raises:
       ValueError: what the call itself raises; an exclusion that matches nothing.
     """
-    check_method(method)
+    check_method(method, qmodule.module)
     floats = {k: v for k, v in variables.items() if k not in OWN}
-    if _function(method) is type(qmodule.module).__call__:
+    own = type(qmodule.module).__call__, QuantizedModule.__call__
+    if method == "__call__" or _function(method) in own:
         method = None
     call = Call(
         module=_alone(qmodule.module),
@@ -384,7 +387,6 @@ def trace(
 
 def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:
     """Return what Flax is to call on a QuantizedModule for a method of the float module."""
-    check_method(method)
     if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
         if not intermediates:
             return None

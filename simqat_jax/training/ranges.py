@@ -73,6 +73,7 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
     """
     check_mapping("quant_stats", stats, "Pass the collection that init and apply return.")
     _check_numbers(placement, stats)
+    _check_folds(placement, stats)
     _check_learned(placement, steps)
     known = restored(placement, stats, steps)
     missing = [name for name in (*placement.stateful, STEP) if name not in known]
@@ -80,7 +81,7 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
         raise ValueError(
             f"the variables hold no quant_stats for {', '.join(missing)}. Pass the quant_stats "
             "of this model's init (called with the same kind of arguments), or make the "
-            "collection mutable: apply(..., mutable=['quant_stats'])."
+            "collection mutable in a call of the same method: apply(..., mutable=['quant_stats'])."
         )
     ends = {name: q.observer.range(known[name]) for name, q in placement.stateful.items()}
     concrete = {name: pair for name, pair in ends.items() if _is_concrete(pair[0])}
@@ -148,6 +149,23 @@ def _check_numbers(placement: Placement, stats: Stats) -> None:
             f"quant_stats holds {', '.join(extra)}, and this call makes fewer operations of that "
             "kind, so that their ranges cannot be told apart. Put what only training computes "
             "into a module of its own, or make the same operations in training and evaluation."
+        )
+
+
+def _check_folds(placement: Placement, stats: Stats) -> None:
+    """Raise ValueError if training did not fold a BatchNorm that this call folds.
+
+    The layer in front of it had another result then, under the name that its fold has here.
+    """
+    norms = [step.norm.layer.path for step in placement.steps if step.norm is not None]
+    names = ["/".join((*path, "output")) for path in norms]
+    apart = [name for name in names if name in stats and name not in placement.stateful]
+    if apart:
+        raise ValueError(
+            f"quant_stats holds {', '.join(apart)}: where these ranges were taken, more than the "
+            "BatchNorm read the layer in front of it, so that it was not folded, and here it is. "
+            "Let the same layers read it in both calls, or take ranges anew from init's "
+            "quant_stats."
         )
 
 

@@ -49,7 +49,7 @@ def run(
             env[v] = this.put_on_grid(placement.at[v], env[v].real, seen)
     this.steps(placement.steps, env, seen)
     env.update({v: Value(x) for v, x in raw.items()})  # a model's own input leaves as it came
-    outputs = [*this.results(env), *look({v: value.real for v, value in env.items()})]
+    outputs = this.results(env, look({v: value.real for v, value in env.items()}))
     if not training:
         return outputs, stats
     states = {name: observation.state for name, observation in seen.items()}

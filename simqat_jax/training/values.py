@@ -90,9 +90,9 @@ class Run:
         """Run a step: put the tensors that leave it into `env`."""
         raise NotImplementedError
 
-    def results(self, env: Values) -> list[jax.Array]:
-        """Return the values of the graph's outputs."""
-        return [read(v, env).real for v in self.placement.graph.outputs]
+    def results(self, env: Values, stored: Sequence[jax.Array]) -> list[jax.Array]:
+        """Return the values of the graph's outputs, and behind them what the call stores."""
+        return [*(read(v, env).real for v in self.placement.graph.outputs), *stored]
 
     # Steps ------------------------------------------------------------------------------------
 

@@ -65,9 +65,11 @@ def test_other_arguments_of_convert(quantized):
     qmodel, variables, _ = quantized
     with pytest.raises(ValueError, match="args must hold a sample"):
         sq.convert(qmodel, variables)
-    for method in ("no_such", 3, "name"):
+    for method in ("no_such", "name"):
         with pytest.raises(ValueError, match="method must be one of TwoLayers"):
             sq.convert(qmodel, variables, X, method=method)
+    with pytest.raises(TypeError, match="method must be one of TwoLayers"):
+        sq.convert(qmodel, variables, X, method=3)
     with pytest.raises(ValueError, match="backend must be one of"):
         sq.convert(qmodel, variables, X, backend="cuda")
     sq.convert(qmodel, variables, jax.ShapeDtypeStruct(X.shape, X.dtype), method=None)

@@ -222,3 +222,12 @@ def test_per_channel_activations():
     qmodel, variables, _ = dense(config)
     with pytest.raises(ValueError, match="per_channel=False"):
         sq.convert(qmodel, variables, X)
+
+
+def test_the_call_by_its_name_is_the_call():
+    qmodel, variables, evaluate = dense()
+    for method in ("__call__", type(qmodel.module).__call__, sq.QuantizedModule.__call__):
+        model = sq.convert(qmodel, variables, X, method=method)
+        assert [model.tensors[i].name for i in model.inputs] == ["input"]
+        assert_same(model(X), evaluate(variables, X))
+        assert "input" in qmodel.plan(variables, X, method=method).quantizers

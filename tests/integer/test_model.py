@@ -184,6 +184,26 @@ def test_a_model_that_holds_on_to_its_batch_size():
         model(args[0][:1])
 
 
+class Divergence(nn.Module):
+    """Returns a loss: functions of codes, summed in float."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(32)(x))
+        mean, log = nn.Dense(4)(x), nn.Dense(4)(x)
+        return -0.5 * jnp.mean(jnp.sum(1 + log - mean**2 - jnp.exp(log), axis=-1))
+
+
+def test_a_loss_has_all_digits_of_evaluation():
+    """Many batches: of one compiled with other neighbours, one in ten differs in the last digit."""
+    batches = jax.random.normal(KEY, (40, 64, 16))
+    qmodel, variables, _ = observed(Divergence(), batches[0])
+    evaluate = jax.jit(lambda v, x: qmodel.apply(v, x))
+    model = sq.convert(qmodel, variables, batches[0])
+    for x in batches:
+        assert_same(model(x), evaluate(variables, x))
+
+
 def test_float_parts_are_shown():
     qmodel, variables, _ = observed(Model(lambda x: jax.lax.cumsum(nn.Dense(3)(x), 1)), X)
     text = str(sq.convert(qmodel, variables, X))

@@ -5,6 +5,7 @@ import gc
 import runpy
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from simqat_jax.targets import verify as command
 X = np.linspace(-1, 1, 3 * 8 * 8 * 4, dtype=np.float32).reshape(3, 8, 8, 4)
 
 RUNTIMES = """
-import ctypes, os, sys
+import ctypes, os, sys, time
 
 def aborts(path, threads):
     os.abort()
@@ -38,6 +39,12 @@ def fails(path, threads):
     def run(arrays):
         raise KeyError("a node")
     return "fails", [True], run
+
+def never_opens(path, threads):
+    time.sleep(1000)
+
+def never_answers(path, threads):
+    return "hangs", [True], lambda arrays: time.sleep(1000)
 
 def babbles(path, threads):
     print("loading", path, flush=True)
@@ -104,6 +111,25 @@ def test_the_command_outlives_a_file(files, in_runtime, name, capsys):
     assert command.main([*arguments, "--data", str(folder / "x.npy")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not check" in line and "m.tflite is damaged" in line
+
+
+@pytest.mark.parametrize("name", ["never_opens", "never_answers"])
+def test_a_file_that_hangs_is_stopped(files, in_runtime, name):
+    model, folder = files
+    in_runtime(name)
+    path = folder / "m.tflite"
+    with pytest.raises(ValueError, match=f"{path} was stopped: .* within 1 seconds.*timeout="):
+        sq.verify(model, path, X, timeout=1)
+
+
+def test_a_hanging_file_takes_no_more_calls(files, in_runtime, monkeypatch):
+    in_runtime("never_answers")
+    file, timer = sq.open_file(files[1] / "m.tflite"), threading.Timer
+    monkeypatch.setattr(threading, "Timer", lambda _, end: timer(0.5, end))
+    with pytest.raises(ValueError, match="was stopped"):
+        file.run([np.zeros((3, 300_000), np.float32)])  # more than a pipe holds
+    with pytest.raises(ValueError, match="its runtime ended with SIGKILL"):
+        file.run([X])
 
 
 def test_what_a_runtime_prints_is_no_answer(files, in_runtime, capfd):
@@ -195,6 +221,11 @@ def test_wrong_arguments(files, tmp_path):
         sq.open_file(files[1] / "runtimes.py")
     with pytest.raises(ValueError, match=r"threads must be .* 1 or more, or None, got 0"):
         sq.open_file(path, threads=0)
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="timeout must be a number of seconds above 0"):
+            sq.open_file(path, timeout=timeout)
+    with pytest.raises(TypeError, match="timeout must be a number of seconds above 0"):
+        sq.open_file(path, timeout="1")
     for threads in ("2", 1.5, True):
         with pytest.raises(TypeError, match="threads must be a whole number"):
             sq.open_file(path, threads=threads)

@@ -64,11 +64,15 @@ def test_other_arguments():
     for call in calls:
         with pytest.raises(TypeError, match=r"method must be .*got 3"):
             call(method=3)
+        with pytest.raises(ValueError, match=r"method must be one of Dense, .*got 'no_such'"):
+            call(method="no_such")
         for mutable in (3, [1], None):
             with pytest.raises(TypeError, match=r"mutable must be .*Write mutable="):
                 call(mutable=mutable)
     with pytest.raises(TypeError, match=r"method must be .*got 3"):
         QMODEL.plan(variables, X, method=3)
+    with pytest.raises(ValueError, match="method must be one of Dense"):
+        QMODEL.plan(variables, X, method="no_such")
 
 
 def test_descriptions_of_arrays():

@@ -23,7 +23,7 @@ _ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
 """What compilers contract with their neighbours, or reassociate with constants."""
 _MOVES = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy split concatenate pad "
-    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
+    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota pvary".split()
 )
 """What computes nothing."""
 
@@ -100,7 +100,21 @@ def results(
     """
     params = eqn.primitive.get_bind_params(eqn.params) if params is None else params
     compute = partial(eqn.primitive.bind, **params)
-    return alone(eqn.primitive.name, _dtype(eqn), compute, values)
+    return alone(eqn.primitive.name, _dtype(eqn), compute, varying_as_traced(eqn, values))
+
+
+def varying_as_traced(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> list[ArrayLike]:
+    """Under `shard_map`, let operands vary over the mesh axes that the equation asks for.
+
+    JAX does so in operations of their own; those of constants are not in the graph.
+    """
+    return [_varying(value, v) for value, v in zip(values, eqn.invars, strict=True)]
+
+
+def _varying(value: ArrayLike, traced: core.Var | core.Literal) -> ArrayLike:
+    asked = getattr(traced.aval, "vma", frozenset())
+    axes = asked - jax.typeof(value).vma if asked else asked
+    return lax.pcast(value, tuple(axes), to="varying") if axes else value
 
 
 def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:

@@ -100,7 +100,7 @@ def test_remembered_ranges(observer):
 
 
 def test_weights_come_to_their_codes():
-    """The gradient draws every weight to the code that it is rounded to, and moves none to another."""
+    """The gradient draws every weight to the code that it is rounded to, and to no other."""
     config = sq.SimQATConfig(weight=damped(3, "mse", per_channel=True))
     qmodel, x = sq.SimQAT(config).apply(nn.Dense(8)), jnp.ones((2, 16))
     variables = dict(qmodel.init(jax.random.key(0), x))
@@ -108,7 +108,7 @@ def test_weights_come_to_their_codes():
     damping = jax.jit(lambda p: sq.oscillation_damping(qmodel, {**variables, "params": p}, x))
     params = variables["params"]
     known = variables["quant_stats"]["kernel"]
-    step = jnp.maximum(-known.lo, known.hi) / 3
+    step = jnp.maximum(-known.lo, known.hi)[None] / 3
     before = np.clip(np.rint(params["kernel"] / step), -4, 3)
     for _ in range(30):
         params = jax.tree.map(lambda p, g: p - 0.2 * g, params, jax.grad(damping)(params))

@@ -42,6 +42,7 @@ class Learned(Observer[LearnedState, Extremes]):
       Esser et al., Learned step size quantization, arXiv:1902.08153, section 2.
     """
 
+    fits_grid = True
     starts_as: ClassVar[type[OfExtremes]] = MinMax
     """How the range that the step starts from follows batches."""
 

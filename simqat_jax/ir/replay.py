@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.typing import ArrayLike
 
@@ -112,9 +112,14 @@ def varying_as_traced(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> list[A
 
 
 def _varying(value: ArrayLike, traced: core.Var | core.Literal) -> ArrayLike:
-    asked = getattr(traced.aval, "vma", frozenset())
-    axes = asked - jax.typeof(value).vma if asked else asked
+    asked = _axes(traced.aval)
+    axes = asked and asked - _axes(jax.typeof(value))
     return lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
+def _axes(aval: object) -> frozenset:
+    """Return the mesh axes that an array varies over."""
+    return aval.manual_axis_type.varying if isinstance(aval, ShapedArray) else frozenset()
 
 
 def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:

@@ -387,8 +387,9 @@ def get(name: str, **overrides: object) -> Experiment:
 
 def overrides(settings: dict[str, Any]) -> dict[str, object]:
     """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
-    given = {field: settings.get(field) for field in OVERRIDABLE}
-    return given | {"quant": sq.SimQATConfig.from_json(json.dumps(completed(settings)["quant"]))}
+    quant = sq.SimQATConfig.from_json(json.dumps(completed(settings)["quant"]))
+    given: dict[str, object] = {field: settings.get(field) for field in OVERRIDABLE}
+    return given | {"quant": quant}
 
 
 def read_recipe(path: Path) -> sq.SimQATConfig:

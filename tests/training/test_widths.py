@@ -121,6 +121,7 @@ def test_the_remedy_trains():
 
     epoch = jax.jit(lambda carry: jax.lax.scan(step, carry, (x, y)))
     carry = trained, stats, optimizer.init(trained)
+    losses = jnp.inf
     for _ in range(10):
         carry, losses = epoch(carry)
     assert jnp.mean(losses) < 0.2
@@ -134,6 +135,6 @@ def test_no_warning_in_evaluation():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         qmodel = quantized(weight=two_bits())
-        variables = qmodel.init(jax.random.key(0), X)
+        variables = dict(qmodel.init(jax.random.key(0), X))
         variables |= qmodel.apply(variables, X, mutable=["quant_stats"])[1]
     qmodel.apply(variables, X)

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -55,6 +56,8 @@ class Experiment:
     """Highest learning rate of the float phase and of SimQAT from scratch."""
     finetune_learning_rate: float | None = None
     """Of SimQAT from the float parameters; None: `learning_rate`."""
+    step_learning_rate: float | None = None
+    """Highest learning rate of learned steps; None: that of the phase."""
     schedule: Schedule = "constant"
     """How the learning rate falls, see experiments.optimization."""
     warmup_epochs: int = 0
@@ -90,7 +93,7 @@ class Experiment:
             value = getattr(self, field)
             _require(self, field, value is None or value >= 1, "1 or more")
         _require(self, "seed", 0 <= self.seed < 2**31, "0 to 2**31 - 1")
-        for field in ("learning_rate", "finetune_learning_rate"):
+        for field in ("learning_rate", "finetune_learning_rate", "step_learning_rate"):
             rate = self.learning_rate if getattr(self, field) is None else getattr(self, field)
             _require(self, field, math.isfinite(rate) and rate > 0, "a finite number above 0")
         _require(self, "optimizer", self.optimizer in get_args(Optimizer), _one_of(Optimizer))
@@ -113,7 +116,8 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """Return every field as JSON values: what `--resume` compares."""
-        fields = dataclasses.asdict(self) | {"model": _describe(self.model)}
+        recipe = json.loads(self.quant.to_json())
+        fields = dataclasses.asdict(self) | {"model": _describe(self.model), "quant": recipe}
         return json.loads(json.dumps(fields))
 
 
@@ -355,10 +359,11 @@ CONFIGS: dict[str, Callable[[], Experiment]] = {
 
 OVERRIDABLE = (
     *("data", "epochs", "finetune_epochs", "batch_size", "learning_rate"),
-    *("finetune_learning_rate", "schedule", "warmup_epochs", "weight_decay", "label_smoothing"),
-    *("dtype", "seed", "steps_per_dispatch", "bn_fold", "freeze_bn_epoch", "float_checkpoint"),
+    *("finetune_learning_rate", "step_learning_rate", "schedule", "warmup_epochs", "weight_decay"),
+    *("label_smoothing", "dtype", "seed", "steps_per_dispatch", "quant", "bn_fold"),
+    *("freeze_bn_epoch", "float_checkpoint"),
 )
-"""Fields that the command line may replace; `bn_fold` is one of `quant`."""
+"""Fields that the command line may replace; `bn_fold` is one of `quant`, `--recipe`."""
 
 
 def get(name: str, **overrides: object) -> Experiment:
@@ -375,14 +380,32 @@ def get(name: str, **overrides: object) -> Experiment:
         bn_fold = given.pop("bn_fold")
         if bn_fold not in get_args(BatchNormFold):
             raise ExperimentError(f"--bn-fold must be {_one_of(BatchNormFold)}, got {bn_fold!r}.")
-        given["quant"] = dataclasses.replace(experiment.quant, bn_fold=bn_fold)
+        quant = given.get("quant", experiment.quant)
+        given["quant"] = dataclasses.replace(quant, bn_fold=bn_fold)
     return dataclasses.replace(experiment, **given)
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, object]:
     """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
-    flat = {"bn_fold": (settings.get("quant") or {}).get("bn_fold")} | settings
-    return {field: flat.get(field) for field in OVERRIDABLE}
+    quant = sq.SimQATConfig.from_json(json.dumps(completed(settings)["quant"]))
+    given: dict[str, object] = {field: settings.get(field) for field in OVERRIDABLE}
+    return given | {"quant": quant}
+
+
+def read_recipe(path: Path) -> sq.SimQATConfig:
+    """Return the configuration that a file holds, see SimQATConfig.to_json.
+
+    Raises:
+      ExperimentError: it cannot be read; it is no recipe of this version.
+    """
+    try:
+        return sq.SimQATConfig.from_json(path.read_text())
+    except OSError as error:
+        raise ExperimentError(
+            f"--recipe {path} cannot be read: {error.strerror or error}."
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"--recipe {path}: {error}") from error
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -391,7 +414,7 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
         f for f in dataclasses.fields(Experiment) if f.default is not dataclasses.MISSING
     )
     defaults = {field.name: field.default for field in with_defaults}
-    defaults["quant"] = dataclasses.asdict(sq.SimQATConfig())
+    defaults["quant"] = json.loads(sq.SimQATConfig().to_json())
     return _over(json.loads(json.dumps(defaults)), settings)
 
 

@@ -58,7 +58,7 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
     network = comparison.Network(
         module=model.module,
         config=model.config,
-        variables={"params": state.params, **state.collections},
+        variables=state.variables,
     )
     images = _test_set(dataset, examples)
     folder = run / "deploy"

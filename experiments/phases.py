@@ -17,6 +17,8 @@ from experiments.configs import Experiment
 from experiments.data import ImageData
 from experiments.errors import ExperimentError
 
+STEPS = "quant_params"
+"""The collection of learned steps."""
 NAMES = ("float", "qat", "qat_finetune")
 """The float baseline; SimQAT from scratch; SimQAT from the float baseline's parameters."""
 
@@ -31,6 +33,15 @@ class TrainState:
     opt_state: optax.OptState
     collections: dict[str, Any]
     """Every other collection of the model: `batch_stats`, `quant_stats`."""
+    quant_params: Any = flax.struct.field(default_factory=dict)
+    """Learned steps; empty where there are none."""
+    steps_opt_state: optax.OptState = ()
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables of the model."""
+        steps = {STEPS: self.quant_params} if self.quant_params else {}
+        return {"params": self.params, **self.collections, **steps}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,14 +79,21 @@ class Phase:
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return the optimizer with the phase's schedule; fine-tuning has no warm-up."""
+        return self._optimizer(self.learning_rate, self.experiment.weight_decay)
+
+    def steps_optimizer(self) -> optax.GradientTransformation:
+        """Return that of learned steps, which do not decay."""
+        return self._optimizer(self.experiment.step_learning_rate or self.learning_rate, 0.0)
+
+    def _optimizer(self, peak: float, weight_decay: float) -> optax.GradientTransformation:
         experiment, steps = self.experiment, self.steps_per_epoch
         warmup = 0 if self.name == "qat_finetune" else experiment.warmup_epochs
         rate = optimization.learning_rate(
-            experiment.schedule, self.learning_rate, self.epochs * steps, warmup * steps
+            experiment.schedule, peak, self.epochs * steps, warmup * steps
         )
         if experiment.optimizer == "adamw":
-            return optimization.adamw(rate, experiment.weight_decay)
-        return optimization.momentum_sgd(rate, experiment.momentum, experiment.weight_decay)
+            return optimization.adamw(rate, weight_decay)
+        return optimization.momentum_sgd(rate, experiment.momentum, weight_decay)
 
     def finished(self) -> bool:
         """Return whether the newest checkpoint is that of the last step."""
@@ -124,12 +142,14 @@ def init_state(phase: Phase) -> TrainState:
     # Not jitted: each operation is compiled once for all phases. Copied: a training step consumes
     # its state, in which no two leaves may share memory.
     variables = jax.tree.map(jnp.copy, dict(phase.model.init(key, sample, train=False)))
-    params = variables.pop("params")
+    params, steps = variables.pop("params"), variables.pop(STEPS, {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=phase.optimizer().init(params),
         collections=variables,
+        quant_params=steps,
+        steps_opt_state=phase.steps_optimizer().init(steps) if steps else (),
     )
 
 

@@ -80,6 +80,8 @@ class Arguments:
     """Highest learning rate of the phases float and qat."""
     finetune_learning_rate: _Float = None
     """Highest learning rate of the phase qat_finetune."""
+    step_learning_rate: _Float = None
+    """Highest learning rate of learned steps."""
     schedule: _Schedule = None
     """How the learning rate falls."""
     warmup_epochs: _Int = None
@@ -90,6 +92,8 @@ class Arguments:
     """Share of the target spread over all classes."""
     dtype: _Dtype = None
     """Of the computation; parameters stay float32."""
+    recipe: Path | None = None
+    """File of the SimQATConfig of the SimQAT phases, as SimQATConfig.to_json writes it."""
     bn_fold: _BnFold = None
     """How BatchNorm is folded in the SimQAT phases."""
     freeze_bn_epoch: _Int = None
@@ -164,8 +168,9 @@ def _experiment(arguments: Arguments) -> Experiment:
         if value is not None and value < least:
             flag = "--" + option.replace("_", "-")
             raise ExperimentError(f"{flag} must be {least} or more, got {value}.")
-    overrides = {field: getattr(arguments, field) for field in configs.OVERRIDABLE}
-    return configs.get(arguments.config, **overrides)
+    overrides = {f: getattr(arguments, f) for f in configs.OVERRIDABLE if f != "quant"}
+    quant = None if arguments.recipe is None else configs.read_recipe(arguments.recipe)
+    return configs.get(arguments.config, quant=quant, **overrides)
 
 
 def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
@@ -241,9 +246,8 @@ def _train_phases(chosen: list[Phase], start: FloatStart | None, console: Consol
 
 
 def _plan(phase: Phase, state: phases.TrainState) -> str:
-    variables = {"params": state.params, **state.collections}
     assert isinstance(phase.model, sq.QuantizedModule)
-    return str(phase.model.plan(variables, phases.model_input(phase), train=False))
+    return str(phase.model.plan(state.variables, phases.model_input(phase), train=False))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from experiments import checkpoints, optimization
 from experiments.checkpoints import Progress
 from experiments.data import Batch, MaskedBatch
 from experiments.errors import ExperimentError
-from experiments.phases import Phase, TrainState
+from experiments.phases import STEPS, Phase, TrainState
 
 Report = Callable[[Progress], None]
 
@@ -46,9 +46,9 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
         step_key = jax.random.fold_in(key, state.step)
         images = phase.dataset.transform(images, jax.random.fold_in(step_key, 1))
 
-        def loss_fn(params: Any) -> tuple[jax.Array, dict]:
+        def loss_fn(params: Any, steps: Any) -> tuple[jax.Array, dict]:
             logits, updates = phase.model.apply(
-                {"params": params, **state.collections},
+                dataclasses.replace(state, params=params, quant_params=steps).variables,
                 images,
                 train=True,
                 mutable=list(state.collections),
@@ -57,15 +57,50 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
             smoothing = phase.experiment.label_smoothing
             return optimization.cross_entropy(logits, labels, smoothing), dict(updates)
 
-        (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, updates), (grads, steps_grads) = differentiate(state.params, state.quant_params)
         deltas, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, deltas)
-        collections = {**state.collections, **updates}
-        return TrainState(state.step + 1, params, opt_state, collections), loss
+        new = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, deltas),
+            opt_state=opt_state,
+            collections={**state.collections, **updates},
+        )
+        return _with_steps(phase, new, steps_grads), loss
 
     if phase.experiment.steps_per_dispatch == 1:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+
+
+def _with_steps(phase: Phase, state: TrainState, grads: Any) -> TrainState:
+    """Return the state after an update of its learned steps, if there are any."""
+    if not state.quant_params:
+        return state
+    optimizer = phase.steps_optimizer()
+    deltas, opt_state = optimizer.update(grads, state.steps_opt_state, state.quant_params)
+    steps = optax.apply_updates(state.quant_params, deltas)
+    return dataclasses.replace(state, quant_params=steps, steps_opt_state=opt_state)
+
+
+def set_steps(phase: Phase, state: TrainState) -> TrainState:
+    """Return the state with learned steps, if there are any, from the first training batch."""
+    if not state.quant_params:
+        return state
+    experiment = phase.experiment
+    images, _ = next(iter(phase.dataset.train_batches(experiment.batch_size, experiment.seed, 0)))
+    _, updates = phase.model.apply(
+        state.variables,
+        phase.dataset.transform(jnp.asarray(images), None),
+        train=True,
+        mutable=list(state.variables),
+        rngs={"dropout": jax.random.key(0)},
+    )
+    # No training step: its count and BatchNorm's statistics stay.
+    stats = {**updates["quant_stats"], "step": state.collections["quant_stats"]["step"]}
+    collections = {**state.collections, "quant_stats": stats}
+    return dataclasses.replace(state, collections=collections, quant_params=updates[STEPS])
 
 
 def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:
@@ -75,7 +110,7 @@ def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:
     def count(state: TrainState, batch: MaskedBatch) -> tuple[jax.Array, jax.Array]:
         images, labels, mask = batch
         logits: Any = phase.model.apply(
-            {"params": state.params, **state.collections},
+            state.variables,
             phase.dataset.transform(jnp.asarray(images), None),
             train=False,
         )
@@ -126,6 +161,8 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
     newest = checkpoints.latest(phase.directory)
     if newest is not None:
         state, progress = checkpoints.restore(phase.directory, newest, state)
+    else:
+        state = set_steps(phase, state)
     report(progress)
     if progress.epoch == phase.epochs:
         return state, progress

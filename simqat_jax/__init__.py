@@ -40,6 +40,7 @@ from simqat_jax.targets.onnx.target import export_onnx
 from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
 from simqat_jax.targets.verify import Verification, verify
+from simqat_jax.training.damping import oscillation_damping
 from simqat_jax.training.module import (
     LearnedStepSizeQuantizationAwareTraining,
     QuantizedModule,
@@ -80,6 +81,7 @@ __all__ = [
     "observe",
     "observed",
     "open_file",
+    "oscillation_damping",
     "post_training_quantize",
     "quant_params",
     "quantize",

@@ -25,8 +25,8 @@ class SimQATConfig:
 
     Raises:
       TypeError: a field of the wrong type.
-      ValueError: an unknown `bn_fold`, `backend` or `float_parts`, a negative `freeze_bn`,
-        asymmetric weights, an empty pattern in `exclude`.
+      ValueError: an unknown `bn_fold`, `backend`, `float_parts` or target, a negative
+        `freeze_bn`, asymmetric weights, an empty pattern in `exclude`.
 
     Examples:
       >>> SimQATConfig(weight=QuantSpec(num_bits=4, symmetric=True, per_channel=True),
@@ -54,6 +54,9 @@ class SimQATConfig:
     backend: Backend = "tflite"
     """Whose rounding of sums and products of tensors evaluation mirrors, code for code: `tflite`
     (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both."""
+    targets: Sequence[Backend] = ()
+    """The files that the model is for, `("onnx", "tflite")`: codes of more bits than they hold are
+    an error in the first call, before training. Without, an export refuses them."""
     float_parts: FloatParts = "allow"
     """What has no exact integer form, LayerNorm or an input that is scaled: `allow`: integer
     models and files compute it in float; `refuse`: `convert` raises, and lists all of it."""
@@ -79,7 +82,11 @@ class SimQATConfig:
                     f"{self.freeze_bn}."
                 )
         check_symmetric("SimQATConfig", self.weight)
-        for field, kind, example in (("exclude", str, "'head/*'"), ("rules", Rule, "Rule(...)")):
+        for field, kind, example in (
+            ("targets", str, "'tflite'"),
+            ("exclude", str, "'head/*'"),
+            ("rules", Rule, "Rule(...)"),
+        ):
             given = getattr(self, field)
             if not isinstance(given, (tuple, list)) or not all(isinstance(v, kind) for v in given):
                 raise TypeError(
@@ -87,6 +94,12 @@ class SimQATConfig:
                     f"got {given!r}."
                 )
             object.__setattr__(self, field, tuple(given))
+        unknown = [target for target in self.targets if target not in get_args(Backend)]
+        if unknown:
+            raise ValueError(
+                f"SimQATConfig.targets must be of {', '.join(map(repr, get_args(Backend)))}, got "
+                f"{unknown[0]!r}."
+            )
         if "" in self.exclude:
             raise ValueError("SimQATConfig.exclude must hold paths such as 'head/*', got ''.")
 

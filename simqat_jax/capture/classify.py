@@ -29,7 +29,7 @@ from simqat_jax.numerics.requantize import FREE, Bounds
 _MOVES = (
     "reshape transpose squeeze expand_dims broadcast_in_dim slice dynamic_slice rev copy split "
     "tile convert_element_type stop_gradient gather reduce_max reduce_min reduce_window_max "
-    "sharding_constraint name pad".split()
+    "sharding_constraint name pad pvary".split()
 )
 _FUNCTIONS = (
     "neg abs sign floor ceil round exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt sin cos "
@@ -48,7 +48,7 @@ _CLASSES: dict[str, type[Node]] = {
 }
 # What an elementwise function may be made of besides elementwise operations.
 _ALSO_ELEMENTWISE = frozenset(
-    "add sub mul max min convert_element_type copy stop_gradient broadcast_in_dim".split()
+    "add sub mul max min convert_element_type copy stop_gradient broadcast_in_dim pvary".split()
 )
 # Kept whole, under their names, where the model calls them through jit.
 _NAMED_FUNCTIONS = frozenset(
@@ -153,10 +153,17 @@ def clamp_bounds(eqn: core.JaxprEqn, inputs: Sequence[Operand | None]) -> Bounds
 def _chain_bounds(jaxpr: core.Jaxpr) -> Bounds | None:
     """Return what a function of one tensor clamps it to, one operation behind the other."""
     values, (lo, hi) = jaxpr.invars, FREE
+    constants: dict[core.Var, Constant] = {}  # those that vary over a mesh axis
     for eqn in jaxpr.eqns:
-        literals = [Constant(v.val) if isinstance(v, core.Literal) else None for v in eqn.invars]
-        bounds = clamp_bounds(eqn, literals)
-        if bounds is None or [v for v in eqn.invars if not isinstance(v, core.Literal)] != values:
+        inputs = [
+            Constant(v.val) if isinstance(v, core.Literal) else constants.get(v) for v in eqn.invars
+        ]
+        if eqn.primitive.name == "pvary" and inputs[0] is not None:
+            constants[eqn.outvars[0]] = inputs[0]
+            continue
+        bounds = clamp_bounds(eqn, inputs)
+        tensors = [v for v, known in zip(eqn.invars, inputs, strict=True) if known is None]
+        if bounds is None or tensors != values:
             return None
         lo, hi = (min(max(b, bounds[0]), bounds[1]) for b in (lo, hi))
         values = eqn.outvars
@@ -188,12 +195,12 @@ def inner_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
 def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
     """Whether an equation calls a function of this name that computes these, in this order.
 
-    What repeats values, or stops gradients, counts for nothing.
+    What repeats values, stops gradients or is of mesh axes alone, counts for nothing.
     """
     if function_name(eqn) != name:
         return False
     found = [inner.primitive.name for inner in inner_equations(eqn)]
-    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient")]
+    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient", "pvary")]
     return computing == primitives.split()
 
 

@@ -54,7 +54,7 @@ from simqat_jax.ir.graph import (
     Remat,
     shape_of,
 )
-from simqat_jax.ir.replay import INLINED_CALLS
+from simqat_jax.ir.replay import INLINED_CALLS, varying_as_traced
 from simqat_jax.rules import left_out
 
 _REMAT = ("remat2", "remat", "checkpoint")
@@ -271,7 +271,12 @@ def _remat(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
 
 
 def _folded_constant(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
-    """A conversion of a constant is a constant, as are counters of unrolled loops."""
+    """A conversion of a constant is a constant, as are counters of unrolled loops.
+
+    So is one that `shard_map` lets vary over a mesh axis.
+    """
+    if at.primitive == "pvary" and isinstance(at.inputs[0], Constant):
+        return at.inputs
     if at.primitive == "convert_element_type" and isinstance(at.inputs[0], Constant):
         return (Constant(np.asarray(at.inputs[0].value, at.eqn.params["new_dtype"])),)
     integer = known_integer(at.eqn, at.inputs) if at.where.loops else None
@@ -411,7 +416,8 @@ def bound(eqn: core.JaxprEqn) -> _Run:
     """Return what computes an equation's results, as a sequence."""
 
     def run(*values: jax.Array) -> Sequence[jax.Array | np.ndarray]:
-        result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        operands = varying_as_traced(eqn, values)
+        result = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
         return (tuple(result) or (_NO_RESULT,)) if eqn.primitive.multiple_results else (result,)
 
     return run

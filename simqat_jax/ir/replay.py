@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend import core
 from jax.typing import ArrayLike
 
@@ -24,7 +24,7 @@ _ARITHMETIC = frozenset("add sub mul div square integer_pow".split())
 """What compilers contract with their neighbours, or reassociate with constants."""
 _MOVES = frozenset(
     "reshape transpose squeeze expand_dims broadcast_in_dim slice rev copy split concatenate pad "
-    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota".split()
+    "tile gather dynamic_slice select_n convert_element_type stop_gradient iota pvary".split()
 )
 """What computes nothing."""
 
@@ -109,7 +109,26 @@ def results(
     summed = eqn.primitive.name == "reduce_sum" and dtype is not None
     if summed and jnp.issubdtype(dtype, jnp.floating):
         compute = partial(ordered_sum, axes=eqn.params["axes"])
-    return alone(eqn.primitive.name, dtype, compute, values)
+    return alone(eqn.primitive.name, dtype, compute, varying_as_traced(eqn, values))
+
+
+def varying_as_traced(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> list[ArrayLike]:
+    """Under `shard_map`, let operands vary over the mesh axes that the equation asks for.
+
+    JAX does so in operations of their own; those of constants are not in the graph.
+    """
+    return [_varying(value, v) for value, v in zip(values, eqn.invars, strict=True)]
+
+
+def _varying(value: ArrayLike, traced: core.Var | core.Literal) -> ArrayLike:
+    asked = _axes(traced.aval)
+    axes = asked and asked - _axes(jax.typeof(value))
+    return lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
+def _axes(aval: object) -> frozenset:
+    """Return the mesh axes that an array varies over."""
+    return aval.manual_axis_type.varying if isinstance(aval, ShapedArray) else frozenset()
 
 
 def run_node(node: Node, values: Sequence[ArrayLike], bind: Bind) -> list[ArrayLike]:

@@ -19,6 +19,10 @@ OTHER_FILE = (
 """A remedy for what TFLite alone cannot hold."""
 _RUN = "or run the integer model itself (IntegerModel.save), which computes this in float"
 
+_EARLIER = (
+    ": no runtime computes wider codes exactly. SimQATConfig(targets=...) tells before training."
+)
+
 
 def _remedy(where: str) -> str:
     """Return what to do about a float operation that no file holds, for where it stands."""
@@ -60,13 +64,17 @@ def check_types(program: Program, op: Primitive) -> None:
 
 
 def refuse_wide(program: Program, op: Op) -> None:
-    """Raise RefusedError for weights or activations of more than 8 bits."""
+    """Raise RefusedError for weights or activations of more than 8 bits.
+
+    ONNX Runtime has no integer kernels for 16 bits and adds in float, in an order of its own.
+    LiteRT multiplies sums by a factor of 15 bits: half a code off at full scale.
+    """
     if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...)) or fewer bits."
+        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...)) or fewer bits" + _EARLIER
         refuse(op, "its weights have more than 8 bits", remedy)
     grids = [program.tensors[i].grid for i in (*op.inputs, *op.outputs)]
     if any(grid is not None and grid.dtype.itemsize > 1 for grid in grids):
-        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8, ...)) or fewer bits."
+        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8, ...)) or fewer bits" + _EARLIER
         refuse(op, "its activations have more than 8 bits", remedy)
 
 

@@ -39,6 +39,7 @@ from simqat_jax.training.ranges import (
     restored,
 )
 from simqat_jax.training.run import run
+from simqat_jax.training.widths import warn_of_zeros
 
 Method = Callable[..., PyTree] | str | None
 """One of the float module's methods, by name or function; None: its `__call__`."""
@@ -239,7 +240,9 @@ class QuantizedModule(nn.Module):
         )
         placement = place_quantizers(captured.graph, self.config)
         training = self.is_mutable_collection(COLLECTION)
-        if not training:
+        if training:
+            warn_of_zeros(placement)
+        else:
             _check_statistics_stay(captured)
         stats = self._stats(placement) if training else self._checked_stats(placement)
         if self.is_initializing():

@@ -13,6 +13,7 @@ from simqat_jax.ir.plan import Placement, Quantizer, Step
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.ranges import STEP, Stats
+from simqat_jax.training.widths import too_wide
 
 _ATTRIBUTES = {
     "features": None,
@@ -201,6 +202,9 @@ class Plan:
             f"{roles.count('constant')} constant quantizers; "
             f"{len(self.floats)} operations stay float."
         )
+        wide = [f"{q.name} ({q.spec.num_bits} bits)" for q in too_wide(placement)]
+        if wide:
+            lines.append(f"No ONNX or TFLite file holds the codes of: {', '.join(wide)}.")
         bad = [f"{q.name} ({q.nonfinite} steps)" for q in self.quantizers.values() if q.nonfinite]
         if bad:
             lines.append(f"NaN or Inf was seen, and left out of the range, in: {', '.join(bad)}.")

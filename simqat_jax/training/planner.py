@@ -24,6 +24,7 @@ from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.batch_norm import mapped_axis
 from simqat_jax.training.decisions import Decision, Decisions, check_rules
 from simqat_jax.training.demand import demand
+from simqat_jax.training.widths import check_targets
 
 
 def group(graph: Graph) -> list[Step]:
@@ -323,11 +324,12 @@ def place_quantizers(graph: Graph, config: SimQATConfig) -> Placement:
 
     Raises:
       ValueError: a product that cannot be quantized (`config.strict`), nothing to quantize,
-        per-channel activations without a channel axis.
+        per-channel activations without a channel axis, codes that `config.targets` cannot hold.
     """
     planner = _Planner(graph, config)
     placement, reasons = planner.plan(), planner.unquantizable
     check_rules(placement, config)
+    check_targets(placement, config)
     if reasons and config.strict:
         listing = "\n".join(f"  {path or 'the model'}: {why}" for path, why in reasons.items())
         paths = tuple(path for path in reasons if path)

@@ -95,6 +95,23 @@ def test_every_collection_is_trained_saved_and_evaluated(tmp_path: Path, name: s
     assert progress.history[-1]["accuracy"] == correct / len(labels)
 
 
+def test_learned_steps_start_from_data_and_are_trained(tmp_path: Path) -> None:
+    quant = sq.LearnedStepSizeQuantizationAwareTraining().config
+    phase = _phase(tmp_path, "qat", quant=quant, step_learning_rate=0.01)
+    first = phases.init_state(phase)
+    assert not any(np.any(step) for step in first.quant_params.values())
+    start = jax.tree.map(np.asarray, training.set_steps(phase, first))
+    assert int(start.collections["quant_stats"]["step"]) == 0
+    state, _ = _train(phase)
+    assert set(state.collections) == {"batch_stats", "quant_stats"}
+    assert int(state.collections["quant_stats"]["step"]) == 12
+    for name, step in state.quant_params.items():
+        assert np.all(step > 0) and np.all(start.quant_params[name] > 0)
+        assert not np.array_equal(step, start.quant_params[name])
+    restored, _ = checkpoints.restore(phase.directory, 12, phases.init_state(phase))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
 def test_several_steps_in_a_dispatch_train_the_same(tmp_path: Path) -> None:
     one, _ = _train(_phase(tmp_path / "one"))
     phase = _phase(tmp_path / "three", steps_per_dispatch=3)

@@ -47,6 +47,19 @@ def extremes(x: jax.Array, channel_axis: int | None = None) -> tuple[jax.Array, 
     return jnp.min(x, axis=axes).astype(jnp.float32), jnp.max(x, axis=axes).astype(jnp.float32)
 
 
+def extremes_of_devices(
+    lo: jax.Array, hi: jax.Array, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """Return the extremes over a mapped axis; NaN where one device has NaN.
+
+    Between devices minimum and maximum drop NaN.
+    """
+    nan = lax.pmax((jnp.isnan(lo) | jnp.isnan(hi)).astype(jnp.float32), axis_name) > 0
+    ends = lax.pmin(lo, axis_name), lax.pmax(hi, axis_name)
+    lo, hi = (jnp.where(nan, jnp.nan, end) for end in ends)
+    return lo, hi
+
+
 class Extremes(NamedTuple):
     """Lowest and highest value of a batch, float32, shape () or (C,)."""
 
@@ -75,7 +88,7 @@ class OfExtremes(Observer[RangeState, Extremes]):
         return Extremes(jnp.minimum(one.lo, other.lo), jnp.maximum(one.hi, other.hi))
 
     def reduce(self, measured: Extremes, axis_name: AxisName) -> Extremes:
-        return Extremes(lax.pmin(measured.lo, axis_name), lax.pmax(measured.hi, axis_name))
+        return Extremes(*extremes_of_devices(*measured, axis_name))
 
     def update(self, state: RangeState, measured: Extremes) -> RangeState:
         lo, hi = measured

@@ -9,6 +9,8 @@ from simqat_jax.numerics.observers.observer import Observer, Range, Role
 class Fixed(Observer):
     """The range that the spec gives; it keeps no state, and looks at no values."""
 
+    fits_grid = True
+
     @classmethod
     def keeps_state(cls, role: Role) -> bool:
         return False

@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from simqat_jax.numerics.observers.extremes import Extremes, OfExtremes, init_range
+from simqat_jax.numerics.observers.extremes import (
+    Extremes,
+    OfExtremes,
+    extremes_of_devices,
+    init_range,
+)
 from simqat_jax.numerics.observers.observer import AxisName, Observer, Range, Role, restored
 from simqat_jax.numerics.requantize import FREE, Bounds
 
@@ -157,7 +162,7 @@ class OfHistogram(Observer[HistogramState, Histogram]):
         return self.each(together)(one, other)
 
     def reduce(self, measured: Histogram, axis_name: AxisName) -> Histogram:
-        low, high = lax.pmin(measured.low, axis_name), lax.pmax(measured.high, axis_name)
+        low, high = extremes_of_devices(measured.low, measured.high, axis_name)
         own = self.each(widened)(measured, low, high)
         return Histogram(low, high, *lax.psum((own.counts, own.offsets), axis_name))
 

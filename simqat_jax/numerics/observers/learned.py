@@ -1,7 +1,7 @@
 """The observer `learned`: steps that are trained as parameters are (LSQ)."""
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Learned(Observer[LearnedState, Extremes]):
       Esser et al., Learned step size quantization, arXiv:1902.08153, section 2.
     """
 
+    fits_grid = True
     starts_as: ClassVar[type[OfExtremes]] = MinMax
     """How the range that the step starts from follows batches."""
 
@@ -61,9 +62,10 @@ class Learned(Observer[LearnedState, Extremes]):
     def restore(self, state: object) -> LearnedState:
         return restored(LearnedState, state)
 
-    def joined(self, state: object, step: jax.Array) -> LearnedState:
-        """Return the state of what `quant_stats` and `quant_params` hold."""
-        return LearnedState(jnp.asarray(step), *restored(RangeState, state))
+    def joined(self, state: object, step: jax.Array | jax.ShapeDtypeStruct) -> LearnedState:
+        """Return the state of what `quant_stats` and `quant_params` hold, or of their shapes."""
+        known: Any = step if isinstance(step, jax.ShapeDtypeStruct) else jnp.asarray(step)
+        return LearnedState(known, *restored(RangeState, state))
 
     def parted(self, state: LearnedState) -> tuple[RangeState, jax.Array]:
         """Return what `quant_stats` and `quant_params` hold of a state."""

@@ -89,6 +89,8 @@ def _squared_error(x: jax.Array, spec: QuantSpec, counts: ArrayLike = 1.0) -> Sq
 class MseOfWeights(OfPresentValues):
     """The range of least squared error of the present values themselves."""
 
+    fits_grid = True
+
     def best_range(self, x: jax.Array) -> Range:
         return jax.vmap(self.of_channel)(x)
 
@@ -116,6 +118,7 @@ class Mse(OfHistogram):
     """
 
     of_weights = MseOfWeights
+    fits_grid = True
 
     def best_range(self, histogram: Histogram) -> Ends:
         unit = width(histogram)

@@ -67,6 +67,10 @@ class Observer(Generic[S, M]):
     covers: ClassVar[bool] = False
     """Whether no value lies outside of `present_range`."""
 
+    fits_grid: ClassVar[bool] = False
+    """Whether the range is chosen for the codes of its grid: few of them leave out what is large
+    for the sake of all else."""
+
     @classmethod
     def of_role(cls, role: Role) -> "type[Observer]":
         """Return what observes tensors of a role under this observer's name; here: itself."""

@@ -10,6 +10,8 @@ print(qmodel.plan(variables, x))
 
 from importlib.metadata import version as _version
 
+from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
 from simqat_jax.calibration.batch_norm import reestimate_batch_norm
 from simqat_jax.calibration.bias import correct_bias
 from simqat_jax.calibration.calibrate import calibrate

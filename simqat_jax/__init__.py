@@ -12,6 +12,7 @@ from importlib.metadata import version as _version
 
 from simqat_jax.analysis.analyze import analyze
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
+from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
 from simqat_jax.calibration.batch_norm import reestimate_batch_norm
 from simqat_jax.calibration.bias import correct_bias
 from simqat_jax.calibration.calibrate import calibrate
@@ -54,20 +55,28 @@ from simqat_jax.training.ranges import nonfinite_ranges
 __version__ = _version("simqat-jax")
 
 __all__ = [
+    "Analysis",
     "Grid",
     "IntegerModel",
+    "LayerAnalysis",
     "LearnedStepSizeQuantizationAwareTraining",
+    "MaxBytes",
+    "MinSqnr",
     "OpenFile",
     "Plan",
     "QuantParams",
     "QuantSpec",
     "QuantizedModule",
+    "RangeAt",
     "RangeState",
     "Rule",
     "SimQAT",
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
+    "Suggestion",
+    "TensorAnalysis",
     "Verification",
+    "analyze",
     "calibrate",
     "convert",
     "correct_bias",
@@ -87,6 +96,7 @@ __all__ = [
     "quantize",
     "reestimate_batch_norm",
     "round_adaptively",
+    "suggest",
     "update_range",
     "verify",
 ]

@@ -13,6 +13,7 @@ Extra = Literal["export", "report"]
 """What `pip install 'simqat-jax[...]'` takes."""
 _NEEDING: dict[Extra, str] = {"export": "exporting", "report": "drawing"}
 
+
 def as_path(path: str | os.PathLike) -> Path:
     """Return a path.
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from flax.typing import VariableDict
 
+from simqat_jax.analysis.progress import Counter
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.study import Alone, Compared, Study
-from simqat_jax.calibration.batches import Batches, Progress, arguments
+from simqat_jax.calibration.batches import Batches, arguments
 from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
@@ -84,39 +85,17 @@ def analyze(
     )
 
 
-class Counter:
-    """Counts runs of a model on a line of the terminal.
-
-    Args:
-      what: the name of the work.
-      total: how many there are.
-      shown: False: nothing is written.
-    """
-
-    def __init__(self, what: str, total: int, shown: bool):
-        self._line = Progress(what, "run", total, shown)
-        self._count = 0
-
-    def done(self) -> None:
-        """Count one."""
-        self._count += 1
-        self._line.show(self._count)
-
-    def end(self) -> None:
-        """End the line."""
-        self._line.end(self._count)
-
-
 def _layers(study: Study, compared: Compared) -> tuple[LayerAnalysis, ...]:
     layers = study.stages.layers
+    own = {n: kernel.quantizer for kernel in study.kernels for n in kernel.steps}
 
     def one(layer: int, alone: Alone) -> LayerAnalysis:
-        quantizer = study.quantizer_of(layer)
+        quantizer = next((own[n] for n in layers.steps_of(layer) if n in own), None)
         before, after = compared.error, alone.real
         return LayerAnalysis(
             name=layers.names[layer],
             kind=layers.kinds[layer],
-            num_bits=None if quantizer is None else quantizer.spec.num_bits,
+            num_bits=quantizer and quantizer.spec.num_bits,
             alone_quantized=alone.quantized.sqnr,
             alone_float=after.sqnr,
             gain=0.0 if before.noise == after.noise else after.sqnr - before.sqnr,

@@ -35,9 +35,7 @@ def rounded(placement: Placement, stats: Stats, real: Kernels, num_bits: int | N
     return jax.jit(lambda real: {n: one(n, kernel) for n, kernel in real.items()})(real)
 
 
-def measured(
-    placement: Placement, stats: Stats, aims: Kernels, real: Kernels
-) -> Summaries:
+def measured(placement: Placement, stats: Stats, aims: Kernels, real: Kernels) -> Summaries:
     """Measure kernels, by the names of their quantizers.
 
     Args:

@@ -15,7 +15,7 @@ class Layers:
     results, or an input of the model. A layer that is called twice is one.
 
     Attributes:
-      names: paths that rules match.
+      names: paths that rules match; of a layer that is the whole model, what it is.
       kinds: what each is, as `Row.kind` of a plan.
       steps: the layer of each step, by the step's place in the plan; None: nothing is quantized.
       inputs: the layer of each quantized input of the model.
@@ -48,8 +48,9 @@ def layers_of(placement: Placement, leaves: int) -> Layers:
     for step in placement.steps:
         made = [v for node in step.nodes for v in node.outputs if v in placement.at]
         if made or step.node in placement.weights or step in with_constants:
-            steps.append(path_of(placement, step))
-            kinds.setdefault(path_of(placement, step), step.node.kind)
+            name = path_of(placement, step) or step.node.op
+            steps.append(name)
+            kinds.setdefault(name, step.node.kind)
         else:
             steps.append(None)
     place = {name: number for number, name in enumerate(kinds)}

@@ -148,7 +148,7 @@ class Analysis:
           ...                       progress=False)
           >>> figures = analyze(qmodel, variables, [x], progress=False).to_dict()
           >>> sorted(layer["name"] for layer in figures["layers"])
-          ['input', 'the model']
+          ['Dense', 'input']
         """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del fields["study"]
@@ -187,7 +187,9 @@ class Analysis:
 
 
 def _decibels(value: float, sign: str = "") -> str:
-    return "exact" if math.isinf(value) and value > 0 else f"{value:{sign}.1f} dB"
+    if math.isinf(value) and value > 0:
+        return "exact"
+    return f"{round(value, 1) + 0.0:{sign}.1f} dB"  # no "-0.0"
 
 
 def _plain(value: Any) -> Any:

@@ -37,6 +37,7 @@ class Stages:
     Attributes:
       placement: the call.
       layers: its layers.
+      stage_of: the stage of each step on data, by the step's place.
       first: of each layer the stage of its first step.
       outputs: the results by which the model is judged.
       tensors: the names of the quantized tensors.
@@ -56,6 +57,7 @@ class Stages:
         judged = graph.activations() - set(graph.inputs)
         floating = {v for v in judged if jnp.issubdtype(graph.avals[v].dtype, jnp.floating)}
         self.outputs = tuple(v for v in dict.fromkeys(graph.outputs) if v in floating)
+        self.stage_of = {n: stage for stage, part in enumerate(self._parts) for n in part}
         self.first = self._first_stages()
         self.tensors = self._tensor_names()
         self._kept = self._kept_tensors()
@@ -136,9 +138,7 @@ class Stages:
             found[v] = Measured.of(real.unrounded[v], unrounded, params, quantizer.spec)
         return (after_real, after_exact), found
 
-    def _advanced(
-        self, stage: int, version: Version, tensors: Tensors
-    ) -> tuple[Switched, Tensors]:
+    def _advanced(self, stage: int, version: Version, tensors: Tensors) -> tuple[Switched, Tensors]:
         run = Switched(self.placement, self._stats, self.layers, version)
         env = self._env(version.leaves, tensors)
         if stage == 0:
@@ -154,20 +154,21 @@ class Stages:
     # Structure --------------------------------------------------------------------------------
 
     def _first_stages(self) -> tuple[int, ...]:
-        stage_of = {n: stage for stage, part in enumerate(self._parts) for n in part}
         first = {layer: 0 for layer in self.layers.inputs.values()}
         for number, layer in enumerate(self.layers.steps):
             if layer is not None:
-                first.setdefault(layer, stage_of.get(number, 0))
+                first.setdefault(layer, self.stage_of.get(number, 0))
         return tuple(first[layer] for layer in range(len(self.layers.names)))
 
     def _tensor_names(self) -> dict[int, str]:
-        """Return the name of each quantized tensor: that of its layer, where a grid is shared."""
+        """Return the name of each quantized tensor: its layer's, where a grid is shared."""
+        at, shared = self.placement.at, self.placement.shared
         names = {v: self.layers.names[layer] for v, layer in self.layers.inputs.items()}
         for step, layer in zip(self.placement.steps, self.layers.steps, strict=True):
-            for v in (v for node in step.nodes for v in node.outputs if v in self.placement.at):
+            for v in (v for node in step.nodes for v in node.outputs if v in at):
                 assert layer is not None
-                names[v] = f"{self.layers.names[layer]}/output"
+                own = f"{self.layers.names[layer]}/output"
+                names[v] = own if at[v].name in shared else at[v].name
         return names
 
     def _kept_tensors(self) -> list[list[int]]:

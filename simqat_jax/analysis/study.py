@@ -14,9 +14,22 @@ from simqat_jax.analysis.stages import Stages, Tensors
 from simqat_jax.analysis.switched import Version
 from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.variables import FloatVariables
-from simqat_jax.ir.graph import Product
+from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Quantizer
+from simqat_jax.numerics.packing import bytes_of
 from simqat_jax.training.ranges import check, ranges_and_steps
+
+
+class Kernel(NamedTuple):
+    """A quantized kernel.
+
+    Attributes:
+      quantizer: its own.
+      steps: the places of the steps that multiply by it; the first one names it.
+    """
+
+    quantizer: Quantizer
+    steps: tuple[int, ...]
 
 
 class Alone(NamedTuple):
@@ -83,7 +96,7 @@ class Study:
       stages: of the first call.
       batches: how many there are.
       examples: how many there are in all of them.
-      kernels: the quantizer of each step's kernel, by the step's place.
+      kernels: those that are quantized, in order of evaluation.
 
     Raises:
       ValueError: other variables, ranges never observed, no floating output.
@@ -111,11 +124,7 @@ class Study:
             max((len(x) for x in batch.arrays if x.ndim), default=1) for batch in self._data
         )
         self._check()
-        steps = enumerate(placement.steps)
-        weights = placement.weights
-        self.kernels: dict[int, Quantizer] = {
-            n: weights[step.node] for n, step in steps if step.node in weights
-        }
+        self.kernels = self._found_kernels()
         self._stats = check(placement, *ranges_and_steps(variables))
         self._own_kernels = self.stages.real_kernels(leaves)
         off = jnp.zeros(len(self.stages.layers.names), bool)
@@ -148,12 +157,12 @@ class Study:
         return Compared(tensors, alone, error)
 
     def kernel_errors(
-        self, wanted: Sequence[tuple[int, int]], done: Callable[[], None]
+        self, wanted: Sequence[tuple[Kernel, int]], done: Callable[[], None]
     ) -> list[Error]:
-        """Return the errors of the outputs where the kernel of one layer alone is quantized.
+        """Return the errors of the outputs where one kernel alone is quantized.
 
         Args:
-          wanted: layers, each with the width of its codes.
+          wanted: kernels, each with the width of its codes.
           done: is called behind each of them in each batch.
         """
         errors = [Error() for _ in wanted]
@@ -162,16 +171,21 @@ class Study:
             for stage in range(len(stages)):
                 tensors.append(stages.advance(stage, self._real, tensors[-1]))
             aims = [tensors[-1][v] for v in stages.outputs]
-            for place, (layer, bits) in enumerate(wanted):
-                version = self._with_kernels(self._real, {layer: bits})
-                first = stages.first[layer]
+            for place, (kernel, bits) in enumerate(wanted):
+                version = self._with_kernels(self._real, {kernel: bits})
+                first = min(stages.stage_of[number] for number in kernel.steps)
                 got = stages.finish(first, version, tensors[first])
                 errors[place] = errors[place].plus(Error.between(got, aims))
                 done()
         return errors
 
-    def error(self, widths: Mapping[int, int]) -> Error:
-        """Return the error of the outputs of the quantized model, with layers of other widths."""
+    def kernel_bytes(self, kernel: Kernel, num_bits: int) -> int:
+        """Return the bytes of a kernel in files, once for each step that has it."""
+        size = self._own_kernels[kernel.steps[0]].size
+        return len(kernel.steps) * bytes_of(size, num_bits)
+
+    def error(self, widths: Mapping[Kernel, int]) -> Error:
+        """Return the error of the outputs of the quantized model, with kernels of other widths."""
         version, total = self._with_kernels(self._exact, widths), Error()
         for stages, arrays in self._data:
             start = stages.start(arrays)
@@ -179,41 +193,35 @@ class Study:
             total = total.plus(Error.between(got, aims))
         return total
 
+    def _with_kernels(self, version: Version, widths: Mapping[Kernel, int]) -> Version:
+        """Return a version with kernels on grids of other widths."""
+        taken = {n: self._rounded(bits)[n] for kernel, bits in widths.items() for n in kernel.steps}
+        return version._replace(kernels={**version.kernels, **taken})
+
+    @property
+    def config(self) -> SimQATConfig:
+        """The quantized model's configuration."""
+        return self._call.qmodule.config
+
     @property
     def quantizers(self) -> dict[str, Quantizer]:
         """Every quantizer of a tensor or kernel that is measured, in order of evaluation."""
         placement, names = self.stages.placement, self.stages.tensors
         result = {names[v]: placement.at[v] for v in self.stages.layers.inputs}
-        for number, step in enumerate(placement.steps):
-            if number in self.kernels:
-                result.setdefault(self.kernels[number].name, self.kernels[number])
+        for step in placement.steps:
+            if step.node in placement.weights:
+                quantizer = placement.weights[step.node]
+                result.setdefault(quantizer.name, quantizer)
             for v in (v for node in step.nodes for v in node.outputs if v in names):
                 result.setdefault(names[v], placement.at[v])
         return result
 
-    def quantizer_of(self, layer: int) -> Quantizer | None:
-        """Return the quantizer of a layer's kernel; None: it has no kernel."""
-        numbers = self._kernels_of(layer)
-        return self.kernels[numbers[0]] if numbers else None
-
-    def shape_of_kernel(self, layer: int) -> tuple[int, int]:
-        """Return how many values a layer's kernel has, and how many channels."""
-        number = self._kernels_of(layer)[0]
-        node = self.stages.placement.steps[number].node
-        assert isinstance(node, Product)
-        return self._own_kernels[number].size, node.num_channels
-
-    def _kernels_of(self, layer: int) -> list[int]:
-        return [n for n in self.stages.layers.steps_of(layer) if n in self.kernels]
-
-    def _with_kernels(self, version: Version, widths: Mapping[int, int]) -> Version:
-        """Return a version with the kernels of some layers on grids of other widths."""
-        taken = {
-            number: self._rounded(bits)[number]
-            for layer, bits in widths.items()
-            for number in self._kernels_of(layer)
-        }
-        return version._replace(kernels={**version.kernels, **taken})
+    def _found_kernels(self) -> tuple[Kernel, ...]:
+        placement, steps = self.stages.placement, dict[Quantizer, list[int]]()
+        for number, step in enumerate(placement.steps):
+            if step.node in placement.weights:
+                steps.setdefault(placement.weights[step.node], []).append(number)
+        return tuple(Kernel(quantizer, tuple(numbers)) for quantizer, numbers in steps.items())
 
     def _alone(self, batch: _Batch, known: _Known, layer: int) -> Alone:
         stages, layers = batch.stages, batch.stages.layers

@@ -11,6 +11,7 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.report import report
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
 from simqat_jax.calibration.batch_norm import reestimate_batch_norm
@@ -95,6 +96,7 @@ __all__ = [
     "quant_params",
     "quantize",
     "reestimate_batch_norm",
+    "report",
     "round_adaptively",
     "suggest",
     "update_range",

@@ -56,7 +56,7 @@ class Stages:
         self._parts = [moving[k : k + size] for k in range(0, len(moving), size)]
         judged = graph.activations() - set(graph.inputs)
         floating = {v for v in judged if jnp.issubdtype(graph.avals[v].dtype, jnp.floating)}
-        self.outputs = tuple(v for v in dict.fromkeys(graph.outputs) if v in floating)
+        self.outputs: tuple[int, ...] = tuple(sorted(floating))
         self.stage_of = {n: stage for stage, part in enumerate(self._parts) for n in part}
         self.first = self._first_stages()
         self.tensors = self._tensor_names()

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from simqat_jax.analysis.measures import Error
+from simqat_jax.analysis.frontier import Frontier, Option
 from simqat_jax.analysis.progress import Counter
 from simqat_jax.analysis.result import Analysis
 from simqat_jax.analysis.rules import with_widths
@@ -16,8 +16,8 @@ from simqat_jax.numerics.arguments import check_flag, check_kind, check_whole, s
 class MaxBytes:
     """As many bytes for all kernels together, as integer models and ONNX files pack them.
 
-    Codes of 2 and of 3 or 4 bits take a quarter and half of a byte. Biases and multipliers, 12 bytes
-    for each channel, come on top. TFLite files pack kernels of 4 bits where XNNPACK computes them.
+    Codes of 2 bits take a quarter of a byte, those of 3 and 4 half of one. Biases and multipliers,
+    12 bytes a channel, come on top. TFLite files pack 4 bits, and only where XNNPACK computes them.
     """
 
     nbytes: int
@@ -75,10 +75,10 @@ def suggest(
 ) -> Suggestion:
     """Choose a width for each kernel, by what it does to the outputs on the analysis' data.
 
-    Each kernel is quantized alone with each width, in the analysis' compiled program. From the
-    widest kernels on, the step comes first that costs the least noise for each byte it saves. For
-    `MaxBytes` it ends where the kernels fit, for `MinSqnr` with the last widths that are, measured
-    together, good enough. Activations stay as they are.
+    Each kernel is quantized alone with each width, in the analysis' compiled program; noise of
+    several is taken for their sum. For `MaxBytes` the widths of least noise are those that fit; for
+    `MinSqnr` the smallest that are good enough when they are measured together. Activations stay
+    as they are.
 
     Args:
       analysis: what `analyze` returned, no copy of it.
@@ -114,24 +114,24 @@ def suggest(
         )
     for bits in widths:
         check_whole("widths", bits, 2)
-    path = _Path(analysis.study, sorted(set(widths), reverse=True), progress)
+    choices = _Choices(analysis.study, sorted(set(widths)), progress)
     study = analysis.study
-    chosen = path.within(budget) if isinstance(budget, MaxBytes) else path.at_least(budget)
+    chosen = choices.within(budget) if isinstance(budget, MaxBytes) else choices.at_least(budget)
     named = {kernel.quantizer.name: bits for kernel, bits in chosen.items()}
     return Suggestion(
         config=with_widths(study.config, study.stages.placement, chosen),
         widths=named,
-        nbytes=path.nbytes(chosen),
+        nbytes=sum(study.kernel_bytes(kernel, bits) for kernel, bits in chosen.items()),
         sqnr=study.error(chosen).sqnr,
     )
 
 
-class _Path:
-    """Choices of widths, each smaller than the one before it.
+class _Choices:
+    """The best widths for each size.
 
     Args:
       study: the model and its data.
-      widths: to choose from, the widest first.
+      widths: to choose from.
       progress: show how far it is.
     """
 
@@ -140,69 +140,48 @@ class _Path:
         self._widths = widths
         wanted = [(kernel, bits) for kernel in study.kernels for bits in widths]
         line = Counter("suggest", study.batches * len(wanted), progress)
-        errors = study.kernel_errors(wanted, line.done)
+        errors = dict(zip(wanted, study.kernel_errors(wanted, line.done), strict=True))
         line.end()
-        self._errors: dict[tuple[Kernel, int], Error] = dict(zip(wanted, errors, strict=True))
-        self._choices = self._all()
+        self._frontier = Frontier(
+            [
+                [Option(study.kernel_bytes(k, bits), errors[k, bits].noise) for bits in widths]
+                for k in study.kernels
+            ]
+        )
 
-    def nbytes(self, chosen: Mapping[Kernel, int]) -> int:
-        """Return the bytes of kernels of these widths."""
-        return sum(self._study.kernel_bytes(kernel, bits) for kernel, bits in chosen.items())
-
-    def within(self, budget: MaxBytes) -> Mapping[Kernel, int]:
-        """Return the first choice that fits, with what room is left given to what needs it most."""
-        fitting = next((c for c in self._choices if self.nbytes(c) <= budget.nbytes), None)
-        if fitting is None:
+    def within(self, budget: MaxBytes) -> dict[Kernel, int]:
+        """Return the widths of least noise that fit."""
+        least = self._frontier.caps[0]
+        if least > budget.nbytes:
             raise ValueError(
-                f"budget: kernels of {self._widths[-1]} bits take "
-                f"{self.nbytes(self._choices[-1]):,} bytes, and MaxBytes is {budget.nbytes:,}. "
-                "Allow more bytes, or narrower widths=."
+                f"budget: kernels of {min(self._widths)} bits take {least:,} bytes, and MaxBytes "
+                f"is {budget.nbytes:,}. Allow more bytes, or narrower widths=."
             )
-        room = dict(fitting)
-        for kernel, bits in sorted(fitting.items(), key=lambda c: -self._errors[c].noise):
-            for wider in (w for w in self._widths if w > bits):
-                if self.nbytes({**room, kernel: wider}) <= budget.nbytes:
-                    room[kernel] = wider
-                    break
-        return room
+        return self._of(budget.nbytes)
 
-    def at_least(self, budget: MinSqnr) -> Mapping[Kernel, int]:
-        """Return the last choice that is good enough when it is measured."""
-        good, bad = -1, len(self._choices)
-        best = self._study.error(self._choices[0]).sqnr
+    def at_least(self, budget: MinSqnr) -> dict[Kernel, int]:
+        """Return the smallest that are good enough when all are measured together."""
+        caps = self._frontier.caps
+        bad, good = -1, len(caps) - 1
+        best = self._sqnr(caps[good])
         if best < budget.decibels:
             raise ValueError(
-                f"budget: with kernels of {self._widths[0]} bits the outputs have {best:.1f} dB, "
+                f"budget: with kernels of {max(self._widths)} bits the outputs have {best:.1f} dB, "
                 f"and MinSqnr is {budget.decibels:g}. Look at analysis.layers for what to leave "
                 "float or give wider activations, or allow wider widths=."
             )
-        good = 0
-        while bad - good > 1:
+        while good - bad > 1:
             middle = (good + bad) // 2
-            if self._study.error(self._choices[middle]).sqnr >= budget.decibels:
+            if self._sqnr(caps[middle]) >= budget.decibels:
                 good = middle
             else:
                 bad = middle
-        return self._choices[good]
+        return self._of(caps[good])
 
-    def _all(self) -> list[dict[Kernel, int]]:
-        """Return all choices, from the widest kernels to the narrowest."""
-        choices = [dict.fromkeys(self._study.kernels, self._widths[0])]
-        while True:
-            now = choices[-1]
-            steps = [
-                (self._cost(kernel, bits, narrower), kernel, narrower)
-                for kernel, bits in now.items()
-                for narrower in self._widths
-                if narrower < bits
-            ]
-            if not steps:
-                return choices
-            _, kernel, narrower = min(steps, key=lambda step: step[0])
-            choices.append({**now, kernel: narrower})
+    def _of(self, cap: int) -> dict[Kernel, int]:
+        chosen = self._frontier.choice(cap)
+        pairs = zip(self._study.kernels, chosen, strict=True)
+        return {kernel: self._widths[number] for kernel, number in pairs}
 
-    def _cost(self, kernel: Kernel, bits: int, narrower: int) -> float:
-        """Return the noise for each byte saved; of what saves none, infinite."""
-        saved = self._study.kernel_bytes(kernel, bits) - self._study.kernel_bytes(kernel, narrower)
-        noise = self._errors[kernel, narrower].noise - self._errors[kernel, bits].noise
-        return noise / saved if saved else float("inf")
+    def _sqnr(self, cap: int) -> float:
+        return self._study.error(self._of(cap)).sqnr

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
-_NAME = 34
-"""Columns of a name; of a longer one the end tells more."""
+_BETWEEN = "  "
+_COLUMNS = 80
+"""Of a terminal."""
+_SHORTEST = 12
+"""Columns of a name, however wide the rest of its row is."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> list[str]:
@@ -14,10 +17,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> list
       rows: the cells.
       most: how many rows are shown.
     """
-    cells = [tuple(head), *((_shortened(row[0]), *row[1:]) for row in rows[:most])]
+    cells = [tuple(head), *map(tuple, rows[:most])]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    room = _COLUMNS - sum(widths[1:]) - len(_BETWEEN) * len(widths[1:])
+    widths[0] = min(widths[0], max(room, _SHORTEST))
+    cells = [(_shortened(row[0], widths[0]), *row[1:]) for row in cells]
     lines = [
-        "  ".join(
+        _BETWEEN.join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
@@ -26,5 +32,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> list
     return [*lines, f"and {len(rows) - most} more"] if len(rows) > most else lines
 
 
-def _shortened(name: str) -> str:
-    return name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+def _shortened(name: str, width: int) -> str:
+    """Cut a name that is too long; its end tells more."""
+    return name if len(name) <= width else f"...{name[3 - width :]}"

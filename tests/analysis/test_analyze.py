@@ -120,59 +120,47 @@ def test_tensors_come_in_order_of_evaluation(analyzed):
 
 
 class Deep(nn.Module):
-    """Layers enough for several stages; a skip across them, a computed kernel, a concatenation."""
-
-    depth: int = 10
+    """Layers enough for two stages; a skip across them, a computed kernel, a concatenation."""
 
     @nn.compact
     def __call__(self, x):
         skip = nn.relu(nn.Dense(6)(x))
         scale, y = self.param("scale", nn.initializers.ones, (6, 1)), skip
-        for k in range(self.depth):
+        for k in range(3):
             y = nn.relu(nn.Dense(6, name=f"hidden_{k}")(y))
         w = self.param("w", nn.initializers.lecun_normal(), (6, 6))
-        y = y @ (w * scale) + skip
-        y = jnp.concatenate([nn.Dense(6, name="left")(y), nn.Dense(6, name="right")(skip)], -1)
+        y = y @ (w * scale) + 0.1 * skip
+        y = jnp.concatenate([nn.Dense(6, name="left")(y), nn.Dense(6, name="right")(y)], -1)
         return {"logits": nn.Dense(3, name="head")(y), "class": jnp.argmax(y, -1)}
 
 
 @pytest.fixture(scope="module")
-def deep():
+def deep() -> Any:
+    """One channel of a layer has a thousand times the others' size, which leaves them no codes."""
     x = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)
     weight = dataclasses.replace(sq.SimQATConfig().weight, per_channel=False)
     qmodel = sq.SimQAT(sq.SimQATConfig(weight=weight)).apply(Deep())
     floats: Any = Deep().init(jax.random.key(0), x)
-    floats["params"]["scale"] = np.linspace(0.5, 2, 6, dtype=np.float32)[:, None]
-    return qmodel, floats, x
+    params = floats["params"]
+    params["scale"] = np.linspace(0.5, 2, 6, dtype=np.float32)[:, None]
+    params["hidden_1"]["kernel"] = params["hidden_1"]["kernel"].at[:, 2].multiply(1000)
+    params["hidden_2"]["kernel"] = params["hidden_2"]["kernel"].at[2].multiply(1e-3)
+    return sq.analyze(qmodel, sq.calibrate(qmodel, floats, [x], progress=False), [x])
 
 
 def test_a_bad_layer_comes_first(deep):
-    """One channel of a thousand times the others' size leaves them no codes."""
-    qmodel, floats, x = deep
-    kernel = floats["params"]["hidden_4"]["kernel"].at[:, 2].multiply(1000)
-    following = floats["params"]["hidden_5"]["kernel"].at[2].multiply(1e-3)
-    params = floats["params"] | {
-        "hidden_4": floats["params"]["hidden_4"] | {"kernel": kernel},
-        "hidden_5": floats["params"]["hidden_5"] | {"kernel": following},
-    }
-    variables = sq.calibrate(qmodel, {"params": params}, [x], progress=False)
-    analysis = sq.analyze(qmodel, variables, [x], progress=False)
-    assert analysis.layers[0].name == "hidden_4"
-    assert max(analysis.layers, key=lambda layer: layer.gain).name == "hidden_4"
-    assert analysis.layers[0].alone_quantized < analysis.layers[1].alone_quantized - 10
-    lines = str(analysis).splitlines()
-    assert lines[4].startswith("hidden_4 ")
-    assert max(map(len, lines)) <= 80
+    assert deep.layers[0].name == "hidden_1"
+    assert deep.layers[0].alone_quantized < deep.layers[2].alone_quantized - 10
+    lines = str(deep).splitlines()
+    assert lines[4].startswith("hidden_1 ")
 
 
 def test_a_layer_starts_where_its_stage_does(deep):
     """And gives the bits of a run from the start, whatever its parameters are used for."""
-    qmodel, floats, x = deep
-    variables = sq.calibrate(qmodel, floats, [x], progress=False)
-    study: Any = sq.analyze(qmodel, variables, [x], progress=False).study
-    stages = study.stages
-    assert len(stages) > 1 and {0, 1} <= set(stages.first)
-    (known, _), batch = study._walked(study._data[0]), study._data[0]
+    study = deep.study
+    stages, batch = study.stages, study._data[0]
+    assert len(stages) == 2 and set(stages.first) == {0, 1}
+    known, _ = study._walked(batch)
     sides = (study._real, known.real), (study._exact, known.exact)
     for layer, (base, inputs) in itertools.product(range(len(stages.layers.names)), sides):
         other = study._exact if base is study._real else study._real
@@ -197,17 +185,19 @@ def test_float_variables_are_those_of_a_float_layer(analyzed):
     assert last.alone_float == pytest.approx(before["last"].alone_float, abs=1e-6)
 
 
-def test_ranges_of_training(analyzed):
-    history, variables = [], analyzed.floats | {"quant_stats": {}}
-    for x in (*analyzed.batches, analyzed.batches[0] * 3):
-        _, updates = analyzed.qmodel.apply(variables, x, mutable=["quant_stats"])
-        variables |= updates
-        history.append({"quant_stats": variables["quant_stats"]})
-    call = analyzed.qmodel, analyzed.variables, analyzed.batches
-    points = sq.analyze(*call, history=history, progress=False).ranges["input"]
-    assert [point.step for point in points] == [1, 2, 3]
-    states = [state["quant_stats"]["input"] for state in history]
-    assert [(p.lo, p.hi) for p in points] == [(float(s.lo), float(s.hi)) for s in states]
+def test_ranges_of_training_and_progress(analyzed, capsys):
+    stats, history = analyzed.variables["quant_stats"], []
+    for step, hi in ((0, -np.inf), (100, 1.5), (200, 2.5)):
+        state = stats["input"]._replace(hi=jnp.float32(hi))
+        history.append({"quant_stats": {**stats, "input": state, "step": jnp.int32(step)}})
+    analysis = sq.analyze(
+        analyzed.qmodel, analyzed.variables, analyzed.batches[:1], history=history
+    )
+    lo = float(stats["input"].lo)
+    points = [(point.step, point.lo, point.hi) for point in analysis.ranges["input"]]
+    assert points == [(100, lo, 1.5), (200, lo, 2.5)]
+    assert len(analysis.ranges["last/output"]) == 3
+    assert "analyze: run 4 of 4" in capsys.readouterr().err
 
 
 # What is wrong ------------------------------------------------------------------------------------

@@ -6,41 +6,38 @@ import simqat_jax as sq
 from simqat_jax.numerics.packing import packed_bytes
 
 
-def calibrated(analyzed, config):
-    """The model with another configuration, on the same data."""
-    qmodel = sq.SimQAT(config).apply(analyzed.qmodel.module)
-    return qmodel, sq.calibrate(qmodel, analyzed.floats, analyzed.batches[:1], progress=False)
+@pytest.fixture(scope="module")
+def by_bytes(analyzed):
+    """What is suggested for kernels of 30 and 24 weights."""
+    budgets = (14, 21, 27, 40, 54)
+    return {n: sq.suggest(analyzed.analysis, sq.MaxBytes(n), progress=False) for n in budgets}
 
 
-def kernels(analyzed, config):
-    """The bytes that an integer model's kernels take, and its output's error."""
-    qmodel, variables = calibrated(analyzed, config)
-    model = sq.convert(qmodel, variables, analyzed.batches[0])
-    return sum(packed_bytes(op.arrays["kernel"]) for op in model.ops if "kernel" in op.arrays)
+def test_bytes(by_bytes):
+    for nbytes, found in by_bytes.items():
+        sizes = {"first/kernel": 30, "last/kernel": 24}
+        parts = [-(-sizes[name] * bits // 8) for name, bits in found.widths.items()]
+        assert sum(parts) == found.nbytes <= nbytes
+    assert set(by_bytes[14].widths.values()) == {2} and set(by_bytes[54].widths.values()) == {8}
+    assert by_bytes[14].sqnr < by_bytes[27].sqnr < by_bytes[54].sqnr
 
 
-@pytest.mark.parametrize("nbytes", [14, 21, 27, 40, 54, 1000])
-def test_bytes(analyzed, nbytes):
-    """Kernels of 30 and 24 weights."""
-    found = sq.suggest(analyzed.analysis, sq.MaxBytes(nbytes), progress=False)
-    assert found.nbytes <= nbytes
-    assert kernels(analyzed, found.config) <= found.nbytes
-    qmodel, variables = calibrated(analyzed, found.config)
+def test_the_calibrated_model_is_as_good_and_as_small(analyzed, by_bytes):
+    found = by_bytes[40]
+    assert len(set(found.widths.values())) == 2
+    qmodel = sq.SimQAT(found.config).apply(analyzed.qmodel.module)
+    variables = sq.calibrate(qmodel, analyzed.floats, analyzed.batches[:1], progress=False)
     after = sq.analyze(qmodel, variables, analyzed.batches, progress=False)
     assert after.sqnr == pytest.approx(found.sqnr, abs=1e-3)
     bits = {name: t.spec.num_bits for name, t in after.tensors.items() if t.role == "weight"}
     assert bits == found.widths
+    ops = sq.convert(qmodel, variables, analyzed.batches[0]).ops
+    arrays = [op.arrays["kernel"] for op in ops if "kernel" in op.arrays]
+    assert len(arrays) == 2 and sum(map(packed_bytes, arrays)) <= found.nbytes
 
 
-def test_more_bytes_are_no_worse(analyzed):
-    found = [
-        sq.suggest(analyzed.analysis, sq.MaxBytes(n), progress=False).sqnr for n in (14, 27, 54)
-    ]
-    assert found == sorted(found) and found[0] < found[-1]
-
-
-def test_decibels(analyzed):
-    best = sq.suggest(analyzed.analysis, sq.MaxBytes(1000), progress=False)
+def test_decibels(analyzed, by_bytes):
+    best = by_bytes[54]
     for least in (best.sqnr, best.sqnr - 1, best.sqnr - 4):
         found = sq.suggest(analyzed.analysis, sq.MinSqnr(least), progress=False)
         assert found.sqnr >= least and found.nbytes <= best.nbytes

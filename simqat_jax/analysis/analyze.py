@@ -33,11 +33,8 @@ def analyze(
 
     Each quantized tensor is compared with the float model's: range, histogram, share of values
     clipped, SQNR. Each layer is quantized alone, and left float alone, and what that does to the
-    model's outputs is its sensitivity. The model is compiled once, with a switch for each layer,
-    so that n layers are n runs: an analysis takes as long as n evaluations of its data.
-
-    Quantization is simulated: but for rare roundings the codes are those of evaluation. A
-    `quant_delay` counts as over.
+    model's outputs is its sensitivity: n layers are 2 n runs of one compiled program. But for rare
+    roundings the codes are those of evaluation; a `quant_delay` counts as over.
 
     Args:
       qmodule: what `SimQAT.apply` returned.
@@ -47,8 +44,8 @@ def analyze(
       float_variables: those of the float model to compare with, where quantization changed
         parameters: by training, `correct_bias`, `round_adaptively`; by default `variables`. A
         layer that is left float has them, too.
-      history: variables, or `quant_stats` alone in such a dictionary, at several steps of
-        training: the result tells how ranges moved.
+      history: variables of several training steps, or their `quant_stats` alone, each in such a
+        dictionary: the result tells how ranges moved.
       method: of the float model, by name or function; by default its `__call__`.
       progress: write to stderr how far it is.
       kwargs: keyword arguments of the call in evaluation: `train=False`.
@@ -62,10 +59,8 @@ def analyze(
       >>> qmodel, x = SimQAT().apply(nn.Dense(2)), jnp.linspace(-1, 2, 12).reshape(4, 3)
       >>> variables = calibrate(qmodel, nn.Dense(2).init(jax.random.key(0), x), [x], progress=False)
       >>> analysis = analyze(qmodel, variables, [x], progress=False)
-      >>> analysis.sqnr > 30
-      True
-      >>> analysis.tensors["input"].clipped
-      0.0
+      >>> analysis.sqnr > 30, analysis.tensors["input"].clipped
+      (True, 0.0)
     """
     check_flag("progress", progress)
     call = EvaluationCall(qmodule, method, kwargs)

@@ -138,7 +138,7 @@ class Study:
           done: is called behind each batch and each layer of it.
 
         Raises:
-          ValueError: the float model computes NaN or Inf.
+          ValueError: one of them computes NaN or Inf.
         """
         layers = self.stages.layers
         tensors = kernels.measured(
@@ -147,9 +147,9 @@ class Study:
         alone, error = [Alone() for _ in layers.names], Error()
         for number, batch in enumerate(self._data):
             known, found = self._walked(batch)
-            _check_finite(number, found)
-            tensors = joined(tensors, found)
-            error = error.plus(Error.between(known.got, known.aims))
+            present = Error.between(known.got, known.aims)
+            _check_finite(number, found, present)
+            tensors, error = joined(tensors, found), error.plus(present)
             done()
             for layer in range(len(layers.names)):
                 alone[layer] = alone[layer].plus(self._alone(batch, known, layer))
@@ -280,11 +280,18 @@ class Study:
             )
 
 
-def _check_finite(number: int, found: Summaries) -> None:
-    """Raise ValueError if the float model made NaN or Inf of a batch."""
+def _check_finite(number: int, found: Summaries, error: Error) -> None:
+    """Raise ValueError if one of the models made NaN or Inf of a batch."""
     broken = next((name for name, value in found.items() if value.nonfinite), None)
+    if broken is None and not np.isfinite(error.signal):
+        broken = "an output of the float model"
     if broken is not None:
         raise ValueError(
             f"analyze: {broken} holds NaN or Inf in batch {number} (batches are numbered from 0). "
             "Look at the data, and at the parameters if it is finite."
+        )
+    if not np.isfinite(error.noise):
+        raise ValueError(
+            f"analyze: the quantized model makes NaN or Inf of batch {number} (batches are "
+            "numbered from 0), and the float model does not. Look at the parameters in variables."
         )

@@ -112,6 +112,8 @@ def suggest(
         raise ValueError(
             "this analysis is a copy, without its data. Pass what analyze returned in this process."
         )
+    if not widths:
+        raise ValueError("widths is empty: there is nothing to choose from. Pass (2, 4, 8).")
     for bits in widths:
         check_whole("widths", bits, 2)
     choices = _Choices(analysis.study, sorted(set(widths)), progress)

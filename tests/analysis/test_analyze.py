@@ -220,6 +220,18 @@ def test_nan_in_the_data_is_named(analyzed):
         sq.analyze(analyzed.qmodel, analyzed.variables, batches, progress=False)
 
 
+def test_broken_parameters_are_told_from_broken_data(analyzed):
+    params = analyzed.variables["params"]
+    broken = {**params["last"], "bias": params["last"]["bias"].at[0].set(jnp.inf)}
+    variables = {**analyzed.variables, "params": {**params, "last": broken}}
+    call = analyzed.qmodel, variables, analyzed.batches
+    with pytest.raises(ValueError, match="last/output holds NaN or Inf in batch 0"):
+        sq.analyze(*call, progress=False)
+    broken["bias"] = broken["bias"].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="the quantized model makes NaN or Inf of batch 0"):
+        sq.analyze(*call, analyzed.floats, progress=False)
+
+
 def test_variables_of_another_model_are_named(analyzed):
     others = jax.tree.map(lambda x: x, analyzed.floats)
     others["params"]["last"]["kernel"] = jnp.zeros((6, 7))

@@ -59,5 +59,7 @@ def test_what_is_no_budget(analyzed):
         sq.MinSqnr("20")
     with pytest.raises(ValueError, match="MaxBytes must be a whole number"):
         sq.MaxBytes(0)
+    with pytest.raises(ValueError, match="widths is empty"):
+        sq.suggest(analyzed.analysis, sq.MaxBytes(100), widths=(), progress=False)
     with pytest.raises(ValueError, match="widths must be a whole number, 2 or more"):
         sq.suggest(analyzed.analysis, sq.MaxBytes(100), widths=(1, 8), progress=False)

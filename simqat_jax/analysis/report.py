@@ -7,6 +7,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
+from simqat_jax.analysis.table import decibels
 from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.numerics.arguments import check_kind, check_mapping
 
@@ -53,6 +54,7 @@ def report(
         largest=_longest([layer.gain for layer in analysis.layers]),
         drawings={name: _drawing(tensor) for name, tensor in analysis.tensors.items()},
         curves={name: _curve(points) for name, points in analysis.ranges.items() if points},
+        decibels=decibels,
         isfinite=math.isfinite,
     )
     with atomic_file(target) as file:

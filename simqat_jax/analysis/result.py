@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simqat_jax.analysis.study import Study
-from simqat_jax.analysis.table import table
+from simqat_jax.analysis.table import decibels, table
 from simqat_jax.files import import_extra
 from simqat_jax.numerics.observers import Role
 from simqat_jax.numerics.spec import QuantSpec
@@ -112,15 +112,15 @@ class Analysis:
 
     def __str__(self) -> str:
         worst = sorted(self.tensors.values(), key=lambda tensor: tensor.sqnr)
-        lines = [f"outputs: {_decibels(self.sqnr)} SQNR against float, {self.examples} examples"]
+        lines = [f"outputs: {decibels(self.sqnr)} SQNR against float, {self.examples} examples"]
         lines += ["", "layers, those that hurt most first; SQNR of the outputs"]
         rows = [
             (
                 layer.name,
                 layer.kind,
                 "" if layer.num_bits is None else str(layer.num_bits),
-                _decibels(layer.alone_quantized),
-                _decibels(layer.gain, sign="+"),
+                decibels(layer.alone_quantized),
+                decibels(layer.gain, sign="+"),
             )
             for layer in self.layers
         ]
@@ -132,7 +132,7 @@ class Analysis:
                 f"[{tensor.lo:.3g}, {tensor.hi:.3g}]",
                 f"[{tensor.grid[0]:.3g}, {tensor.grid[1]:.3g}]",
                 f"{tensor.clipped:.2%}",
-                _decibels(tensor.sqnr),
+                decibels(tensor.sqnr),
             )
             for tensor in worst
         ]
@@ -184,12 +184,6 @@ class Analysis:
             axes.barh(names, [v if math.isfinite(v) else 0 for v in values])
             axes.set_xlabel(title)
         return figure
-
-
-def _decibels(value: float, sign: str = "") -> str:
-    if math.isinf(value) and value > 0:
-        return "exact"
-    return f"{round(value, 1) + 0.0:{sign}.1f} dB"  # no "-0.0"
 
 
 def _plain(value: Any) -> Any:

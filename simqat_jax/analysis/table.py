@@ -1,5 +1,6 @@
-"""Tables of text that fit a terminal of 80 columns."""
+"""Tables of text that fit a terminal of 80 columns, and numbers in them."""
 
+import math
 from collections.abc import Sequence
 
 _BETWEEN = "  "
@@ -35,3 +36,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], most: int) -> list
 def _shortened(name: str, width: int) -> str:
     """Cut a name that is too long; its end tells more."""
     return name if len(name) <= width else f"...{name[3 - width :]}"
+
+
+def decibels(value: float, sign: str = "") -> str:
+    """Write a ratio; an infinite one is that of values without an error."""
+    if math.isinf(value) and value > 0:
+        return "exact"
+    return f"{round(value, 1) + 0.0:{sign}.1f} dB"  # no "-0.0"

@@ -1,6 +1,6 @@
 """Tables fit a terminal."""
 
-from simqat_jax.analysis.table import table
+from simqat_jax.analysis.table import decibels, table
 
 
 def test_a_table_has_eighty_columns():
@@ -13,3 +13,8 @@ def test_a_table_has_eighty_columns():
 
 def test_short_names_take_no_more_than_they_need():
     assert table(("layer", "bits"), [("a", "8")], most=5) == ["layer  bits", "a         8"]
+
+
+def test_decibels():
+    assert [decibels(v) for v in (12.345, -0.04, float("inf"))] == ["12.3 dB", "0.0 dB", "exact"]
+    assert decibels(2.5, "+") == "+2.5 dB" and decibels(-float("inf")) == "-inf dB"

@@ -10,6 +10,10 @@ print(qmodel.plan(variables, x))
 
 from importlib.metadata import version as _version
 
+from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.report import report
+from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
+from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
 from simqat_jax.calibration.batch_norm import reestimate_batch_norm
 from simqat_jax.calibration.bias import correct_bias
 from simqat_jax.calibration.calibrate import calibrate
@@ -53,20 +57,28 @@ from simqat_jax.training.ranges import nonfinite_ranges
 __version__ = _version("simqat-jax")
 
 __all__ = [
+    "Analysis",
     "Grid",
     "IntegerModel",
+    "LayerAnalysis",
     "LearnedStepSizeQuantizationAwareTraining",
+    "MaxBytes",
+    "MinSqnr",
     "OpenFile",
     "Plan",
     "QuantParams",
     "QuantSpec",
     "QuantizedModule",
+    "RangeAt",
     "RangeState",
     "Rule",
     "SimQAT",
     "SimQATConfig",
     "SimulatedQuantizationAwareTraining",
+    "Suggestion",
+    "TensorAnalysis",
     "Verification",
+    "analyze",
     "calibrate",
     "convert",
     "correct_bias",
@@ -86,7 +98,9 @@ __all__ = [
     "quant_params",
     "quantize",
     "reestimate_batch_norm",
+    "report",
     "round_adaptively",
+    "suggest",
     "update_range",
     "verify",
 ]

@@ -7,7 +7,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
+
+Extra = Literal["export", "report"]
+"""What `pip install 'simqat-jax[...]'` takes."""
+_NEEDING: dict[Extra, str] = {"export": "exporting", "report": "drawing"}
 
 
 def as_path(path: str | os.PathLike) -> Path:
@@ -54,8 +58,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def import_extra(name: str) -> ModuleType:
-    """Import a package of the extra `export`.
+def import_extra(name: str, extra: Extra = "export") -> ModuleType:
+    """Import a package of an extra.
 
     Raises:
       ImportError: it is not installed; says how to install it.
@@ -64,5 +68,6 @@ def import_extra(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"exporting needs {name}, of the extra 'export': pip install 'simqat-jax[export]'."
+            f"{_NEEDING[extra]} needs {name}, of the extra {extra!r}: "
+            f"pip install 'simqat-jax[{extra}]'."
         ) from error

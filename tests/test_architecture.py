@@ -21,6 +21,7 @@ LAYERS = [
     {"capture", "ops"},
     {"training"},
     {"calibration"},
+    {"analysis"},
     {"integer"},
     {"targets"},
 ]

@@ -206,6 +206,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": lambda: float_model(1000),
     "docs/concepts.md": lambda: float_model(8),
     "docs/index.md": nothing,
+    "docs/analysis.md": float_variables,
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,

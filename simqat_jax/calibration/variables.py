@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax.typing import VariableDict
 from jax.typing import ArrayLike
 
@@ -35,19 +36,35 @@ class FloatVariables:
     def __init__(self, variables: VariableDict):
         self.leaves, self._tree = jax.tree.flatten(floats(variables))
 
-    def like(self, other: VariableDict) -> list[Any]:
+    def like(self, other: VariableDict, name: str = "reference") -> list[Any]:
         """Return the arrays of other variables of the same model.
 
+        Args:
+          other: the variables.
+          name: of the argument that holds them, for messages.
+
         Raises:
-          ValueError: they are not.
+          ValueError: they are not of the same model.
         """
         given = FloatVariables(other)
-        if given._tree != self._tree:
+        own, others = self._shapes(), given._shapes()
+        strange = [path for path in {**own, **others} if own.get(path) != others.get(path)]
+        if given._tree != self._tree or strange:
+            first = strange[0] if strange else "the order of variables"
             raise ValueError(
-                "reference holds other variables than those to be changed. Pass the float model's, "
-                "as they were trained: params, batch_stats and what else it has."
+                f"{name} holds other variables than the quantized model: {first} is "
+                f"{others.get(first, 'missing')} there, {own.get(first, 'missing')} here. Pass the "
+                "float model's, as they were trained: params, batch_stats and what else it has."
             )
         return given.leaves
+
+    def _shapes(self) -> dict[str, str]:
+        """Return the shape of each variable, to be read, by its path."""
+        paths = jax.tree.leaves_with_path(jax.tree.unflatten(self._tree, self.leaves))
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"of shape {np.shape(leaf)}"
+            for path, leaf in paths
+        }
 
     def tensors(self, graph: Graph) -> tuple[int, ...]:
         """Return the tensors of a captured call that they are."""

@@ -24,6 +24,12 @@ def packed_bytes(codes: np.ndarray) -> int:
     return codes.nbytes if width is None else -(-codes.size * width // 8)
 
 
+def bytes_of(count: int, num_bits: int) -> int:
+    """Return how many bytes codes of a width take at most, packed where they can be."""
+    width = next((w for w in WIDTHS if num_bits <= w), 8 if num_bits <= 8 else 16)
+    return -(-count * width // 8)
+
+
 def pack(codes: np.ndarray, width: int) -> np.ndarray:
     """Pack codes in two's complement, `8 / width` a byte, the first in the lowest bits.
 

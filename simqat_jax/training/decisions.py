@@ -87,7 +87,7 @@ def check_rules(placement: Placement, config: SimQATConfig) -> None:
             raise ValueError(f"{own} decides nothing. {_why(placement, rule)}")
         for part in rule.parts:
             if not _has_effect(placement, place, part):
-                names = dict.fromkeys([*(_name(placement, step) for step in about), *inputs])
+                names = dict.fromkeys([*(path_of(placement, step) for step in about), *inputs])
                 raise ValueError(
                     f"{own}: {part} has no effect on what it decides: "
                     f"{', '.join(list(names)[:8])}{', ...' if len(names) > 8 else ''}. "
@@ -112,7 +112,7 @@ def _has_effect(placement: Placement, place: int, part: str) -> bool:
 
 
 def _why(placement: Placement, rule: Rule) -> str:
-    names = {step: _name(placement, step) for step in placement.steps}
+    names = {step: path_of(placement, step) for step in placement.steps}
     matching = [step for step, name in names.items() if rule.matches(name.split("/"))]
     taken = next(
         (s for s in matching if s.rule is not None and rule.op in (None, s.node.kind)), None
@@ -127,7 +127,7 @@ def _why(placement: Placement, rule: Rule) -> str:
     return f"No module or operation has such a path; near it are {', '.join(map(repr, near))}."
 
 
-def _name(placement: Placement, step: Step) -> str:
+def path_of(placement: Placement, step: Step) -> str:
     """Return the path that rules about a step match."""
     if step.node.layer is not None:
         return "/".join(step.node.layer.path)

@@ -1,0 +1,1 @@
+"""Why accuracy moved: which tensor, and which layer, quantization hurts."""

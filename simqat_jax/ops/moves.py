@@ -166,7 +166,7 @@ def _gather(at: LoweredStep) -> bool:
     x, picked = at.node.inputs
     assert isinstance(x, int)
     axes, shape = gathered_axes(at.node.eqn), at.builder.shape(x)
-    if axes is None or at.builder.is_data(picked) or any(shape[a] < 0 for a in axes):
+    if axes is None or at.builder.is_data(picked):
         return False
     lead, lengths = at.builder.shape(picked)[:-1], [shape[a] for a in axes]
     place = _place_of(lead, at.node.eqn.params["dimension_numbers"].offset_dims)
@@ -174,7 +174,7 @@ def _gather(at: LoweredStep) -> bool:
         return False
     indices = np.moveaxis(np.asarray(at.builder.value(picked)), -1, 0)
     if any(i.min() < 0 or i.max() >= d for i, d in zip(indices, lengths, strict=True)):
-        return False
+        return False  # or along a free axis, whose length is below zero
     rest = tuple(a for a in range(len(shape)) if a not in axes)
     before, behind = rest[:place], rest[place:]
     y = turned(at, at.input(), (*before, *axes, *behind))

@@ -11,8 +11,9 @@ from steps import planned
 from zoo import Model
 
 import simqat_jax as sq
-from simqat_jax.ir.graph import Elementwise
+from simqat_jax.ir.graph import Elementwise, Move
 from simqat_jax.ir.program import grid_of
+from simqat_jax.ops.registry import operation_of
 
 ROWS, COLUMNS = jnp.array([2, 0, 3]), jnp.array([0, 1, 1])
 
@@ -22,6 +23,15 @@ def pooled(x, dilation=(1, 1), inner=(1, 1)):
     dims = (1, 2, 2, 1)
     given = {"window_dilation": (1, *dilation, 1), "base_dilation": (1, *inner, 1)}
     return lax.reduce_window(x, -jnp.inf, lax.max, dims, (1, 1, 1, 1), "VALID", **given)
+
+
+def rows_apart(x):
+    """An axis of the input between those that places become."""
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(0, 2, 4), collapsed_slice_dims=(1,), start_index_map=(1,)
+    )
+    places = jnp.array([[2, 0, 1], [3, 3, 4]])[..., None]
+    return lax.gather(x, places, numbers, (x.shape[0], 1, 4, 3))
 
 
 MOVES = {
@@ -52,6 +62,7 @@ SEVERAL = {
 OTHERS = {
     "windows apart": lambda x: pooled(x, dilation=(2, 1)),
     "elements apart": lambda x: pooled(x, inner=(1, 2)),
+    "rows apart": rows_apart,
     "one beyond the end": lambda x: x.at[:, ROWS + 4, COLUMNS].get(mode="clip"),
     "one before the first": lambda x: x.at[:, ROWS, COLUMNS - 1].get(
         mode="fill", fill_value=0.0, wrap_negative_indices=False
@@ -95,3 +106,27 @@ def test_codes_are_moved_as_real_values():
 def test_what_leads_to_an_output_is_on_integers_in_front_of_a_move(behind, wanted):
     plan = planned(lambda x: behind(nn.tanh(nn.Dense(3)(x)).reshape(-1)), (2, 4))
     assert next(s.quantized for s in plan.steps if isinstance(s.node, Elementwise)) == wanted
+
+
+def neighbours(x):
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 1, 2), (1, 1, 1, 1), "SAME")
+
+
+CHANNELS = {
+    "rows and columns in one": (lambda x: x.reshape(2, -1, 4), True),
+    "windows": (lambda x: nn.max_pool(x, (2, 2), (2, 2)), True),
+    "all in one": (lambda x: x.reshape(2, -1), False),
+    "turned": (lambda x: x.swapaxes(2, 3), False),
+    "neighbours": (neighbours, False),
+}
+
+
+def test_what_keeps_its_channels_keeps_their_grids():
+    def body(x):
+        return [function(nn.Dense(4)(x)) for function, _ in CHANNELS.values()]
+
+    graph = planned(body, (2, 4, 4, 3)).graph
+    moves = [node for node in graph.nodes if isinstance(node, Move)]
+    kept = [operation_of(n).carries_grid(n, graph, per_channel=True) for n in moves]
+    assert kept == [wanted for _, wanted in CHANNELS.values()]
+    assert all(operation_of(n).carries_grid(n, graph, per_channel=False) for n in moves)

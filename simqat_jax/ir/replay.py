@@ -106,8 +106,8 @@ def results(
     """
     params = eqn.primitive.get_bind_params(eqn.params) if params is None else params
     compute, dtype = partial(eqn.primitive.bind, **params), _dtype(eqn)
-    summed = eqn.primitive.name == "reduce_sum" and dtype is not None
-    if summed and jnp.issubdtype(dtype, jnp.floating):
+    real = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if eqn.primitive.name == "reduce_sum" and real:
         compute = partial(ordered_sum, axes=eqn.params["axes"])
     return alone(eqn.primitive.name, dtype, compute, varying_as_traced(eqn, values))
 

@@ -375,7 +375,7 @@ def get(name: str, **overrides: object) -> Experiment:
     if name not in CONFIGS:
         raise ExperimentError(f"unknown config {name!r}; known: {', '.join(CONFIGS)}.")
     experiment = CONFIGS[name]()
-    given = {field: value for field, value in overrides.items() if value is not None}
+    given: dict[str, Any] = {f: value for f, value in overrides.items() if value is not None}
     if "bn_fold" in given:
         bn_fold = given.pop("bn_fold")
         if bn_fold not in get_args(BatchNormFold):

@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Constant, Node, Operand, shape_of
 from simqat_jax.numerics.affine import own_rounding, true_divide
-from simqat_jax.numerics.ordered_sums import ordered_sum
 
 Bind = Callable[[core.JaxprEqn, Sequence[ArrayLike]], Sequence[ArrayLike]]
 INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -76,17 +75,12 @@ def alone(
             a, b = jnp.broadcast_arrays(*(jnp.asarray(v, dtype) for v in values))
             return (own_rounding(true_divide(a, b)),)
         return (own_rounding(compute(*values)),)
-    # In which order products are summed, or how a function is approximated, depends on what it is
-    # fused with.
+    # In which order a sum is taken, or how a function is approximated, depends on what it is fused
+    # with.
     apart = not moves(name)
     result = compute(*(lax.optimization_barrier(tuple(values)) if apart else values))
     made = tuple(result) if isinstance(result, list | tuple) else (result,)
-    return lax.optimization_barrier(tuple(map(_by_itself, made))) if apart else made
-
-
-def _by_itself(value: ArrayLike) -> jax.Array:
-    x = jnp.asarray(value)
-    return own_rounding(x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return lax.optimization_barrier(made) if apart else made
 
 
 def moves(name: str) -> bool:
@@ -105,11 +99,8 @@ def results(
       params: other parameters than its own, as `bind` takes them.
     """
     params = eqn.primitive.get_bind_params(eqn.params) if params is None else params
-    compute, dtype = partial(eqn.primitive.bind, **params), _dtype(eqn)
-    real = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    if eqn.primitive.name == "reduce_sum" and real:
-        compute = partial(ordered_sum, axes=eqn.params["axes"])
-    return alone(eqn.primitive.name, dtype, compute, varying_as_traced(eqn, values))
+    compute = partial(eqn.primitive.bind, **params)
+    return alone(eqn.primitive.name, _dtype(eqn), compute, varying_as_traced(eqn, values))
 
 
 def varying_as_traced(eqn: core.JaxprEqn, values: Sequence[ArrayLike]) -> list[ArrayLike]:

@@ -17,7 +17,6 @@ from jax.extend import core
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import gathered_axis, shape_of
 from simqat_jax.ir.program import Context, Op, Shape, Tensor
-from simqat_jax.numerics.ordered_sums import ordered_sum
 
 T = TypeVar("T")
 _PREFIX = "lax."
@@ -91,12 +90,6 @@ def _reduction(
     return reduce
 
 
-def _sum(c: Context, x: jax.Array, *, axes: Sequence[int]) -> jax.Array:
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        return ordered_sum(x, axes)
-    return _reduction(lax.add, lambda dtype: 0)(c, x, axes=axes)
-
-
 def _end(dtype: np.dtype, sign: int) -> Any:
     """Return the lowest (-1) or highest (1) value of a type."""
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -163,7 +156,7 @@ _COMPUTES: dict[str, Callable[..., Any]] = {
     "pad": lambda c, x, value, padding: lax.pad(x, value, padding),
     "gather": _gather,
     # Along axes
-    "reduce_sum": _sum,
+    "reduce_sum": _reduction(lax.add, lambda dtype: 0),
     "reduce_prod": _reduction(lax.mul, lambda dtype: 1),
     "reduce_max": _reduction(lax.max, lambda dtype: _end(dtype, -1)),
     "reduce_min": _reduction(lax.min, lambda dtype: _end(dtype, 1)),

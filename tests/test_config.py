@@ -45,7 +45,11 @@ def test_spec_refuses(field, value, error):
     [
         ("weight", None, TypeError),
         ("weight", {"num_bits": 8}, TypeError),
-        ("weight", sq.QuantSpec(), ValueError),
+        ("weight", sq.QuantSpec(symmetric=False), ValueError),
+        ("weight_bits", 1, ValueError),
+        ("weight_bits", True, TypeError),
+        ("activation_bits", 17, ValueError),
+        ("activation_bits", 8.0, TypeError),
         ("activation", 8, TypeError),
         ("bn_fold", "three_conv", ValueError),
         ("bn_fold", True, TypeError),

@@ -35,6 +35,19 @@ Json = Any
 
 def save(program: Program, path: str | os.PathLike) -> None:
     """Write a program to a file, see IntegerModel.save."""
+    body = to_bytes(program)
+    header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body)}
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("header.json", json.dumps(header))
+        archive.writestr("model.npz", body)
+
+
+def to_bytes(program: Program) -> bytes:
+    """Return a program as `of_bytes` reads it.
+
+    Raises:
+      ValueError: an operation in float that holds a loop.
+    """
     arrays: Arrays = {}
     text = {
         "tensors": [_tensor_fields(t, n, arrays) for n, t in enumerate(program.tensors)],
@@ -48,22 +61,21 @@ def save(program: Program, path: str | os.PathLike) -> None:
     body = io.BytesIO()
     arrays["program"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
     np.savez(body, allow_pickle=False, **arrays)
-    header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body.getvalue())}
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("header.json", json.dumps(header))
-        archive.writestr("model.npz", body.getvalue())
+    return body.getvalue()
 
 
 def load(path: str | os.PathLike) -> Program:
     """Read a program from a file, see IntegerModel.load."""
     body = _body(path)
     try:
-        return _program(_arrays(body))
+        return of_bytes(body)
     except Exception as error:  # a file may hold anything, and JSON and NumPy raise accordingly
         raise ValueError(_damaged(path, error)) from error
 
 
-def _program(arrays: Arrays) -> Program:
+def of_bytes(body: bytes) -> Program:
+    """Read what `to_bytes` wrote; raises whatever JSON and NumPy raise where it is damaged."""
+    arrays = _arrays(body)
     text = json.loads(arrays["program"].tobytes())
     tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
     ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]

@@ -1,7 +1,8 @@
 """An integer-only model: a program on codes, as one jitted function."""
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,8 +11,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.integer import arguments, file
-from simqat_jax.integer.table import table
-from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of, repeated
+from simqat_jax.integer.table import as_dict, sheet, summary
+from simqat_jax.ir.program import (
+    Context,
+    Op,
+    Program,
+    PyTree,
+    Structure,
+    Tensor,
+    equal,
+    grid_of,
+    repeated,
+)
 from simqat_jax.numerics.arguments import check_kind
 
 KEYWORDS = "keywords"
@@ -21,7 +32,8 @@ KEYWORDS = "keywords"
 class IntegerModel:
     """A model on integer codes: int8 kernels, int32 biases, fixed scales.
 
-    Made by `convert` or `IntegerModel.load`.
+    Made by `convert` or `IntegerModel.load`. `print` shows a line for each operation, `details()`
+    all of it. Two are equal that hold the same operations on the same numbers.
 
     Attributes:
       program: what it computes, as data.
@@ -82,8 +94,37 @@ class IntegerModel:
         """Bytes of all weights and constants as they are saved."""
         return self.program.nbytes
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IntegerModel) and equal(self.program, other.program)
+
+    def __hash__(self) -> int:
+        return hash((self.backend, self.nbytes, tuple((op.path, op.kind) for op in self.ops)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerModel":
+        return IntegerModel(copy.deepcopy(self.program, memo))
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "IntegerModel"], tuple[bytes]]:
+        return _unpickled, (file.to_bytes(self.program),)
+
+    # Showing ---------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"IntegerModel({summary(self.program)})"
+
     def __str__(self) -> str:
-        return table(self.program)
+        return sheet(self.program).text()
+
+    def _repr_html_(self) -> str:
+        return sheet(self.program).html()
+
+    def details(self) -> str:
+        """Return all that is known of each operation, as text to print: scales and arrays."""
+        shown = sheet(self.program)
+        return shown.details(shown.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it is, without the values of its arrays, as JSON holds it."""
+        return as_dict(self.program)
 
     # Running ---------------------------------------------------------------------------------
 
@@ -208,6 +249,10 @@ class IntegerModel:
             altered; arrays or operations that do not fit their tensors.
         """
         return cls(file.load(path))
+
+
+def _unpickled(body: bytes) -> IntegerModel:
+    return IntegerModel(file.of_bytes(body))
 
 
 def _leaves(metadata: Mapping[str, object], args: tuple, kwargs: Mapping[str, PyTree]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,8 @@ from simqat_jax.training.arguments import (
 )
 from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
+from simqat_jax.training.network import network, short
+from simqat_jax.training.plan_rows import plan_of
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import (
@@ -148,6 +150,22 @@ class LearnedStepSizeQuantizationAwareTraining(SimQAT):
         super().__init__(dataclasses.replace(config, weight=weight, activation=activation))
 
 
+_FLAGS = ("capture_intermediates", "mutable", "rngs")
+"""The keywords of Flax's `init` and `apply` that the module's own call does not get."""
+
+
+class _Sample(NamedTuple):
+    """A call: its arrays described, all else as it was."""
+
+    variables: VariableDict
+    args: tuple[PyTree, ...]
+    kwargs: Kwargs
+
+
+def _shape(x: PyTree) -> PyTree:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
+
+
 class QuantizedModule(nn.Module):
     """A linen module that computes `module` with simulated quantization.
 
@@ -164,6 +182,19 @@ class QuantizedModule(nn.Module):
 
     module: nn.Module
     config: SimQATConfig
+
+    _sample: ClassVar["_Sample | None"] = None
+    """Of an instance: the shapes of a call, so that `print` knows the layers."""
+
+    @nn.nowrap
+    def __repr__(self) -> str:
+        return f"QuantizedModule({type(self.module).__name__}: {short(self.config)})"
+
+    @nn.nowrap
+    def __str__(self) -> str:
+        sample = self._sample
+        plan = None if sample is None else self.plan(sample.variables, *sample.args, **sample.kwargs)
+        return network(type(self.module).__name__, self.config, plan)
 
     def setup(self) -> None:
         """Share the scope with the float module: its variables are this module's."""
@@ -197,7 +228,10 @@ class QuantizedModule(nn.Module):
         called = _quantized(method, capture_intermediates)
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
-        return super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
+        result = super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
+        if self._sample is None:
+            self._remember(variables, args, {**kwargs, "method": method})
+        return result
 
     @nn.nowrap
     def init_with_output(
@@ -212,7 +246,15 @@ class QuantizedModule(nn.Module):
         check_keys(rngs, "init(jax.random.key(0), x)")
         check_collections(kwargs.get("mutable", True))
         check_arrays(args, kwargs)
-        return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+        result = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+        self._remember(result[1], args, {**kwargs, "method": method})
+        return result
+
+    @nn.nowrap
+    def _remember(self, variables: VariableDict, args: tuple, kwargs: Kwargs) -> None:
+        kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
+        sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))
+        object.__setattr__(self, "_sample", sample)
 
     def _run(
         self, method: Method, args: tuple, kwargs: Kwargs, intermediates: Filter = False
@@ -333,7 +375,7 @@ class QuantizedModule(nn.Module):
         captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
         placement = place_quantizers(captured.graph, self.config)
         stats = restored(placement, *ranges_and_steps(variables))
-        return Plan(placement, self.config, stats)
+        return plan_of(placement, self.config, stats)
 
 
 def trace(

@@ -90,9 +90,10 @@ class SimQATConfig:
         for field, kind, example in (("exclude", str, "'head/*'"), ("rules", Rule, "Rule(...)")):
             given = getattr(self, field)
             if not isinstance(given, (tuple, list)) or not all(isinstance(v, kind) for v in given):
+                meant = f"[{given!r}]" if isinstance(given, str) else f"[{example}]"
                 raise TypeError(
-                    f"SimQATConfig.{field} must be a tuple of {kind.__name__}, as ({example},), "
-                    f"got {given!r}."
+                    f"SimQATConfig.{field} must be a list or tuple of {kind.__name__}, got "
+                    f"{given!r}. Write {field}={meant}."
                 )
             object.__setattr__(self, field, tuple(given))
         if "" in self.exclude:

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
 
+_USES = {"export": "exporting", "cli": "the command simqat"}
+
 
 def as_path(path: str | os.PathLike) -> Path:
     """Return a path.
@@ -20,8 +22,13 @@ def as_path(path: str | os.PathLike) -> Path:
         return Path(path)
     except TypeError as error:
         raise TypeError(
-            f"path must be the name of a file, a string or a pathlib.Path, got {path!r}."
+            f"path must be the name of a file, a string or a pathlib.Path, got {_shown(path)}."
         ) from error
+
+
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @contextlib.contextmanager
@@ -54,8 +61,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def import_extra(name: str) -> ModuleType:
-    """Import a package of the extra `export`.
+def import_extra(name: str, extra: str = "export") -> ModuleType:
+    """Import a package of an extra, such as `export`.
 
     Raises:
       ImportError: it is not installed; says how to install it.
@@ -64,5 +71,6 @@ def import_extra(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"exporting needs {name}, of the extra 'export': pip install 'simqat-jax[export]'."
+            f"{_USES[extra]} needs {name}, of the extra {extra!r}: "
+            f"pip install 'simqat-jax[{extra}]'."
         ) from error

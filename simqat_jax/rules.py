@@ -35,8 +35,8 @@ Kind = Literal[
 class Rule:
     """Say how some operations are quantized; of several rules the first that matches decides.
 
-    What a rule leaves None is as in the `SimQATConfig` that holds it. A spec is one of its own: what
-    it does not give has the default of a weight or an activation, whatever the config's specs say.
+    What a rule leaves None is as in the `SimQATConfig` that holds it. A spec is one of its own:
+    what it does not give has the default of a weight or an activation, not the config's setting.
 
     Attributes:
       path: which modules and operations, everything inside of them included: an `fnmatch` pattern
@@ -128,12 +128,14 @@ def weight_spec(owner: str, given: QuantSpec) -> QuantSpec:
     spec = given.as_weight()
     if spec.symmetric:
         return spec
-    usual = [dataclasses.asdict(default) for default in (QuantSpec.activation(), QuantSpec.weight())]
+    usual = [
+        dataclasses.asdict(default) for default in (QuantSpec.activation(), QuantSpec.weight())
+    ]
     fields = dataclasses.asdict(spec).items()
     kept = [f"{k}={v!r}" for k, v in fields if v not in [default[k] for default in usual]]
     raise ValueError(
         f"{owner}.weight must be symmetric: integer kernels of every target have zero point 0. "
-        f"Write QuantSpec.weight({', '.join(kept)}), which has the defaults of weights for all else."
+        f"Write QuantSpec.weight({', '.join(kept)}), with the defaults of weights for all else."
     )
 
 

@@ -11,7 +11,7 @@ from simqat_jax.numerics.packing import packed_width
 
 _COLUMNS = (
     Column("layer", "end"),
-    Column("kind", "start"),
+    Column("kind", "end"),
     Column("shape", "start"),
     Column("weight"),
     Column("output", "start"),

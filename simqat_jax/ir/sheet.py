@@ -98,7 +98,9 @@ class Sheet:
             yield "  ".join(_shortened(text, c, w).ljust(w) for text, c, w in cells).rstrip()
 
     def _group(self, module: str, lines: Sequence[Line]) -> str:
-        titles = "".join(f'<th style="text-align: left">{_escaped(c.title)}</th>' for c in self.columns)
+        titles = "".join(
+            f'<th style="text-align: left">{_escaped(c.title)}</th>' for c in self.columns
+        )
         body = "".join(map(_html_row, lines))
         table = f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
         if not module:

@@ -47,6 +47,10 @@ def _of_role(activation: T, weight: T) -> T:
     return cast(T, _OfRole(activation, weight))
 
 
+_FALSE_OR_TRUE: bool = _of_role(False, weight=True)
+_EMA_OR_BATCH: ObserverName = _of_role("ema", weight="batch")
+
+
 class SpecFields(TypedDict, total=False):
     """The fields of a QuantSpec, to be given by keyword."""
 
@@ -107,10 +111,10 @@ class QuantSpec:
     """
 
     num_bits: int = 8
-    symmetric: bool = _of_role(False, weight=True)
-    per_channel: bool = _of_role(False, weight=True)
-    narrow_range: bool = _of_role(False, weight=True)
-    observer: ObserverName = _of_role("ema", weight="batch")
+    symmetric: bool = _FALSE_OR_TRUE
+    per_channel: bool = _FALSE_OR_TRUE
+    narrow_range: bool = _FALSE_OR_TRUE
+    observer: ObserverName = _EMA_OR_BATCH
     ema_decay: float = 0.99
     percentile: float = 99.99
     range: tuple[float, float] | None = None

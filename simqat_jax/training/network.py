@@ -1,6 +1,6 @@
 """The printed module: the quantizers of each layer, nested as the modules are."""
 
-import os
+import itertools
 import textwrap
 from collections.abc import Iterator
 
@@ -52,7 +52,8 @@ def _layers(plan: Plan) -> Iterator[str]:
         if row.weight is None and row.output is None and not row.is_float:
             continue  # what only moves values has no quantizer
         *modules, layer = row.path.split("/")
-        shared = len(os.path.commonprefix([above, modules]))
+        pairs = zip(above, modules, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         for depth in range(shared, len(modules)):
             yield f"{_indent(depth)}{modules[depth]}"
         above = modules

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from jax.core import Tracer
+from numpy.typing import ArrayLike
 
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.graph import Clamp, Contraction, Float, Node
@@ -173,6 +174,6 @@ def _brief(node: Node) -> str:
     return " ".join(words)
 
 
-def _by(lengths: object) -> str:
+def _by(lengths: ArrayLike) -> str:
     """Write lengths as "3x3"."""
     return "x".join(map(str, np.ravel(lengths)))

@@ -54,8 +54,9 @@ class QuantizerInfo:
     @property
     def limits(self) -> str:
         """The range in three digits, empty where there is none."""
-        known = self.lo is not None and self.hi is not None
-        return f"[{number(self.lo)}, {number(self.hi)}]" if known else ""
+        if self.lo is None or self.hi is None:
+            return ""
+        return f"[{number(self.lo)}, {number(self.hi)}]"
 
     def __str__(self) -> str:
         channels = f"per channel (axis {self.channel_axis}, {self.num_channels})"
@@ -186,7 +187,7 @@ class Plan:
 
     def _sheet(self) -> Sheet:
         ruled = any(rule for *_, rule in self.inputs) or any(row.rule for row in self.rows)
-        titles = [Column("layer or operation", "end"), Column("what it is", "start")]
+        titles = [Column("layer", "end"), Column("what it is", "start")]
         titles += [Column("weight"), Column("output", "start")]
         lines = [*self._input_lines(), *map(self._line, self.rows)]
         if not ruled:
@@ -211,7 +212,9 @@ class Plan:
             ]
             lines.append(f"training steps so far: {self.steps}{''.join(pending)}")
         roles: dict[str, Role] = {"weights": "weight", "outputs": "activation"}
-        lines += [f"{name}: {self._usual(role)}" for name, role in roles.items() if self._usual(role)]
+        lines += [
+            f"{name}: {self._usual(role)}" for name, role in roles.items() if self._usual(role)
+        ]
         return (*lines, "")
 
     def _input_lines(self) -> Iterator[Line]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 _USES = {"export": "exporting", "cli": "the command simqat"}
 
 
-def as_path(path: str | os.PathLike) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """Return a path.
 
     Raises:
@@ -32,7 +32,7 @@ def _shown(value: object) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is whole.
 
     It is written under a name that nobody else has, also in another thread or process, and beside

@@ -27,7 +27,9 @@ _COLUMNS = (
 
 
 def bench(files: Sequence[Path], threads: int, batch: int, calls: int) -> str:
-    """Return a table of latencies; the calls of all files alternate, so that a busy machine slows all.
+    """Return a table of latencies.
+
+    The calls of the files alternate, so that a busy machine slows all of them.
 
     Args:
       files: *.onnx or *.tflite; what others are compared with stands last.
@@ -79,9 +81,8 @@ def _call(path: Path, threads: int, batch: int) -> tuple[Callable[[], object], s
     try:
         careful.run(arrays)
     except ValueError as error:
-        raise ValueError(
-            f"{path} does not run on random inputs of {batch} examples: {error}"
-        ) from error
+        reason = f"{path} does not run on random inputs of {batch} examples: {error}"
+        raise ValueError(reason) from error
     here = open_file(path, threads, isolated=False)
     return lambda: here.run(arrays), here.name
 

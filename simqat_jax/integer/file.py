@@ -33,7 +33,7 @@ Json = Any
 """What JSON holds."""
 
 
-def save(program: Program, path: str | os.PathLike) -> None:
+def save(program: Program, path: str | os.PathLike[str]) -> None:
     """Write a program to a file, see IntegerModel.save."""
     body = to_bytes(program)
     header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body)}
@@ -64,7 +64,7 @@ def to_bytes(program: Program) -> bytes:
     return body.getvalue()
 
 
-def load(path: str | os.PathLike) -> Program:
+def load(path: str | os.PathLike[str]) -> Program:
     """Read a program from a file, see IntegerModel.load."""
     body = _body(path)
     try:
@@ -93,7 +93,7 @@ def of_bytes(body: bytes) -> Program:
     return program
 
 
-def _body(path: str | os.PathLike) -> bytes:
+def _body(path: str | os.PathLike[str]) -> bytes:
     """Return what the file holds, once its checksum is that of what was written.
 
     Reads no more than the archive's directory before it knows how large the parts are.
@@ -122,7 +122,7 @@ def _body(path: str | os.PathLike) -> bytes:
     return body
 
 
-def _damaged(path: str | os.PathLike, error: Exception) -> str:
+def _damaged(path: str | os.PathLike[str], error: Exception) -> str:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return f"{path} is no integer model of simqat_jax, or damaged: {reason}. Save the model again."
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.integer import arguments, file
-from simqat_jax.integer.table import as_dict, sheet, summary
+from simqat_jax.integer.table import Shown
 from simqat_jax.ir.program import (
     Context,
     Op,
@@ -29,7 +29,7 @@ KEYWORDS = "keywords"
 """In metadata: the keyword arguments that hold arrays, and how many each of them holds."""
 
 
-class IntegerModel:
+class IntegerModel(Shown):
     """A model on integer codes: int8 kernels, int32 biases, fixed scales.
 
     Made by `convert` or `IntegerModel.load`. `print` shows a line for each operation, `details()`
@@ -105,26 +105,6 @@ class IntegerModel:
 
     def __reduce__(self) -> tuple[Callable[[bytes], "IntegerModel"], tuple[bytes]]:
         return _unpickled, (file.to_bytes(self.program),)
-
-    # Showing ---------------------------------------------------------------------------------
-
-    def __repr__(self) -> str:
-        return f"IntegerModel({summary(self.program)})"
-
-    def __str__(self) -> str:
-        return sheet(self.program).text()
-
-    def _repr_html_(self) -> str:
-        return sheet(self.program).html()
-
-    def details(self) -> str:
-        """Return all that is known of each operation, as text to print: scales and arrays."""
-        shown = sheet(self.program)
-        return shown.details(shown.lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what it is, without the values of its arrays, as JSON holds it."""
-        return as_dict(self.program)
 
     # Running ---------------------------------------------------------------------------------
 
@@ -225,7 +205,7 @@ class IntegerModel:
 
     # Files -----------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to one file; no file appears under this name unless it is whole.
 
         Raises:
@@ -236,7 +216,7 @@ class IntegerModel:
         file.save(self.program, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "IntegerModel":
+    def load(cls, path: str | os.PathLike[str]) -> "IntegerModel":
         """Read a model that `save` wrote.
 
         The file may hold code, which computes float operations that are no primitives: load files

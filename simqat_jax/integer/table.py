@@ -25,6 +25,34 @@ def shape_text(shape: Sequence[int]) -> str:
     return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
 
 
+class Shown:
+    """What holds a program, as a terminal, a notebook and other tools see it.
+
+    Attributes:
+      program: what it computes, as data.
+    """
+
+    program: Program
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({summary(self.program)})"
+
+    def __str__(self) -> str:
+        return sheet(self.program).text()
+
+    def _repr_html_(self) -> str:
+        return sheet(self.program).html()
+
+    def details(self) -> str:
+        """Return all that is known of each operation, as text to print: scales and arrays."""
+        shown = sheet(self.program)
+        return shown.details(shown.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it is, without the values of its arrays, as JSON holds it."""
+        return as_dict(self.program)
+
+
 def sheet(program: Program) -> Sheet:
     """Return a line for each input and operation, with sums below."""
     floats = set(map(id, program.float_ops))

@@ -22,7 +22,7 @@ from simqat_jax.targets.target import OpenFile, Session, Target
 
 
 def open_file(
-    path: str | os.PathLike, threads: int | None = None, *, isolated: bool = True
+    path: str | os.PathLike[str], threads: int | None = None, *, isolated: bool = True
 ) -> OpenFile:
     """Open an exported file in its runtime, on the CPU.
 

@@ -84,7 +84,7 @@ class Verification:
 
 
 def verify(
-    model: IntegerModel, path: str | os.PathLike, *data: ArrayLike, batch_size: int = 64
+    model: IntegerModel, path: str | os.PathLike[str], *data: ArrayLike, batch_size: int = 64
 ) -> Verification:
     """Run an exported file and count the output codes that are not the integer model's.
 

@@ -1,7 +1,7 @@
 """The module that computes a Flax module with simulated quantization."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.errors
 import flax.linen as nn
@@ -117,7 +117,7 @@ class QuantizedModule(nn.Module):
         mutable: CollectionFilter = False,
         capture_intermediates: Filter = False,
         **kwargs: PyTree,
-    ):
+    ) -> Any:
         """Apply as any linen module; `method`: one of the float module's, by name or function.
 
         With `capture_intermediates` the outputs of the float module's layers are in the collection,
@@ -138,9 +138,16 @@ class QuantizedModule(nn.Module):
         return result
 
     @nn.nowrap
+    def init(
+        self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
+    ) -> dict[str, Any]:
+        """Initialize as any linen module; see `init_with_output`."""
+        return self.init_with_output(rngs, *args, method=method, **kwargs)[1]
+
+    @nn.nowrap
     def init_with_output(
         self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
-    ):
+    ) -> tuple[Any, dict[str, Any]]:
         """Initialize as any linen module, as does `init`; `method` as in `apply`.
 
         Raises:
@@ -150,9 +157,10 @@ class QuantizedModule(nn.Module):
         check_keys(rngs, "init(jax.random.key(0), x)")
         check_collections(kwargs.get("mutable", True))
         check_arrays(args, kwargs)
-        result = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
-        self._remember(result[1], args, {**kwargs, "method": method})
-        return result
+        output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+        variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
+        self._remember(variables, args, {**kwargs, "method": method})
+        return output, variables
 
     @nn.nowrap
     def _remember(self, variables: VariableDict, args: tuple, kwargs: Kwargs) -> None:

@@ -84,7 +84,7 @@ class _Reader:
         return self._name(self._types[name].elem_type) if name in self._types else ""
 
     def _name(self, elem_type: int) -> str:
-        name = self._onnx.TensorProto.DataType.Name(elem_type).lower()
+        name: str = self._onnx.TensorProto.DataType.Name(elem_type).lower()
         return {"float": "float32", "double": "float64"}.get(name, name)
 
     def _shape(self, name: str) -> tuple[int, ...] | None:

@@ -21,7 +21,9 @@ _BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in 
 _FEW = 16  # channels from which on pooling rows first gains nothing
 
 
-def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False) -> None:
+def export_onnx(
+    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
+) -> None:
     """Write an integer model as an ONNX file with the same codes in ONNX Runtime.
 
     Every quantized operation stands between DequantizeLinear and QuantizeLinear, which ONNX Runtime

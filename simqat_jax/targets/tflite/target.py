@@ -22,7 +22,7 @@ _BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast 
 
 
 def export_tflite(
-    model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False
+    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
 ) -> None:
     """Write a model as a TFLite file that LiteRT runs on int8, for any batch size.
 

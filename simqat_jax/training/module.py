@@ -94,11 +94,15 @@ class QuantizedModule(nn.Module):
 
     @nn.nowrap
     def __str__(self) -> str:
-        sample = self._sample
-        plan = (
-            None if sample is None else self.plan(sample.variables, *sample.args, **sample.kwargs)
-        )
+        plan = None
+        if self._sample is not None:
+            variables, args, kwargs = self._sample
+            plan = self.plan(variables, *args, **kwargs)
         return network(type(self.module).__name__, self.config, plan)
+
+    @nn.nowrap
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_sample"}  # it may hold a lambda
 
     def setup(self) -> None:
         """Share the scope with the float module: its variables are this module's."""

@@ -48,6 +48,24 @@ def test_a_call_tells_the_layers_as_init_does():
     assert str(called) == str(made)
 
 
+class Dropping(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(4)(x))))
+
+
+def test_a_training_call_with_keys_and_a_method_that_is_no_name():
+    qmodel = sq.SimQAT().apply(Dropping())
+    variables = qmodel.init(KEY, X)
+    layers = str(qmodel)
+    assert "Dense_0: Dense 4" in layers
+    again = sq.SimQAT().apply(Dropping())
+    options = {"rngs": {"dropout": KEY}, "method": lambda m, x: m(x, train=True)}
+    again.apply(variables, X, mutable=["quant_stats"], **options)
+    assert "Dense_0: Dense 4" in str(again)
+    assert pickle.loads(pickle.dumps(again)) == qmodel
+
+
 def test_one_line_that_says_what_it_is():
     config = sq.SimQATConfig(weight_bits=4, exclude=["head", "stem"])
     text = repr(sq.SimQAT(config).apply(TwoLayers()))
@@ -58,7 +76,9 @@ def test_copies_are_equal():
     qmodel = sq.SimQAT(sq.SimQATConfig(weight_bits=4)).apply(TwoLayers())
     qmodel.init(KEY, X)
     for copied in (copy.deepcopy(qmodel), pickle.loads(pickle.dumps(qmodel))):
-        assert copied == qmodel and str(copied) == str(qmodel)
+        assert copied == qmodel and hash(copied) == hash(qmodel)
+        copied.init(KEY, X)
+        assert str(copied) == str(qmodel)
     assert qmodel != sq.SimQAT().apply(TwoLayers())
 
 

@@ -65,10 +65,11 @@ class Normed(nn.Module):
 def test_check_before_a_long_evaluation(x):
     qmodel = sq.SimQAT().apply(Normed())
     first = qmodel.init(jax.random.key(0), x)
-    names = "input, Dense_0/output, Dense_1/output"
-    for call, found in (((first,), ".*Dense_1/output.*"), ((first, x), names)):
-        with pytest.raises(ValueError, match=f"the ranges of {found} were never observed"):
+    for call in ((first,), (first, x)):
+        with pytest.raises(ValueError, match=r"were never observed.*calibrate\(") as caught:
             qmodel.check(*call)
+        names = str(caught.value).removeprefix("the ranges of ").split(" were")[0].split(", ")
+        assert sorted(names) == ["Dense_0/output", "Dense_1/output", "input"]
     with pytest.raises(ValueError, match="hold no quant_stats"):
         qmodel.check({"params": first["params"]})
     with pytest.raises(TypeError, match="outside of jit"):

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -127,6 +128,7 @@ def weight_spec(owner: str, given: QuantSpec) -> QuantSpec:
     """
     spec = given.as_weight()
     if spec.symmetric:
+        _warn_of_defaults(owner, spec)
         return spec
     usual = [
         dataclasses.asdict(default) for default in (QuantSpec.activation(), QuantSpec.weight())
@@ -137,6 +139,18 @@ def weight_spec(owner: str, given: QuantSpec) -> QuantSpec:
         f"{owner}.weight must be symmetric: integer kernels of every target have zero point 0. "
         f"Write QuantSpec.weight({', '.join(kept)}), with the defaults of weights for all else."
     )
+
+
+def _warn_of_defaults(owner: str, spec: QuantSpec) -> None:
+    """Warn of a weight that is an activation in all but its symmetry: one that was replaced."""
+    fields = ("per_channel", "narrow_range", "observer")
+    if all(getattr(spec, name) == getattr(QuantSpec.activation(), name) for name in fields):
+        warnings.warn(
+            f"{owner}.weight has what activations have by default: one range per tensor, the whole "
+            "range of codes and the observer 'ema'. dataclasses.replace gives every field: replace "
+            f"those of QuantSpec.weight(num_bits={spec.num_bits}), or of another weight.",
+            stacklevel=5,  # behind __post_init__ and __init__
+        )
 
 
 def deciding(rules: Sequence[Rule], path: Sequence[str], kind: str | None = None) -> int | None:

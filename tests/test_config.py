@@ -179,6 +179,16 @@ def test_what_a_spec_leaves_out_has_the_default_of_its_role():
     assert read.weight == read.rules[0].weight == weight
 
 
+@pytest.mark.parametrize("owner", [sq.SimQATConfig, sq.Rule])
+def test_a_replaced_spec_that_lost_the_defaults_of_weights_is_told(owner):
+    replaced = dataclasses.replace(sq.QuantSpec(symmetric=True), num_bits=2)
+    with pytest.warns(UserWarning, match=r"QuantSpec\.weight\(num_bits=2\)") as caught:
+        owner(weight=replaced)
+    assert caught[0].filename == __file__
+    remedy = dataclasses.replace(sq.QuantSpec.weight(num_bits=2), ema_decay=0.5)
+    assert owner(weight=remedy).weight == remedy
+
+
 @pytest.mark.parametrize("field", ["symmetric", "per_channel", "narrow_range", "observer"])
 def test_what_a_spec_gives_stays(field):
     given = {"symmetric": True, "per_channel": False, "narrow_range": False, "observer": "ema"}

@@ -62,11 +62,11 @@ def check_types(program: Program, op: Primitive) -> None:
 def refuse_wide(program: Program, op: Op) -> None:
     """Raise RefusedError for weights or activations of more than 8 bits."""
     if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...)) or fewer bits."
+        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits."
         refuse(op, "its weights have more than 8 bits", remedy)
     grids = [program.tensors[i].grid for i in (*op.inputs, *op.outputs)]
     if any(grid is not None and grid.dtype.itemsize > 1 for grid in grids):
-        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8, ...)) or fewer bits."
+        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits."
         refuse(op, "its activations have more than 8 bits", remedy)
 
 

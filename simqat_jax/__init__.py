@@ -45,14 +45,14 @@ from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
 from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.damping import oscillation_damping
-from simqat_jax.training.module import (
+from simqat_jax.training.module import QuantizedModule
+from simqat_jax.training.plan_table import Plan
+from simqat_jax.training.ranges import nonfinite_ranges
+from simqat_jax.training.simqat import (
     LearnedStepSizeQuantizationAwareTraining,
-    QuantizedModule,
     SimQAT,
     SimulatedQuantizationAwareTraining,
 )
-from simqat_jax.training.plan_table import Plan
-from simqat_jax.training.ranges import nonfinite_ranges
 
 __version__ = _version("simqat-jax")
 

@@ -9,19 +9,41 @@ from simqat_jax.numerics.arguments import shown
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
-from simqat_jax.rules import Rule, check_symmetric
+from simqat_jax.rules import Rule, weight_spec
 
 FloatParts = Literal["allow", "refuse"]
 """What `convert` does with what has no exact integer form."""
 
 
-def _weight_spec() -> QuantSpec:
-    return QuantSpec(symmetric=True, per_channel=True, narrow_range=True, observer="batch")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimQATConfig:
     """Configure simulated quantization of a whole model.
+
+    Attributes:
+      weight: kernels: by default 8 bits, symmetric, per output channel, narrow range, range of the
+        present values. What a QuantSpec does not give here has these defaults.
+      activation: tensors between layers: by default 8 bits, asymmetric, per tensor, moving average.
+      weight_bits: short for a `weight` of this width; not kept, read `weight.num_bits`.
+      activation_bits: short for an `activation` of this width, likewise.
+      bn_fold: how BatchNorm behind a Conv or Dense trains, with `sigma` of the running statistics.
+        `none`: `BN(conv(x, fq(w)))`; `one_conv`: `conv(x, fq(w * gamma / sigma))` and batch
+        statistics from its output; `two_conv`: batch statistics from a float convolution of their
+        own.
+      freeze_bn: training step from which BatchNorm uses its running statistics and leaves them
+        alone; None: never.
+      exclude: module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
+        (patterns as in `Rule.path`). A pattern that matches no module is an error.
+      rules: what is quantized otherwise, behind `exclude`; the first that matches decides. A rule
+        that decides nothing, or a part of one without effect, is an error.
+      backend: whose rounding of sums and products of tensors evaluation mirrors, code for code:
+        `tflite` (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both.
+      targets: the files that the model is for, `("onnx", "tflite")`: codes of more bits than they
+        hold are an error in the first call, before training. Without, an export refuses them.
+      float_parts: what has no exact integer form, LayerNorm or an input that is scaled: `allow`:
+        integer models and files compute it in float; `refuse`: `convert` raises, and lists all of
+        it.
+      strict: a Conv or Dense that cannot be quantized is an error; otherwise it stays float and the
+        plan says why.
 
     Raises:
       TypeError: a field of the wrong type.
@@ -29,44 +51,32 @@ class SimQATConfig:
         `freeze_bn`, asymmetric weights, an empty pattern in `exclude`.
 
     Examples:
-      >>> SimQATConfig(weight=QuantSpec(num_bits=4, symmetric=True, per_channel=True),
-      ...              exclude=("Dense_2",)).weight.qmin
-      -8
+      >>> SimQATConfig(weight_bits=4, exclude=["Dense_2"]).weight.qmin
+      -7
+      >>> SimQATConfig(weight=QuantSpec(num_bits=4, per_channel=False)).weight.observer
+      'batch'
     """
 
-    weight: QuantSpec = dataclasses.field(default_factory=_weight_spec)
-    """Kernels: symmetric, per output channel, narrow range, range of the present values."""
-    activation: QuantSpec = dataclasses.field(default_factory=QuantSpec)
-    """Tensors between layers: asymmetric, per tensor, moving average."""
+    weight: QuantSpec = dataclasses.field(default_factory=QuantSpec.weight)
+    activation: QuantSpec = dataclasses.field(default_factory=QuantSpec.activation)
+    weight_bits: dataclasses.InitVar[int | None] = None
+    activation_bits: dataclasses.InitVar[int | None] = None
     bn_fold: BatchNormFold = "one_conv"
-    """How BatchNorm behind a Conv or Dense trains, with `sigma` of the running statistics. `none`:
-    `BN(conv(x, fq(w)))`; `one_conv`: `conv(x, fq(w * gamma / sigma))` and batch statistics from
-    its output; `two_conv`: batch statistics from a float convolution of their own."""
     freeze_bn: int | None = None
-    """Training step from which BatchNorm uses its running statistics and leaves them alone;
-    None: never."""
     exclude: Sequence[str] = ()
-    """Module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
-    (patterns as in `Rule.path`). A pattern that matches no module is an error."""
     rules: Sequence[Rule] = ()
-    """What is quantized otherwise, behind `exclude`; the first that matches decides. A rule that
-    decides nothing, or a part of one without effect, is an error."""
     backend: Backend = "tflite"
-    """Whose rounding of sums and products of tensors evaluation mirrors, code for code: `tflite`
-    (XNNPACK) or `onnx` (ONNX Runtime). All else is the same in both."""
     targets: Sequence[Backend] = ()
-    """The files that the model is for, `("onnx", "tflite")`: codes of more bits than they hold are
-    an error in the first call, before training. Without, an export refuses them."""
     float_parts: FloatParts = "allow"
-    """What has no exact integer form, LayerNorm or an input that is scaled: `allow`: integer
-    models and files compute it in float; `refuse`: `convert` raises, and lists all of it."""
     strict: bool = True
-    """A Conv or Dense that cannot be quantized is an error; otherwise it stays float and the
-    plan says why."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weight_bits: int | None, activation_bits: int | None) -> None:
         check_type(self, "weight", QuantSpec)
         check_type(self, "activation", QuantSpec)
+        specs = {"weight": weight_spec("SimQATConfig", self.weight), "activation": self.activation}
+        for (field, spec), bits in zip(specs.items(), (weight_bits, activation_bits), strict=True):
+            width = spec.num_bits if bits is None else _width(f"{field}_bits", bits)
+            object.__setattr__(self, field, dataclasses.replace(spec, num_bits=width))
         check_type(self, "bn_fold", str)
         check_type(self, "strict", bool)
         check_choice(self, "bn_fold", get_args(BatchNormFold))
@@ -81,7 +91,6 @@ class SimQATConfig:
                     f"SimQATConfig.freeze_bn must be a number of steps, 0 or more, or None, got "
                     f"{self.freeze_bn}."
                 )
-        check_symmetric("SimQATConfig", self.weight)
         for field, kind, example in (
             ("targets", str, "'tflite'"),
             ("exclude", str, "'head/*'"),
@@ -89,9 +98,10 @@ class SimQATConfig:
         ):
             given = getattr(self, field)
             if not isinstance(given, (tuple, list)) or not all(isinstance(v, kind) for v in given):
+                meant = f"[{given!r}]" if isinstance(given, str) else f"[{example}]"
                 raise TypeError(
-                    f"SimQATConfig.{field} must be a tuple of {kind.__name__}, as ({example},), "
-                    f"got {given!r}."
+                    f"SimQATConfig.{field} must be a list or tuple of {kind.__name__}, got "
+                    f"{given!r}. Write {field}={meant}."
                 )
             object.__setattr__(self, field, tuple(given))
         unknown = [target for target in self.targets if target not in get_args(Backend)]
@@ -143,6 +153,21 @@ class SimQATConfig:
                 f"SimQATConfig.to_json writes it with this version, got {text[:80]!r}."
             )
         return _from_fields(cls, fields)
+
+
+def _width(field: str, bits: object) -> int:
+    """Return a width.
+
+    Raises:
+      TypeError: it is no whole number.
+      ValueError: it is outside of 2 to 16.
+    """
+    text = f"SimQATConfig.{field} must be a number of bits, 2 to 16, or None, got {bits!r}."
+    if type(bits) is not int:
+        raise TypeError(text)
+    if not 2 <= bits <= 16:
+        raise ValueError(text)
+    return bits
 
 
 T = TypeVar("T")

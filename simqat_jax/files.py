@@ -9,12 +9,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, Literal
 
-Extra = Literal["export", "report"]
+Extra = Literal["export", "report", "cli"]
 """What `pip install 'simqat-jax[...]'` takes."""
-_NEEDING: dict[Extra, str] = {"export": "exporting", "report": "drawing"}
+_NEEDING: dict[Extra, str] = {
+    "export": "exporting",
+    "report": "drawing",
+    "cli": "the command simqat",
+}
 
 
-def as_path(path: str | os.PathLike) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """Return a path.
 
     Raises:
@@ -24,12 +28,17 @@ def as_path(path: str | os.PathLike) -> Path:
         return Path(path)
     except TypeError as error:
         raise TypeError(
-            f"path must be the name of a file, a string or a pathlib.Path, got {path!r}."
+            f"path must be the name of a file, a string or a pathlib.Path, got {_shown(path)}."
         ) from error
 
 
+def _shown(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is whole.
 
     It is written under a name that nobody else has, also in another thread or process, and beside
@@ -59,7 +68,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def import_extra(name: str, extra: Extra = "export") -> ModuleType:
-    """Import a package of an extra.
+    """Import a package of an extra, such as `export`.
 
     Raises:
       ImportError: it is not installed; says how to install it.

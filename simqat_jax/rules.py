@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -35,7 +36,18 @@ Kind = Literal[
 class Rule:
     """Say how some operations are quantized; of several rules the first that matches decides.
 
-    What a rule leaves None is as in the `SimQATConfig` that holds it.
+    What a rule leaves None is as in the `SimQATConfig` that holds it. A spec is one of its own:
+    what it does not give has the default of a weight or an activation, not the config's setting.
+
+    Attributes:
+      path: which modules and operations, everything inside of them included: an `fnmatch` pattern
+        such as `"encoder/*/Dense_0"` or `"Block_0/add_1"` (the second sum of `Block_0`), or behind
+        `re:` a regular expression that matches a whole path.
+      op: only operations of this kind; None: all.
+      quantize: whether they are quantized; False leaves them float.
+      weight: of their kernels.
+      activation: of their results (of the input itself for `op="input"`).
+      bn_fold: of the BatchNorm behind them.
 
     Raises:
       TypeError: a field of the wrong type.
@@ -43,26 +55,18 @@ class Rule:
         asymmetric weights; `quantize=False` together with what is about quantized operations.
 
     Examples:
-      >>> Rule(path="encoder/*", op="dense", weight=QuantSpec(num_bits=4, symmetric=True)).quantize
+      >>> Rule(path="encoder/*", op="dense", weight=QuantSpec(num_bits=4)).quantize
       True
       >>> Rule(path="re:Block_[0-3]/.*", quantize=False).matches(("Block_2", "Conv_0"))
       True
     """
 
     path: str = "*"
-    """Which modules and operations, everything inside of them included: an `fnmatch` pattern such
-    as `"encoder/*/Dense_0"` or `"Block_0/add_1"` (the second sum of `Block_0`), or behind `re:` a
-    regular expression that matches a whole path."""
     op: Kind | None = None
-    """Only operations of this kind; None: all."""
     quantize: bool = True
-    """Whether they are quantized; False leaves them float."""
     weight: QuantSpec | None = None
-    """Of their kernels."""
     activation: QuantSpec | None = None
-    """Of their results (of the input itself for `op="input"`)."""
     bn_fold: BatchNormFold | None = None
-    """Of the BatchNorm behind them."""
 
     def __post_init__(self) -> None:
         check_type(self, "path", str)
@@ -83,7 +87,10 @@ class Rule:
         for field in ("weight", "activation"):
             if getattr(self, field) is not None:
                 check_type(self, field, QuantSpec)
-        check_symmetric("Rule", self.weight)
+        if self.weight is not None:
+            object.__setattr__(self, "weight", weight_spec("Rule", self.weight))
+        if self.activation is not None:
+            object.__setattr__(self, "activation", dataclasses.replace(self.activation))
         if not self.quantize and self.parts:
             raise ValueError(
                 f"Rule(path={self.path!r}, quantize=False) leaves its operations float, and says "
@@ -113,12 +120,36 @@ def around(path: Sequence[str]) -> Iterator[str]:
     return ("/".join(path[:depth]) for depth in range(min(1, len(path)), len(path) + 1))
 
 
-def check_symmetric(owner: str, weight: QuantSpec | None) -> None:
-    """Raise ValueError for a spec of kernels that is not symmetric."""
-    if weight is not None and not weight.symmetric:
-        raise ValueError(
-            f"{owner}.weight must be symmetric: integer kernels of every target have zero point "
-            "0. Use QuantSpec(symmetric=True, ...)."
+def weight_spec(owner: str, given: QuantSpec) -> QuantSpec:
+    """Return a spec of kernels, with the defaults of weights for what was not given.
+
+    Raises:
+      ValueError: it is not symmetric.
+    """
+    spec = given.as_weight()
+    if spec.symmetric:
+        _warn_of_defaults(owner, spec)
+        return spec
+    usual = [
+        dataclasses.asdict(default) for default in (QuantSpec.activation(), QuantSpec.weight())
+    ]
+    fields = dataclasses.asdict(spec).items()
+    kept = [f"{k}={v!r}" for k, v in fields if v not in [default[k] for default in usual]]
+    raise ValueError(
+        f"{owner}.weight must be symmetric: integer kernels of every target have zero point 0. "
+        f"Write QuantSpec.weight({', '.join(kept)}), with the defaults of weights for all else."
+    )
+
+
+def _warn_of_defaults(owner: str, spec: QuantSpec) -> None:
+    """Warn of a weight that is an activation in all but its symmetry: one that was replaced."""
+    fields = ("per_channel", "narrow_range", "observer")
+    if all(getattr(spec, name) == getattr(QuantSpec.activation(), name) for name in fields):
+        warnings.warn(
+            f"{owner}.weight has what activations have by default: one range per tensor, the whole "
+            "range of codes and the observer 'ema'. dataclasses.replace gives every field: replace "
+            f"those of QuantSpec.weight(num_bits={spec.num_bits}), or of another weight.",
+            stacklevel=5,  # behind __post_init__ and __init__
         )
 
 

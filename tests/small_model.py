@@ -34,5 +34,7 @@ class Calibrated(NamedTuple):
 
 def few_bits(num_bits: int = 3, **config: Any) -> sq.SimQATConfig:
     """Kernels of few bits, and activations of so many that they are nearly exact."""
-    weight = sq.QuantSpec(num_bits=num_bits, symmetric=True, per_channel=True, observer="batch")
+    weight = sq.QuantSpec(
+        num_bits=num_bits, symmetric=True, per_channel=True, narrow_range=False, observer="batch"
+    )
     return sq.SimQATConfig(weight=weight, activation=sq.QuantSpec(num_bits=16), **config)

@@ -18,6 +18,8 @@ from simqat_jax.numerics.grid import Codes, real_values
 from simqat_jax.numerics.rounding import ROUNDINGS
 from simqat_jax.ops.operation import ExactStep
 from simqat_jax.ops.registry import operation_of
+from simqat_jax.training.module import trace
+from simqat_jax.training.planner import place_quantizers
 
 
 def placed(body: Any, *shapes: tuple[int, ...]) -> Placement:
@@ -30,7 +32,8 @@ def planned(body: Any, *shapes: tuple[int, ...]) -> Placement:
     args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     qmodel = sq.SimQAT().apply(Model(body))
     variables = jax.eval_shape(qmodel.init, KEY, *args)
-    return qmodel.plan(variables, *args)._placement
+    captured = trace(qmodel, variables, tuple(args), {}, None, rngs={"params": KEY}, dry=True)
+    return place_quantizers(captured.graph, qmodel.config)
 
 
 @functools.cache

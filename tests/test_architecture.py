@@ -24,6 +24,7 @@ LAYERS = [
     {"analysis"},
     {"integer"},
     {"targets"},
+    {"cli"},
 ]
 """From the foundation up: a room imports from those below it; two on one floor know nothing of
 each other. `simqat_jax/__init__.py` is the roof."""

@@ -1,6 +1,10 @@
 """Every wrong value of every field is refused at construction, and named."""
 
+import copy
 import dataclasses
+import inspect
+import pickle
+import re
 
 import pytest
 
@@ -45,7 +49,11 @@ def test_spec_refuses(field, value, error):
     [
         ("weight", None, TypeError),
         ("weight", {"num_bits": 8}, TypeError),
-        ("weight", sq.QuantSpec(), ValueError),
+        ("weight", sq.QuantSpec(symmetric=False), ValueError),
+        ("weight_bits", 1, ValueError),
+        ("weight_bits", True, TypeError),
+        ("activation_bits", 17, ValueError),
+        ("activation_bits", 8.0, TypeError),
         ("activation", 8, TypeError),
         ("bn_fold", "three_conv", ValueError),
         ("bn_fold", True, TypeError),
@@ -154,3 +162,72 @@ def test_what_a_recipe_leaves_out_has_its_default():
     text = '{"version": 1, "rules": [{"path": "head", "quantize": false}]}'
     rules = (sq.Rule(path="head", quantize=False),)
     assert sq.SimQATConfig.from_json(text) == sq.SimQATConfig(rules=rules)
+
+
+def test_what_a_spec_leaves_out_has_the_default_of_its_role():
+    given = sq.QuantSpec(num_bits=2, symmetric=True)
+    weight = sq.QuantSpec.weight(num_bits=2)
+    assert (weight.per_channel, weight.narrow_range, weight.observer) == (True, True, "batch")
+    assert sq.SimQATConfig(weight=given).weight == weight
+    assert sq.Rule(weight=sq.QuantSpec(num_bits=2)).weight == weight
+    assert sq.SimQATConfig(activation=given).activation == given
+    assert sq.QuantSpec.activation(num_bits=2) == sq.QuantSpec(num_bits=2)
+    for copied in (copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert sq.SimQATConfig(weight=copied).weight == weight
+    text = '{"version": 1, "weight": {"num_bits": 2}, "rules": [{"weight": {"num_bits": 2}}]}'
+    read = sq.SimQATConfig.from_json(text)
+    assert read.weight == read.rules[0].weight == weight
+
+
+@pytest.mark.parametrize("owner", [sq.SimQATConfig, sq.Rule])
+def test_a_replaced_spec_that_lost_the_defaults_of_weights_is_told(owner):
+    replaced = dataclasses.replace(sq.QuantSpec(symmetric=True), num_bits=2)
+    with pytest.warns(UserWarning, match=r"QuantSpec\.weight\(num_bits=2\)") as caught:
+        owner(weight=replaced)
+    assert caught[0].filename == __file__
+    remedy = dataclasses.replace(sq.QuantSpec.weight(num_bits=2), ema_decay=0.5)
+    assert owner(weight=remedy).weight == remedy
+
+
+@pytest.mark.parametrize("field", ["symmetric", "per_channel", "narrow_range", "observer"])
+def test_what_a_spec_gives_stays(field):
+    given = {"symmetric": True, "per_channel": False, "narrow_range": False, "observer": "ema"}
+    spec = sq.SimQATConfig(weight=sq.QuantSpec(**{field: given[field]})).weight
+    assert dataclasses.replace(sq.QuantSpec.weight(), **{field: given[field]}) == spec
+    assert sq.SimQATConfig.from_json(sq.SimQATConfig(weight=spec).to_json()).weight == spec
+    assert dataclasses.replace(sq.SimQATConfig(weight=spec), strict=False).weight == spec
+
+
+def test_widths_in_short():
+    config = sq.SimQATConfig(weight_bits=4, activation_bits=6)
+    assert config.weight == sq.QuantSpec.weight(num_bits=4)
+    assert config.activation == sq.QuantSpec.activation(num_bits=6)
+    assert config == sq.SimQATConfig.from_json(config.to_json())
+    learned = sq.SimQATConfig(weight=sq.QuantSpec(observer="learned"), weight_bits=4).weight
+    assert learned == sq.QuantSpec.weight(observer="learned", num_bits=4)
+    assert dataclasses.replace(config, weight_bits=2).weight.num_bits == 2
+    assert dataclasses.replace(config, strict=False).weight.num_bits == 4
+
+
+@pytest.mark.parametrize("owner", [sq.SimQATConfig, sq.Rule])
+def test_the_error_of_an_asymmetric_weight_proposes_one_that_works(owner):
+    wrong = sq.QuantSpec(num_bits=4, symmetric=False, ema_decay=0.5)
+    with pytest.raises(ValueError, match="symmetric") as caught:
+        owner(weight=wrong)
+    (proposed,) = re.findall(r"Write (QuantSpec\.weight\(.*?\)),", str(caught.value))
+    assert proposed == "QuantSpec.weight(num_bits=4, ema_decay=0.5)"
+    assert owner(weight=eval(f"sq.{proposed}")).weight.num_bits == 4
+
+
+def test_what_was_meant_by_a_single_path():
+    with pytest.raises(TypeError, match=r"Write exclude=\['Dense_0'\]"):
+        sq.SimQATConfig(exclude="Dense_0")
+    with pytest.raises(TypeError, match=r"Write rules=\[Rule\(\.\.\.\)\]"):
+        sq.SimQATConfig(rules=sq.Rule())
+
+
+@pytest.mark.parametrize("owner", [sq.QuantSpec, sq.Rule, sq.SimQATConfig])
+def test_help_documents_every_field(owner):
+    section = str(inspect.getdoc(owner)).split("Attributes:")[1].split("Raises:")[0]
+    documented = re.findall(r"^  (\w+): ", section, re.M)
+    assert documented == list(inspect.signature(owner).parameters)

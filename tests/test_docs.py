@@ -244,6 +244,13 @@ def test_code_on_a_page_runs(page, capsys, monkeypatch, tmp_path):
     promised = re.findall(r"# ([\d,]+ of [\d,]+ codes differ)$", (ROOT / page).read_text(), re.M)
     printed = capsys.readouterr().out
     assert all(promise in printed for promise in promised), printed
+    shown = re.findall(r"^```text\n(SimQAT plan:.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    assert all(without_ranges(plan) in without_ranges(printed) for plan in shown), printed
+
+
+def without_ranges(plan: str) -> str:
+    """A printed plan without digits that differ between machines."""
+    return re.sub(r" \[\S+, \S+\]", "", plan)
 
 
 def test_a_failing_block_names_page_and_line(tmp_path):

@@ -177,7 +177,9 @@ def percentile(monkeypatch):
     monkeypatch.setitem(OBSERVERS, "percentile", Percentile)
     names = Literal["ema", "minmax", "batch", "percentile"]
     monkeypatch.setattr(spec_module, "ObserverName", names)
-    weight = sq.QuantSpec(symmetric=True, per_channel=True, observer="percentile")
+    weight = sq.QuantSpec(
+        symmetric=True, per_channel=True, narrow_range=False, observer="percentile"
+    )
     config = sq.SimQATConfig(weight=weight, activation=sq.QuantSpec(observer="percentile"))
     qmodel = sq.SimQAT(config).apply(Model(body))
     variables = jax.jit(qmodel.init)(jax.random.key(0), X)

@@ -37,7 +37,9 @@ STATELESS = {"entropy": "weights", "fixed": "all"}
 def trained(request):
     """A quantized model that has trained for two steps with this observer everywhere."""
     name, settings = request.param, SETTINGS[request.param]
-    weight = sq.QuantSpec(symmetric=True, per_channel=True, observer=name, **settings)
+    weight = sq.QuantSpec(
+        symmetric=True, per_channel=True, narrow_range=False, observer=name, **settings
+    )
     config = sq.SimQATConfig(weight=weight, activation=sq.QuantSpec(observer=name, **settings))
     qmodel = sq.SimQAT(config).apply(Body())
     variables = jax.jit(qmodel.init)(jax.random.key(0), X)

@@ -57,7 +57,7 @@ def test_a_rule_for_a_kind_leaves_a_module_undecided():
         ({"op": 3}, TypeError, "op"),
         ({"bn_fold": "two"}, ValueError, "two_conv"),
         ({"weight": 4}, TypeError, "weight"),
-        ({"weight": sq.QuantSpec()}, ValueError, "symmetric"),
+        ({"weight": sq.QuantSpec(symmetric=False)}, ValueError, "symmetric"),
         ({"activation": 8}, TypeError, "activation"),
         ({"quantize": 0}, TypeError, "quantize"),
         ({"quantize": False, "weight": WEIGHT}, ValueError, "weight"),

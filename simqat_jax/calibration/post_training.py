@@ -15,7 +15,8 @@ from simqat_jax.calibration.walk import Walk
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.arguments import shown
-from simqat_jax.training.module import Method, QuantizedModule, SimQAT
+from simqat_jax.training.module import Method, QuantizedModule
+from simqat_jax.training.simqat import SimQAT
 
 Recipe = Literal["fast", "accurate"]
 """How much is done: `fast` takes ranges and corrects biases, `accurate` rounds kernels besides."""

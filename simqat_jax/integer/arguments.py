@@ -22,7 +22,10 @@ def real_values(tensors: Sequence[Tensor], leaves: Sequence[ArrayLike]) -> list[
     arrays = _arrays(tensors, leaves, "real values")
     for tensor, x in zip(tensors, arrays, strict=True):
         if tensor.grid is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{tensor.name} must be of a floating-point type, got {x.dtype}.")
+            raise ValueError(
+                f"{tensor.name} must be of a floating-point type, got {x.dtype}. Pass real values, "
+                "scaled as in training, such as x.astype('float32') / 255; codes go to run_codes."
+            )
         if tensor.grid is None and not _holds(jnp.dtype(tensor.dtype), x.dtype):
             raise ValueError(f"{tensor.name} must be of type {tensor.dtype}, got {x.dtype}.")
     pairs = zip(tensors, arrays, strict=True)

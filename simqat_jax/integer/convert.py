@@ -28,6 +28,8 @@ from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, ranges_and_steps
 
+_ORDER = "write convert(qmodel, variables, x)."
+
 
 def convert(
     qmodule: QuantizedModule,
@@ -122,8 +124,10 @@ def _checked(
     qmodule: QuantizedModule, variables: VariableDict, method: Method, backend: Backend | None
 ) -> SimQATConfig:
     """Return the configuration to convert with; raise for what cannot be converted at all."""
-    check_kind("qmodule", qmodule, QuantizedModule, "SimQAT(...).apply(model) returns one.")
-    check_mapping("variables", variables, "Pass what init returned, trained.")
+    check_kind(
+        "qmodule", qmodule, QuantizedModule, f"SimQAT(...).apply(model) returns one; {_ORDER}"
+    )
+    check_mapping("variables", variables, f"Pass what init returned, trained: {_ORDER}")
     check_method(method, qmodule.module)
     check_mapping(
         COLLECTION, variables.get(COLLECTION, {}), "Pass the collection that apply returned."

@@ -33,8 +33,21 @@ Json = Any
 """What JSON holds."""
 
 
-def save(program: Program, path: str | os.PathLike) -> None:
+def save(program: Program, path: str | os.PathLike[str]) -> None:
     """Write a program to a file, see IntegerModel.save."""
+    body = to_bytes(program)
+    header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body)}
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("header.json", json.dumps(header))
+        archive.writestr("model.npz", body)
+
+
+def to_bytes(program: Program) -> bytes:
+    """Return a program as `of_bytes` reads it.
+
+    Raises:
+      ValueError: an operation in float that holds a loop; random keys made of inputs.
+    """
     _check_no_keys(program)
     arrays: Arrays = {}
     text = {
@@ -49,10 +62,7 @@ def save(program: Program, path: str | os.PathLike) -> None:
     body = io.BytesIO()
     arrays["program"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
     np.savez(body, allow_pickle=False, **arrays)
-    header = {"what": _MAGIC, "format": FORMAT, "sha256": _digest(body.getvalue())}
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("header.json", json.dumps(header))
-        archive.writestr("model.npz", body.getvalue())
+    return body.getvalue()
 
 
 def _check_no_keys(program: Program) -> None:
@@ -68,16 +78,18 @@ def _check_no_keys(program: Program) -> None:
             ) from error
 
 
-def load(path: str | os.PathLike) -> Program:
+def load(path: str | os.PathLike[str]) -> Program:
     """Read a program from a file, see IntegerModel.load."""
     body = _body(path)
     try:
-        return _program(_arrays(body))
+        return of_bytes(body)
     except Exception as error:  # a file may hold anything, and JSON and NumPy raise accordingly
         raise ValueError(_damaged(path, error)) from error
 
 
-def _program(arrays: Arrays) -> Program:
+def of_bytes(body: bytes) -> Program:
+    """Read what `to_bytes` wrote; raises whatever JSON and NumPy raise where it is damaged."""
+    arrays = _arrays(body)
     text = json.loads(arrays["program"].tobytes())
     tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
     ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
@@ -95,7 +107,7 @@ def _program(arrays: Arrays) -> Program:
     return program
 
 
-def _body(path: str | os.PathLike) -> bytes:
+def _body(path: str | os.PathLike[str]) -> bytes:
     """Return what the file holds, once its checksum is that of what was written.
 
     Reads no more than the archive's directory before it knows how large the parts are.
@@ -124,7 +136,7 @@ def _body(path: str | os.PathLike) -> bytes:
     return body
 
 
-def _damaged(path: str | os.PathLike, error: Exception) -> str:
+def _damaged(path: str | os.PathLike[str], error: Exception) -> str:
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return f"{path} is no integer model of simqat_jax, or damaged: {reason}. Save the model again."
 

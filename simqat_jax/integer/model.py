@@ -1,7 +1,8 @@
 """An integer-only model: a program on codes, as one jitted function."""
 
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +11,29 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.integer import arguments, file
-from simqat_jax.integer.table import table
-from simqat_jax.ir.program import Context, Op, Program, PyTree, Structure, Tensor, grid_of, repeated
+from simqat_jax.integer.table import Shown
+from simqat_jax.ir.program import (
+    Context,
+    Op,
+    Program,
+    PyTree,
+    Structure,
+    Tensor,
+    equal,
+    grid_of,
+    repeated,
+)
 from simqat_jax.numerics.arguments import check_kind
 
 KEYWORDS = "keywords"
 """In metadata: the keyword arguments that hold arrays, and how many each of them holds."""
 
 
-class IntegerModel:
+class IntegerModel(Shown):
     """A model on integer codes: int8 kernels, int32 biases, fixed scales.
 
-    Made by `convert` or `IntegerModel.load`.
+    Made by `convert` or `IntegerModel.load`. `print` shows a line for each operation, `details()`
+    all of it. Two are equal that hold the same operations on the same numbers.
 
     Attributes:
       program: what it computes, as data.
@@ -82,8 +94,17 @@ class IntegerModel:
         """Bytes of all weights and constants as they are saved."""
         return self.program.nbytes
 
-    def __str__(self) -> str:
-        return table(self.program)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, IntegerModel) and equal(self.program, other.program)
+
+    def __hash__(self) -> int:
+        return hash((self.backend, self.nbytes, tuple((op.path, op.kind) for op in self.ops)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerModel":
+        return IntegerModel(copy.deepcopy(self.program, memo))
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "IntegerModel"], tuple[bytes]]:
+        return _unpickled, (file.to_bytes(self.program),)
 
     # Running ---------------------------------------------------------------------------------
 
@@ -184,7 +205,7 @@ class IntegerModel:
 
     # Files -----------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to one file; no file appears under this name unless it is whole.
 
         Raises:
@@ -195,7 +216,7 @@ class IntegerModel:
         file.save(self.program, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "IntegerModel":
+    def load(cls, path: str | os.PathLike[str]) -> "IntegerModel":
         """Read a model that `save` wrote.
 
         The file may hold code, which computes float operations that are no primitives: load files
@@ -208,6 +229,10 @@ class IntegerModel:
             altered; arrays or operations that do not fit their tensors.
         """
         return cls(file.load(path))
+
+
+def _unpickled(body: bytes) -> IntegerModel:
+    return IntegerModel(file.of_bytes(body))
 
 
 def _leaves(metadata: Mapping[str, object], args: tuple, kwargs: Mapping[str, PyTree]) -> list[Any]:

@@ -1,8 +1,22 @@
 """The printed integer model: its operations, their outputs and sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from simqat_jax.ir.program import Program, Tensor
+import numpy as np
+
+from simqat_jax.ir.program import Op, Program, Tensor
+from simqat_jax.ir.sheet import Column, Line, Sheet, number, some
+from simqat_jax.numerics.packing import packed_width
+
+_COLUMNS = (
+    Column("layer", "end"),
+    Column("kind", "end"),
+    Column("shape", "start"),
+    Column("weight"),
+    Column("output", "start"),
+    Column("bytes"),
+)
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -11,31 +25,144 @@ def shape_text(shape: Sequence[int]) -> str:
     return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
 
 
-def _cells(tensor: Tensor) -> tuple[str, ...]:
+class Shown:
+    """What holds a program, as a terminal, a notebook and other tools see it.
+
+    Attributes:
+      program: what it computes, as data.
+    """
+
+    program: Program
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({summary(self.program)})"
+
+    def __str__(self) -> str:
+        return sheet(self.program).text()
+
+    def _repr_html_(self) -> str:
+        return sheet(self.program).html()
+
+    def details(self) -> str:
+        """Return all that is known of each operation, as text to print: scales and arrays."""
+        shown = sheet(self.program)
+        return shown.details(shown.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what it is, without the values of its arrays, as JSON holds it."""
+        return as_dict(self.program)
+
+
+def sheet(program: Program) -> Sheet:
+    """Return a line for each input and operation, with sums below."""
+    floats = set(map(id, program.float_ops))
+    lines = [_input(program.tensors[i]) for i in program.inputs]
+    lines += [_line(program, op, is_float=id(op) in floats) for op in program.ops]
+    return Sheet((), _COLUMNS, tuple(lines), tuple(_foot(program)))
+
+
+def summary(program: Program) -> str:
+    """Say in a few words what a program is."""
+    return (
+        f"{len(program.ops)} operations, {len(program.float_ops)} of them in float; "
+        f"{program.nbytes:,} bytes; rounding as in {program.backend}"
+    )
+
+
+def as_dict(program: Program) -> dict[str, Any]:
+    """Return what a program is, without the values of its arrays, as JSON holds it."""
+    floats = set(map(id, program.float_ops))
+    return {
+        "backend": program.backend,
+        "nbytes": program.nbytes,
+        "inputs": list(program.inputs),
+        "outputs": list(program.outputs),
+        "output_names": list(program.output_names()),
+        "tensors": [_tensor_dict(tensor) for tensor in program.tensors],
+        "ops": [
+            {
+                "path": op.path,
+                "kind": op.kind,
+                "float": id(op) in floats,
+                "inputs": list(op.inputs),
+                "outputs": list(op.outputs),
+                "attributes": op.attributes,
+                "arrays": {name: _array_dict(array) for name, array in op.arrays.items()},
+                "nbytes": op.nbytes,
+            }
+            for op in program.ops
+        ],
+    }
+
+
+def _tensor_dict(tensor: Tensor) -> dict[str, Any]:
+    grid = tensor.grid
+    codes = None
+    if grid is not None:
+        codes = {"scale": float(grid.scale), "zero_point": int(grid.zero_point)}
+        codes |= {"qmin": grid.qmin, "qmax": grid.qmax, "num_bits": grid.num_bits}
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "grid": codes,
+        "constant": tensor.value is not None,
+    }
+
+
+def _array_dict(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "num_bits": _bits(array)}
+
+
+def _bits(array: np.ndarray) -> int:
+    """Return how many bits an element takes in a file."""
+    return packed_width(array) or 8 * array.dtype.itemsize
+
+
+def _input(tensor: Tensor) -> Line:
+    cells = (tensor.name, "input", shape_text(tensor.shape), "", _codes(tensor), "")
+    return Line(cells, (f"output: {_described(tensor)}",))
+
+
+def _line(program: Program, op: Op, *, is_float: bool) -> Line:
+    tensor = program.tensors[op.outputs[0]]
+    constants = (program.tensors[i].value for i in op.inputs)
+    size = op.nbytes + sum(value.nbytes for value in constants if value is not None)
+    cells = (
+        op.path,
+        f"{op.kind} (float)" if is_float else op.kind,
+        shape_text(tensor.shape),
+        f"{_bits(op.arrays['kernel'])} bits" if "kernel" in op.arrays else "",
+        _codes(tensor),
+        f"{size:,}" if size else "",
+    )
+    more = [f"output: {tensor.name} {_described(tensor)}"]
+    more += [
+        f"{name}: {shape_text(array.shape)}, {array.dtype}, {_bits(array)} bits an element"
+        for name, array in op.arrays.items()
+    ]
+    return Line(cells, tuple(more), is_float)
+
+
+def _codes(tensor: Tensor) -> str:
+    """Write the width of the codes and the real values of the lowest and the highest."""
     grid = tensor.grid
     if grid is None:
-        return tensor.name, shape_text(tensor.shape), tensor.dtype, ""
-    return tensor.name, shape_text(tensor.shape), f"{grid.scale:.6g}", str(grid.zero_point)
+        return tensor.dtype
+    ends = [(code - int(grid.zero_point)) * float(grid.scale) for code in (grid.qmin, grid.qmax)]
+    return f"{grid.num_bits} bits [{number(ends[0])}, {number(ends[1])}]"
 
 
-def table(program: Program) -> str:
-    """Return one line for each input and operation, and a line that counts."""
-    rows = [("operation", "where", "output", "shape", "scale", "zero", "bytes")]
-    rows += [("input", "", *_cells(program.tensors[i]), "") for i in program.inputs]
-    floats = set(map(id, program.float_ops))
-    for op in program.ops:
-        kind = f"{op.kind} (float)" if id(op) in floats else op.kind
-        constants = (program.tensors[i].value for i in op.inputs)
-        size = op.nbytes + sum(value.nbytes for value in constants if value is not None)
-        cells = _cells(program.tensors[op.outputs[0]])
-        rows.append((kind, op.path, *cells, f"{size:,}" if size else ""))
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.append(
-        f"{len(program.ops)} operations, {len(floats)} of them in float; {program.nbytes:,} bytes; "
-        f"rounding as in {program.backend}."
-    )
-    return "\n".join(lines)
+def _described(tensor: Tensor) -> str:
+    grid = tensor.grid
+    text = f"{shape_text(tensor.shape)}, {_codes(tensor)}"
+    if grid is None:
+        return text
+    return f"{text}, scale {grid.scale:.9g}, zero point {grid.zero_point}"
+
+
+def _foot(program: Program) -> Iterator[str]:
+    yield f"{summary(program)}."
+    paths = list(dict.fromkeys(op.path for op in program.float_ops))
+    if paths:
+        yield f"float: {some(paths)}."

@@ -272,6 +272,29 @@ class Program:
             raise ValueError(f"{len(self.outputs)} outputs, but numbers {beyond} are returned.")
 
 
+def equal(one: Program, other: Program) -> bool:
+    """Whether two programs are the same operations on the same numbers, bit for bit.
+
+    A function that an operation holds is equal to itself alone.
+    """
+    return _as_data(one) == _as_data(other)
+
+
+def _as_data(value: Any) -> Any:
+    """Return what can be compared: arrays as bytes, dataclasses by their fields."""
+    if isinstance(value, np.ndarray | jax.Array):
+        array = np.asarray(value)
+        return array.dtype.str, array.shape, array.tobytes()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _as_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return type(value), fields
+    if isinstance(value, Mapping):
+        return {key: _as_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_data(item) for item in value]
+    return value
+
+
 def _named(structure: Structure, path: str) -> Iterator[tuple[int, str]]:
     """Yield the number and the name of each output in a structure."""
     if isinstance(structure, int):

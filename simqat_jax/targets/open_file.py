@@ -25,7 +25,7 @@ TIMEOUT = 600.0
 
 
 def open_file(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     threads: int | None = None,
     *,
     isolated: bool = True,

@@ -70,11 +70,11 @@ def refuse_wide(program: Program, op: Op) -> None:
     LiteRT multiplies sums by a factor of 15 bits: half a code off at full scale.
     """
     if op.arrays.get("kernel", np.zeros((), np.int8)).dtype != np.int8:
-        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8, ...)) or fewer bits" + _EARLIER
+        remedy = "Use SimQATConfig(weight=QuantSpec(num_bits=8)) or fewer bits" + _EARLIER
         refuse(op, "its weights have more than 8 bits", remedy)
     grids = [program.tensors[i].grid for i in (*op.inputs, *op.outputs)]
     if any(grid is not None and grid.dtype.itemsize > 1 for grid in grids):
-        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8, ...)) or fewer bits" + _EARLIER
+        remedy = "Use SimQATConfig(activation=QuantSpec(num_bits=8)) or fewer bits" + _EARLIER
         refuse(op, "its activations have more than 8 bits", remedy)
 
 

@@ -1,14 +1,28 @@
 """The interface: a kind of file, who runs it, and how."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
+from simqat_jax.numerics.arguments import check_kind
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.training.module import QuantizedModule
+
+
+def check_model(model: object, call: str) -> None:
+    """Raise TypeError unless it is an IntegerModel; `call` is how the function is called."""
+    remedy = "convert and IntegerModel.load return one."
+    if isinstance(model, QuantizedModule):
+        remedy = "Convert it first: model = convert(qmodel, variables, x)."
+    elif isinstance(model, str | os.PathLike):
+        remedy = f"The model comes first: {call}."
+    check_kind("model", model, IntegerModel, remedy)
 
 
 @dataclasses.dataclass(frozen=True)

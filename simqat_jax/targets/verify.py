@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ from jax.typing import ArrayLike
 from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_kind, check_real, check_whole
+from simqat_jax.numerics.arguments import check_real, check_whole
+from simqat_jax.targets.data import read_data
 from simqat_jax.targets.open_file import TIMEOUT, open_file, target_of
-from simqat_jax.targets.target import OpenFile
+from simqat_jax.targets.target import OpenFile, check_model
 
 _MOST_PARTS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found; print it.
+    """What `verify` found; print it, or take `to_dict()`.
 
     Attributes:
       path: the file.
@@ -54,6 +55,16 @@ class Verification:
     largest_difference: float = 0.0
     float_parts: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as dictionaries, lists, text and numbers, as JSON holds them."""
+        return dataclasses.asdict(self) | {"float_parts": list(self.float_parts)}
+
+    def __repr__(self) -> str:
+        return (
+            f"Verification({self.differing:,} of {self.codes:,} codes of {self.path} differ in "
+            f"{self.runtime})"
+        )
+
     def __str__(self) -> str:
         where = f"; the first in {self.first_layer}" if self.first_layer else ""
         lines = [
@@ -74,7 +85,7 @@ class Verification:
 
 def verify(
     model: IntegerModel,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *data: ArrayLike,
     batch_size: int = 64,
     timeout: float | None = TIMEOUT,
@@ -102,7 +113,7 @@ def verify(
         `timeout`; data that hold no examples or NaN, a `batch_size` below 1.
       ImportError: the extra `export` is missing.
     """
-    check_kind("model", model, IntegerModel, "convert and IntegerModel.load return one.")
+    check_model(model, "verify(model, path, x)")
     path = as_path(path)
     check_whole("batch_size", batch_size, 1)
     if not path.is_file():
@@ -253,33 +264,61 @@ def _first_layer(
     return "none of the model's own: the file is not written from this model"
 
 
+def verify_files(
+    model: Path, files: Sequence[Path], data: Sequence[Path], timeout: float | None = TIMEOUT
+) -> int:
+    """Print what `verify` finds in each of several files.
+
+    Args:
+      model: an integer model's file.
+      files: written from it.
+      data: its inputs, see `read_data`.
+      timeout: seconds that each file may take to open, and for each call.
+
+    Returns:
+      0 where all codes are equal, 1 where some differ.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no file to verify, or one that cannot be read or checked.
+    """
+    if not files:
+        raise ValueError("give the *.onnx or *.tflite files to verify, behind the model.")
+    integer = IntegerModel.load(model)
+    arrays = read_data(integer, data)
+    status = 0
+    for file in files:
+        found = verify(integer, file, *arrays, timeout=timeout)
+        print(found)
+        status = max(status, int(found.differing > 0))
+    return status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command `simqat-verify MODEL FILE --data DATA`.
+    """Run the command `simqat-verify MODEL FILE --data DATA`, an alias of `simqat verify`.
 
     Returns:
       0 where all codes are equal, 1 where some differ, 2 where something could not be checked;
       then one line says why.
     """
     parser = argparse.ArgumentParser(prog="simqat-verify", description=__doc__)
-    parser.add_argument("model", help="an integer model, as IntegerModel.save wrote it")
-    parser.add_argument("file", nargs="+", help="*.onnx or *.tflite files written from it")
-    parser.add_argument("--data", required=True, help="*.npy with inputs in real units")
+    parser.add_argument("model", type=Path, help="an integer model, as IntegerModel.save wrote it")
+    parser.add_argument(
+        "files", type=Path, nargs="+", metavar="file", help="*.onnx or *.tflite, written from it"
+    )
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="inputs in real units, *.npy or *.npz"
+    )
     parser.add_argument(
         "--timeout", type=float, default=TIMEOUT, help="seconds to open a file, and for each call"
     )
     options = parser.parse_args(arguments)
-    status = 0
     try:
-        model, data = IntegerModel.load(options.model), np.load(options.data)
-        for file in options.file:
-            found = verify(model, file, data, timeout=options.timeout)
-            print(found)
-            status = max(status, int(found.differing > 0))
+        return verify_files(options.model, options.files, options.data, options.timeout)
     except Exception as error:  # a runtime raises errors of its own for a file that it cannot read
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"simqat-verify: could not check: {reason}", file=sys.stderr)
         return 2
-    return status
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
+"""The module that computes a Flax module with simulated quantization."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, cast
 
+import flax.errors
 import flax.linen as nn
 import jax
 from flax.core.scope import CollectionFilter, LazyRng, subtract_filters, union_filters
@@ -23,6 +23,8 @@ from simqat_jax.training.arguments import (
 )
 from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
+from simqat_jax.training.network import network, short
+from simqat_jax.training.plan_rows import plan_of
 from simqat_jax.training.plan_table import Plan
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import (
@@ -32,6 +34,7 @@ from simqat_jax.training.ranges import (
     STEPS,
     Stats,
     check,
+    check_all,
     check_steps,
     initial,
     parted,
@@ -47,106 +50,23 @@ Kwargs = Mapping[str, PyTree]
 """Keyword arguments of a call."""
 Rngs = Mapping[str, jax.Array | LazyRng]
 """A key for each random stream."""
-_VARIABLES = "Pass what init returned, or a trained version of it."
+_VARIABLES = "Pass what init returned, or a trained version of it, in front of the arguments."
 
 
-class SimQAT:
-    """Simulated quantization-aware training.
-
-    Args:
-      config: what to quantize and how; `SimQATConfig()` by default.
-
-    Raises:
-      TypeError: `config` is no SimQATConfig.
-
-    Examples:
-      >>> qmodel = SimQAT(SimQATConfig()).apply(nn.Dense(10))
-      >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> sorted(variables["quant_stats"])
-      ['input', 'output', 'step']
-    """
-
-    def __init__(self, config: SimQATConfig | None = None):
-        config = SimQATConfig() if config is None else config
-        if not isinstance(config, SimQATConfig):
-            raise TypeError(
-                f"SimQAT takes a SimQATConfig, got {config!r} of type {type(config).__name__}."
-            )
-        self.config = config
-
-    def apply(self, module: nn.Module, *, name: str | None = None) -> "QuantizedModule":
-        """Return a module that computes `module` with simulated quantization.
-
-        Its `params` (and `batch_stats`) have the tree, the names and, for one key, the initial
-        values of the float module's; the new collection `quant_stats` holds the ranges.
-
-        Args:
-          module: any linen module; it is not changed.
-          name: its name inside a surrounding module's compact method.
-
-        Raises:
-          TypeError: `module` is no linen Module instance.
-          ValueError: it is bound to variables, or is already quantization-aware.
-        """
-        if _is_nnx(module):
-            name = getattr(module, "__name__", type(module).__name__)
-            raise TypeError(
-                f"SimQAT.apply takes modules of flax.linen alone, and {name} is one of flax.nnx. "
-                "Write the model as a flax.linen Module."
-            )
-        if isinstance(module, type) or not isinstance(module, nn.Module):
-            raise TypeError(
-                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}."
-            )
-        if isinstance(module, QuantizedModule):
-            raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")
-        if not isinstance(name, str | None):
-            raise TypeError(f"name must be a string or None, got {name!r}.")
-        if module.scope is not None:
-            raise ValueError(
-                f"SimQAT.apply takes an unbound module, and this {type(module).__name__} is bound "
-                "to variables. Apply it to the module as constructed, before bind or setup; inside "
-                "a compact method, construct the module with parent=None."
-            )
-        return QuantizedModule(module, self.config, name=name)
+_FLAGS = ("capture_intermediates", "mutable", "rngs")
+"""The keywords of Flax's `init` and `apply` that the module's own call does not get."""
 
 
-SimulatedQuantizationAwareTraining = SimQAT
-"""`SimQAT` under the full name that MindSpore Golden Stick uses."""
+class _Sample(NamedTuple):
+    """A call: its arrays described, all else as it was."""
+
+    variables: VariableDict
+    args: tuple[PyTree, ...]
+    kwargs: Kwargs
 
 
-class LearnedStepSizeQuantizationAwareTraining(SimQAT):
-    """`SimQAT` with learned steps (LSQ), under the name that MindSpore Golden Stick uses.
-
-    `SimQAT` of the same configuration with `observer="learned"` for weights and activations. The
-    steps are the collection `quant_params`, which is trained as `params` are:
-
-    1. Set them from data: a call with `mutable=["quant_stats", "quant_params"]`, or several.
-    2. Train `params` and `quant_params`, with `mutable=["batch_stats", "quant_stats"]`.
-
-    Args:
-      config: all else; `SimQATConfig()` by default.
-
-    Raises:
-      TypeError: `config` is no SimQATConfig.
-
-    Examples:
-      >>> qmodel = LearnedStepSizeQuantizationAwareTraining().apply(nn.Dense(10))
-      >>> variables = qmodel.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> sorted(variables["quant_params"])
-      ['input', 'kernel', 'output']
-
-    Source:
-      Esser et al., arXiv:1902.08153.
-    """
-
-    def __init__(self, config: SimQATConfig | None = None):
-        config = SimQAT(config).config
-        weight, activation = (
-            dataclasses.replace(spec, observer="learned")
-            for spec in (config.weight, config.activation)
-        )
-        super().__init__(dataclasses.replace(config, weight=weight, activation=activation))
+def _shape(x: PyTree) -> PyTree:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
 
 
 class QuantizedModule(nn.Module):
@@ -166,6 +86,25 @@ class QuantizedModule(nn.Module):
     module: nn.Module
     config: SimQATConfig
 
+    _sample: ClassVar["_Sample | None"] = None
+    """Of an instance: the shapes of a call, so that `print` knows the layers."""
+
+    @nn.nowrap
+    def __repr__(self) -> str:
+        return f"QuantizedModule({type(self.module).__name__}: {short(self.config)})"
+
+    @nn.nowrap
+    def __str__(self) -> str:
+        plan = None
+        if self._sample is not None:
+            variables, args, kwargs = self._sample
+            plan = self.plan(variables, *args, **kwargs)
+        return network(type(self.module).__name__, self.config, plan)
+
+    @nn.nowrap
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_sample"}  # it may hold a lambda
+
     def setup(self) -> None:
         """Share the scope with the float module: its variables are this module's."""
         nn.share_scope(self, self.module)
@@ -183,7 +122,7 @@ class QuantizedModule(nn.Module):
         mutable: CollectionFilter = False,
         capture_intermediates: Filter = False,
         **kwargs: PyTree,
-    ):
+    ) -> Any:
         """Apply as any linen module; `method`: one of the float module's, by name or function.
 
         With `capture_intermediates` the outputs of the float module's layers are in the collection,
@@ -199,12 +138,22 @@ class QuantizedModule(nn.Module):
         called = _quantized(method, capture_intermediates)
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
-        return super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
+        result = super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
+        if self._sample is None:
+            self._remember(variables, args, {**kwargs, "method": method})
+        return result
+
+    @nn.nowrap
+    def init(
+        self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
+    ) -> dict[str, Any]:
+        """Initialize as any linen module; see `init_with_output`."""
+        return self.init_with_output(rngs, *args, method=method, **kwargs)[1]
 
     @nn.nowrap
     def init_with_output(
         self, rngs: PRNGKey | RNGSequences, *args: PyTree, method: Method = None, **kwargs: PyTree
-    ):
+    ) -> tuple[Any, dict[str, Any]]:
         """Initialize as any linen module, as does `init`; `method` as in `apply`.
 
         Raises:
@@ -215,7 +164,16 @@ class QuantizedModule(nn.Module):
         check_collections(kwargs.get("mutable", True))
         check_arrays(args, kwargs)
         check_method(method, self.module)
-        return super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+        output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
+        variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
+        self._remember(variables, args, {**kwargs, "method": method})
+        return output, variables
+
+    @nn.nowrap
+    def _remember(self, variables: VariableDict, args: tuple, kwargs: Kwargs) -> None:
+        kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
+        sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))
+        object.__setattr__(self, "_sample", sample)
 
     def _run(
         self, method: Method, args: tuple, kwargs: Kwargs, intermediates: Filter = False
@@ -223,28 +181,18 @@ class QuantizedModule(nn.Module):
         assert self.scope is not None
         result, mutable = None, True  # all: the updates are dropped
         if self.is_initializing():
-            result = self._initialized(method, args, kwargs)
+            result = _initialized(self, method, args, kwargs)
         else:
             mutable = subtract_filters(self.scope.mutable, list(OWN))
-        rngs = dict(self.scope.rngs)
-        captured = trace(
-            self,
-            self.variables,
-            args,
-            kwargs,
-            method,
-            rngs=rngs,
-            mutable=mutable,
-            dry=self.is_initializing(),
-            intermediates=intermediates,
-        )
+        captured = _traced(self, args, kwargs, method, intermediates, mutable)
         placement = place_quantizers(captured.graph, self.config)
         training = self.is_mutable_collection(COLLECTION)
         if training:
             warn_of_zeros(placement)
         else:
             _check_statistics_stay(captured)
-        stats = self._stats(placement) if training else self._checked_stats(placement)
+        stored = ranges_and_steps(self.variables)
+        stats = _stats(self, placement) if training else check(placement, *stored)
         if self.is_initializing():
             return result
         check_batch_statistics(captured.graph)
@@ -264,49 +212,36 @@ class QuantizedModule(nn.Module):
             self._store(collection, tree)
         return output
 
-    def _initialized(self, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
-        """Initialize the float module by itself, and store its variables here; return its output.
-
-        As a part of this module, its own submodules would draw their values under other names.
-        """
-        assert self.scope is not None
-        module = _alone(self.module)
-        rngs: Any = dict(self.scope.rngs)
-        made = {k: v for k, v in self.variables.items() if k not in OWN}
-        if made:  # by an earlier call: it is part of another model, which calls it again
-            flags = dict(rngs=rngs, mutable=True)
-            return module.apply(made, *args, method=method, **flags, **kwargs)[0]
-        mutable = self.scope.mutable
-        result, made = module.init_with_output(
-            rngs, *args, method=method, mutable=mutable, **kwargs
-        )
-        for collection, tree in made.items():
-            self._store(collection, tree)
-        return result
-
     def _store(self, collection: str, tree: Mapping[str, Any]) -> None:
         for name, value in tree.items():
             self.put_variable(collection, name, value)
 
-    def _checked_stats(self, placement: Placement) -> Stats:
-        return check(placement, *ranges_and_steps(self.variables))
+    @nn.nowrap
+    def check(
+        self, variables: VariableDict, *args: PyTree, method: Method = None, **kwargs: PyTree
+    ) -> None:
+        """Check that variables can be evaluated, before a long evaluation under `jax.jit`.
 
-    def _stats(self, placement: Placement) -> Stats:
-        """Return the state of every quantizer; create what is missing.
+        A call outside of `jit` checks as much by itself. Under `jit` there are no values to look
+        at: a range that was never observed makes every result NaN there.
 
-        Where learned steps are mutable they are taken from ranges, whatever they were.
+        Args:
+          variables: what `init` returned, trained or calibrated.
+          args: the arguments of the call (arrays or ShapeDtypeStructs), to check what it needs and
+            nothing else; none: every range that the variables hold is checked.
+          method: as in `apply`.
+          kwargs: keyword arguments of the call: `train=False`.
+
+        Raises:
+          TypeError: no dictionary of variables; traced ones.
+          ValueError: a range is missing, was never observed, or holds NaN or Inf; what the call
+            itself would raise.
         """
-        kept, steps = ranges_and_steps(self.variables)
-        if self.is_mutable_collection(STEPS):
-            steps = {name: observer.init().step for name, observer in placement.learned.items()}
-            self._store(STEPS, steps)
-        check_steps(placement, steps)
-        stats = restored(placement, kept, steps)
-        missing = [name for name in (STEP, *placement.stateful) if name not in stats]
-        stats |= {name: initial(placement.stateful.get(name)) for name in missing}
-        created = parted(placement, stats)[0]
-        self._store(COLLECTION, {name: created[name] for name in missing})
-        return stats
+        check_mapping("variables", variables, _VARIABLES)
+        if not args and not kwargs:
+            return check_all(variables)
+        placement = _placed(self, variables, args, kwargs, method, {"params": jax.random.key(0)})
+        check(placement, *ranges_and_steps(variables))
 
     @nn.nowrap
     def plan(
@@ -335,10 +270,9 @@ class QuantizedModule(nn.Module):
         check_mapping("variables", variables, _VARIABLES)
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         check_keys(rngs, "rngs={'dropout': jax.random.key(0)}")
-        captured = trace(self, variables, args, kwargs, method, rngs=rngs, dry=True)
-        placement = place_quantizers(captured.graph, self.config)
+        placement = _placed(self, variables, args, kwargs, method, rngs)
         stats = restored(placement, *ranges_and_steps(variables))
-        return Plan(placement, self.config, stats)
+        return plan_of(placement, self.config, stats)
 
 
 def trace(
@@ -388,6 +322,86 @@ def trace(
     return capture(call, config=qmodule.config, forbidden=QuantizedModule)
 
 
+def _placed(
+    qmodule: QuantizedModule,
+    variables: VariableDict,
+    args: tuple,
+    kwargs: Kwargs,
+    method: Method,
+    rngs: Rngs,
+) -> Placement:
+    """Plan a call, of which nothing is computed."""
+    captured = trace(qmodule, variables, args, kwargs, method, rngs=rngs, dry=True)
+    return place_quantizers(captured.graph, qmodule.config)
+
+
+def _traced(
+    qmodule: QuantizedModule,
+    args: tuple,
+    kwargs: Kwargs,
+    method: Method,
+    intermediates: Filter,
+    mutable: CollectionFilter,
+) -> Capture:
+    """Capture a call from inside of it.
+
+    Raises:
+      ValueError: what the call itself raises; it updates a collection that is not mutable.
+    """
+    assert qmodule.scope is not None
+    try:
+        return trace(
+            qmodule,
+            qmodule.variables,
+            args,
+            kwargs,
+            method,
+            rngs=dict(qmodule.scope.rngs),
+            mutable=mutable,
+            dry=qmodule.is_initializing(),
+            intermediates=intermediates,
+        )
+    except flax.errors.ModifyScopeVariableError as error:
+        raise ValueError(_immutable(error)) from error
+
+
+def _initialized(qmodule: QuantizedModule, method: Method, args: tuple, kwargs: Kwargs) -> PyTree:
+    """Initialize the float module by itself, store its variables here, and return its output.
+
+    As a part of that, its own submodules would draw their values under other names.
+    """
+    assert qmodule.scope is not None
+    module = _alone(qmodule.module)
+    rngs: Any = dict(qmodule.scope.rngs)
+    made = {k: v for k, v in qmodule.variables.items() if k not in OWN}
+    if made:  # by an earlier call: it is part of another model, which calls it again
+        flags = dict(rngs=rngs, mutable=True)
+        return module.apply(made, *args, method=method, **flags, **kwargs)[0]
+    mutable = qmodule.scope.mutable
+    result, made = module.init_with_output(rngs, *args, method=method, mutable=mutable, **kwargs)
+    for collection, tree in made.items():
+        qmodule._store(collection, tree)
+    return result
+
+
+def _stats(qmodule: QuantizedModule, placement: Placement) -> Stats:
+    """Return the state of every quantizer; create what is missing.
+
+    Where learned steps are mutable they are taken from ranges, whatever they were.
+    """
+    kept, steps = ranges_and_steps(qmodule.variables)
+    if qmodule.is_mutable_collection(STEPS):
+        steps = {name: observer.init().step for name, observer in placement.learned.items()}
+        qmodule._store(STEPS, steps)
+    check_steps(placement, steps)
+    stats = restored(placement, kept, steps)
+    missing = [name for name in (STEP, *placement.stateful) if name not in stats]
+    stats |= {name: initial(placement.stateful.get(name)) for name in missing}
+    created = parted(placement, stats)[0]
+    qmodule._store(COLLECTION, {name: created[name] for name in missing})
+    return stats
+
+
 def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:
     """Return what Flax is to call on a QuantizedModule for a method of the float module."""
     if method in (None, "__call__") or _function(method) is QuantizedModule.__call__:
@@ -395,6 +409,16 @@ def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., P
             return None
         method = None
     return lambda qmodule, *args, **kwargs: qmodule._run(method, args, kwargs, intermediates)
+
+
+def _immutable(error: flax.errors.ModifyScopeVariableError) -> str:
+    """Say what to do where a call updates a collection that is not mutable."""
+    reason = str(error).split(" (http")[0].rstrip(".")
+    return (
+        f"{reason}. Train with mutable=['batch_stats', 'quant_stats']; to take ranges alone, call "
+        "calibrate(qmodel, variables, batches, train=False), or apply(..., train=False, "
+        "mutable=['quant_stats'])."
+    )
 
 
 def _check_statistics_stay(captured: Capture) -> None:
@@ -417,12 +441,6 @@ def _check_statistics_stay(captured: Capture) -> None:
             "(train=False). To renew batch_stats alone, make both mutable and drop the quant_stats "
             "that come back."
         )
-
-
-def _is_nnx(module: object) -> bool:
-    """Whether it is a module of flax.nnx, or such a class; without an import of that."""
-    classes = (module if isinstance(module, type) else type(module)).__mro__
-    return any(c.__module__.startswith("flax.nnx") for c in classes)
 
 
 def _function(method: Method) -> Any:

@@ -1,33 +1,19 @@
 """The printed plan: what is quantized and how, what stays float and why."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
 
-import jax
-import numpy as np
-from jax.core import Tracer
-
-from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.graph import Clamp, Contraction, Float, Node
-from simqat_jax.ir.plan import Placement, Quantizer, Step
+from simqat_jax.ir.sheet import Column, Line, Sheet, number, some
+from simqat_jax.numerics.folding import BatchNormFold
+from simqat_jax.numerics.observers import Role
 from simqat_jax.numerics.spec import QuantSpec
-from simqat_jax.ops.registry import operation_of
-from simqat_jax.training.ranges import STEP, Stats
-from simqat_jax.training.widths import too_wide
+from simqat_jax.rules import Rule
+from simqat_jax.training.widths import MOST_BITS_IN_FILES
 
-_ATTRIBUTES = {
-    "features": None,
-    "kernel_size": None,
-    "strides": 1,
-    "padding": "SAME",
-    "kernel_dilation": 1,
-    "input_dilation": 1,
-    "feature_group_count": 1,
-    "use_bias": None,
-    "epsilon": None,
-    "momentum": None,
-    "axis": -1,
-}
+FLOAT = "float"
+"""How the note of an operation begins that stays float."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +33,7 @@ class QuantizerInfo:
     """
 
     name: str
-    role: str
+    role: Role
     spec: QuantSpec
     label: str
     channel_axis: int | None
@@ -55,6 +41,28 @@ class QuantizerInfo:
     lo: float | None
     hi: float | None
     nonfinite: int
+
+    @property
+    def kind(self) -> str:
+        """All but its width and its range, in words: "symmetric, narrow, per channel, batch"."""
+        words = ["symmetric" if self.spec.symmetric else "asymmetric"]
+        words += ["narrow"] if self.spec.narrow_range else []
+        words.append("per tensor" if self.num_channels is None else "per channel")
+        words.append(self.label)
+        words += [f"delay {self.spec.quant_delay}"] if self.spec.quant_delay else []
+        return ", ".join(words)
+
+    @property
+    def limits(self) -> str:
+        """The range in three digits, empty where there is none."""
+        if self.lo is None or self.hi is None:
+            return ""
+        return f"[{number(self.lo)}, {number(self.hi)}]"
+
+    def __str__(self) -> str:
+        channels = f"per channel (axis {self.channel_axis}, {self.num_channels})"
+        kind = self.kind.replace("per channel", channels)
+        return ", ".join(filter(None, [f"{self.spec.num_bits} bits", kind, self.limits]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,8 @@ class Row:
       note: what becomes of the grid, or why the operation stays float.
       rule: what decides it: "rules[0]" or "exclude[0]" of the config; empty: nothing but its
         defaults.
+      brief: `op` in few words: "Conv 5x5, 6 + relu".
+      shares: the quantizer on whose grid its result stays, by name; empty: on none.
     """
 
     path: str
@@ -81,189 +91,192 @@ class Row:
     output: QuantizerInfo | None
     note: str
     rule: str = ""
+    brief: str = ""
+    shares: str = ""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it stays float."""
+        return self.note.startswith(FLOAT)
 
 
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is quantized and how, in order of evaluation; `print` it.
+
+    It is data: it can be compared, copied and pickled.
 
     Attributes:
       rows: one per operation on the data; what all steps of a loop do in the same way, once.
       quantizers: every quantizer once, by name.
-      floats: module path or operation and reason, of everything that stays float.
+      inputs: the quantizer of each input of the model that has one, by name, and what decides it.
+      bn_fold: how BatchNorm trains, but for rules.
+      freeze_bn: the step from which BatchNorm is frozen, None for never.
+      steps: training steps so far, None where that is not known.
+      delays: the step from which the quantizers of a role quantize.
+
+    Examples:
+      >>> qmodel = SimQAT().apply(nn.Dense(10))
+      >>> x = jnp.ones((1, 4))
+      >>> plan = qmodel.plan(qmodel.init(jax.random.key(0), x), x)
+      >>> plan
+      Plan(1 operations, 0 of them float; 3 quantizers)
+      >>> plan.rows[0].output.spec.num_bits
+      8
     """
 
-    def __init__(self, placement: Placement, config: SimQATConfig, stats: Stats):
-        self._placement = placement
-        self._config = config
-        self._stats = stats
-        self.quantizers = {name: self._info(q) for name, q in placement.quantizers.items()}
-        self.rows = tuple(self._rows())
-        self.floats = tuple(
-            (row.path, row.note) for row in self.rows if row.note.startswith("float")
+    rows: tuple[Row, ...]
+    quantizers: dict[str, QuantizerInfo] = dataclasses.field(hash=False)
+    inputs: tuple[tuple[str, str], ...]
+    bn_fold: BatchNormFold
+    freeze_bn: int | None
+    steps: int | None
+    delays: dict[Role, int] = dataclasses.field(hash=False)
+
+    @property
+    def floats(self) -> tuple[tuple[str, str], ...]:
+        """Module path or operation and reason, of everything that stays float."""
+        return tuple((row.path, row.note) for row in self.rows if row.is_float)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({len(self.rows)} operations, {len(self.floats)} of them float; "
+            f"{len(self.quantizers)} quantizers)"
         )
-
-    def _info(self, q: Quantizer) -> QuantizerInfo:
-        (lo, hi), nonfinite = q.observer.known_range or (np.inf, -np.inf), 0
-        if q.name in self._stats:
-            state = q.observer.restore(self._stats[q.name])
-            if _is_concrete(state.nonfinite):
-                (lo, hi), nonfinite = q.observer.range(state), state.nonfinite
-        lo, hi = np.min(np.asarray(lo)), np.max(np.asarray(hi))
-        seen = bool(lo <= hi)
-        return QuantizerInfo(
-            name=q.name,
-            role=q.role,
-            spec=q.spec,
-            label=q.observer.label,
-            channel_axis=q.observer.channel_axis,
-            num_channels=q.num_channels,
-            lo=float(lo) if seen else None,
-            hi=float(hi) if seen else None,
-            nonfinite=int(nonfinite),
-        )
-
-    def _rows(self) -> Iterator[Row]:
-        graph, seen = self._placement.graph, set[Row]()
-        for step in self._placement.steps:
-            if step.node.data_inputs(graph.data):
-                row = self._row(step)
-                if step.output not in graph.repeated or row not in seen:
-                    yield row
-                seen.add(row)
-
-    def _row(self, step: Step) -> Row:
-        node, placement = step.node, self._placement
-        layer = node.layer
-        output = placement.at.get(step.output)
-        weight = placement.weights.get(node)
-        path = "/".join(layer.path if layer is not None else (*node.path, node.op))
-        return Row(
-            path=path or node.op,
-            kind=node.kind,
-            op=" + ".join(map(_describe, step.nodes)),
-            weight=None if weight is None else self.quantizers[weight.name],
-            output=None if output is None else self.quantizers[output.name],
-            note=self._note(step),
-            rule=self._rule(step.rule),
-        )
-
-    def _rule(self, place: int | None) -> str:
-        if place is None:
-            return ""
-        excluded = len(self._config.exclude)
-        return f"exclude[{place}]" if place < excluded else f"rules[{place - excluded}]"
-
-    def _note(self, step: Step) -> str:
-        placement = self._placement
-        if step.output in placement.at:
-            if step.quantized:
-                return self._form(step)
-            reason = self._reason(step, "its input is float")
-            return f"float: {reason}; its result is quantized for an integer operation"
-        if step.output in placement.grids:
-            return f"on the grid of {placement.grids[step.output].name}"
-        if operation_of(step.node).counts(step, placement):
-            return self._form(step)
-        return f"float: {self._reason(step)}"
-
-    def _form(self, step: Step) -> str:
-        """Say what an operation on integers becomes, where its name does not."""
-        if step.norm is not None:
-            return f"BatchNorm folded: {step.fold}"
-        return operation_of(step.node).form(step)
-
-    def _reason(self, step: Step, otherwise: str = "no integer operation needs it") -> str:
-        if step.reason:
-            return step.reason
-        if isinstance(step.node, Float):
-            return step.node.why
-        return "no integer form" if isinstance(step.node, Contraction) else otherwise
 
     def __str__(self) -> str:
-        lines = [self._header()]
-        step = self._stats.get(STEP)
-        if step is not None and _is_concrete(step):
-            lines.append(f"training steps so far: {int(step)}{self._delays(int(step))}")
-        table = [("layer or operation", "what it is", "weight", "output", "decided by", "")]
-        placement = self._placement
-        inputs = (placement.at[v] for v in placement.graph.inputs if v in placement.at)
-        for name, rule in dict.fromkeys((q.name, self._rule(q.rule)) for q in inputs):
-            table.append((name, "model input", "", _quantizer(self.quantizers[name]), rule, ""))
-        table += [
-            (row.path, row.op, _quantizer(row.weight), _quantizer(row.output), row.rule, row.note)
+        return self._sheet().text()
+
+    def _repr_html_(self) -> str:
+        return self._sheet().html()
+
+    def details(self, path: str = "*") -> str:
+        """Return all that is known of some operations, as text to print.
+
+        Args:
+          path: which of them, and everything inside, as `Rule.path`: `"Block_0/*"`.
+
+        Raises:
+          TypeError: no string.
+          ValueError: a pattern that matches none; an empty one, one that does not compile.
+        """
+        rule, sheet = Rule(path=path), self._sheet()
+        chosen = [line for line in sheet.lines if rule.matches(line.cells[0].split("/"))]
+        if not chosen:
+            paths = list(dict.fromkeys(line.cells[0] for line in sheet.lines))
+            raise ValueError(f"no operation has a path like {path!r}. There are {some(paths)}.")
+        return sheet.details(chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as dictionaries, lists, text and numbers, as JSON holds them."""
+        rows = [
+            {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+            | {"weight": row.weight and row.weight.name, "output": row.output and row.output.name}
             for row in self.rows
         ]
-        if not any(rule for *_, rule, _ in table[1:]):
-            table = [(*cells, note) for *cells, _, note in table]
-        lines += _columns(table)
-        roles = [q.role for q in self.quantizers.values()]
-        lines.append(
-            f"{roles.count('activation')} activation, {roles.count('weight')} weight and "
-            f"{roles.count('constant')} constant quantizers; "
-            f"{len(self.floats)} operations stay float."
+        return {
+            "bn_fold": self.bn_fold,
+            "freeze_bn": self.freeze_bn,
+            "steps": self.steps,
+            "delays": dict(self.delays),
+            "inputs": [{"quantizer": name, "rule": rule} for name, rule in self.inputs],
+            "quantizers": {n: dataclasses.asdict(q) for n, q in self.quantizers.items()},
+            "rows": rows,
+        }
+
+    # Showing ---------------------------------------------------------------------------------
+
+    def _sheet(self) -> Sheet:
+        ruled = any(rule for *_, rule in self.inputs) or any(row.rule for row in self.rows)
+        titles = [Column("layer", "end"), Column("what it is", "start")]
+        titles += [Column("weight"), Column("output", "start")]
+        lines = [*self._input_lines(), *map(self._line, self.rows)]
+        if not ruled:
+            lines = [dataclasses.replace(line, cells=line.cells[:-1]) for line in lines]
+        columns = (*titles, *([Column("decided by")] if ruled else []))
+        return Sheet(self._head(), columns, tuple(lines), tuple(self._foot()))
+
+    def _usual(self, role: Role) -> str:
+        """Say what most quantizers of a role are, but for width and range."""
+        kinds = Counter(q.kind for q in self.quantizers.values() if q.role == role)
+        return kinds.most_common(1)[0][0] if kinds else ""
+
+    def _head(self) -> tuple[str, ...]:
+        frozen = "never" if self.freeze_bn is None else f"from step {self.freeze_bn}"
+        lines = [f"SimQAT plan: bn_fold={self.bn_fold!r}, BatchNorm frozen {frozen}"]
+        if self.steps is not None:
+            names = {"weight": "weights", "activation": "activations"}
+            pending = [
+                f"; {names[role]} quantizes from step {delay}, until then values pass unquantized"
+                for role, delay in self.delays.items()
+                if self.steps < delay
+            ]
+            lines.append(f"training steps so far: {self.steps}{''.join(pending)}")
+        roles: dict[str, Role] = {"weights": "weight", "outputs": "activation"}
+        lines += [
+            f"{name}: {self._usual(role)}" for name, role in roles.items() if self._usual(role)
+        ]
+        return (*lines, "")
+
+    def _input_lines(self) -> Iterator[Line]:
+        for name, rule in self.inputs:
+            quantizer = self.quantizers[name]
+            cells = (name, "model input", "", self._cell(quantizer), rule)
+            yield Line(cells, ("model input", f"output: {quantizer}", *_decided(rule)))
+
+    def _line(self, row: Row) -> Line:
+        output = self._cell(row.output)
+        if row.output is None:
+            output = f"as {_seen_from(row.path, row.shares)}" if row.shares else _first(row.note)
+        elif row.is_float:
+            output = f"float, then {output}"
+        more = [row.op]
+        more += [f"weight: {row.weight}"] if row.weight else []
+        more += [f"output: {row.output}"] if row.output else []
+        more += [row.note] if row.note else []
+        cells = (row.path, row.brief, self._cell(row.weight), output, row.rule)
+        return Line(cells, (*more, *_decided(row.rule)), row.is_float)
+
+    def _cell(self, info: QuantizerInfo | None) -> str:
+        """Write width and range, with a star where the rest is not as usual."""
+        if info is None:
+            return ""
+        star = "" if info.kind == self._usual(info.role) else "*"
+        limits = info.limits if info.role == "activation" else ""
+        return f"{info.spec.num_bits} bits{star} {limits}".rstrip()
+
+    def _foot(self) -> Iterator[str]:
+        roles = Counter(q.role for q in self.quantizers.values())
+        yield (
+            f"{roles['activation']} activation, {roles['weight']} weight and "
+            f"{roles['constant']} constant quantizers; {len(self.floats)} operations stay float."
         )
-        wide = [f"{q.name} ({q.spec.num_bits} bits)" for q in too_wide(placement)]
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for path, note in self.floats:
+            reasons[note.removeprefix(f"{FLOAT}: ")].append(path)
+        for reason, paths in reasons.items():
+            yield f"float, {reason}: {some(list(dict.fromkeys(paths)))}."
+        shown = [q for row in self.rows for q in (row.weight, row.output) if q is not None]
+        if any(q.kind != self._usual(q.role) for q in shown):
+            yield "* not as most are: details() says how."
+        wide = [q for q in self.quantizers.values() if q.spec.num_bits > MOST_BITS_IN_FILES]
         if wide:
-            lines.append(f"No ONNX or TFLite file holds the codes of: {', '.join(wide)}.")
+            named = some([f"{q.name} ({q.spec.num_bits} bits)" for q in wide])
+            yield f"No ONNX or TFLite file holds the codes of: {named}."
         bad = [f"{q.name} ({q.nonfinite} steps)" for q in self.quantizers.values() if q.nonfinite]
         if bad:
-            lines.append(f"NaN or Inf was seen, and left out of the range, in: {', '.join(bad)}.")
-        return "\n".join(lines)
-
-    def _header(self) -> str:
-        freeze = self._placement.freeze_bn
-        when = "never" if freeze is None else f"from step {freeze}"
-        return f"SimQAT plan: bn_fold={self._config.bn_fold!r}, BatchNorm frozen {when}"
-
-    def _delays(self, step: int) -> str:
-        delays = {
-            "weights": self._placement.delay("weight"),
-            "activations": self._placement.delay("activation"),
-        }
-        pending = [
-            f"{name} quantizes from step {delay}" for name, delay in delays.items() if step < delay
-        ]
-        return "".join(f"; {text}, until then values pass unquantized" for text in pending)
+            yield f"NaN or Inf was seen, and left out of the range, in: {', '.join(bad)}."
 
 
-def _is_concrete(value: object) -> bool:
-    return not isinstance(value, (Tracer, jax.ShapeDtypeStruct))
+def _seen_from(path: str, other: str) -> str:
+    """Write the path of another operation, without the module where both are in the same."""
+    module = path.rpartition("/")[0]
+    return other.removeprefix(f"{module}/") if module else other
 
 
-def _describe(node: Node) -> str:
-    if node.layer is None or node.layer.module is None:
-        if isinstance(node, Clamp) and node.op == "clip":
-            return f"clip({node.bounds[0]:g}, {node.bounds[1]:g})"
-        return node.op
-    module = node.layer.module
-    shown = []
-    for name, default in _ATTRIBUTES.items():
-        value = getattr(module, name, default)
-        if value is not None and value != default:
-            shown.append(f"{name}={value}")
-    return f"{node.op}({', '.join(shown)})"
+def _first(note: str) -> str:
+    return note.split(":")[0]
 
 
-def _quantizer(info: QuantizerInfo | None) -> str:
-    if info is None:
-        return ""
-    spec = info.spec
-    words = [f"{spec.num_bits} bits", "symmetric" if spec.symmetric else "asymmetric"]
-    words += ["narrow"] if spec.narrow_range else []
-    words.append(
-        "per tensor"
-        if info.num_channels is None
-        else f"per channel (axis {info.channel_axis}, {info.num_channels})"
-    )
-    words.append(info.label)
-    words += [f"delay {spec.quant_delay}"] if spec.quant_delay else []
-    words += [f"[{info.lo:.4g}, {info.hi:.4g}]"] if info.lo is not None else []
-    return ", ".join(words)
-
-
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+def _decided(rule: str) -> tuple[str, ...]:
+    return (f"decided by {rule}",) if rule else ()

@@ -21,6 +21,12 @@ OWN = (COLLECTION, STEPS)
 """The collections that the float model has not."""
 STEP = "step"
 """The entry that counts training steps."""
+_COLLECTION = "Pass the collection variables['quant_stats']."
+_OBSERVE = (
+    "Train with mutable=['batch_stats', 'quant_stats'], or calibrate(qmodel, variables, batches), "
+    "and evaluate with the quant_stats that come back."
+)
+_BROKEN = "Take the quant_stats of an earlier checkpoint, or of init, and calibrate again."
 Stats = Mapping[str, Any]
 """The state of each quantizer with one, by name, and "step": training steps so far."""
 
@@ -82,6 +88,7 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
             f"the variables hold no quant_stats for {', '.join(missing)}. Pass the quant_stats "
             "of this model's init (called with the same kind of arguments), or make the "
             "collection mutable in a call of the same method: apply(..., mutable=['quant_stats'])."
+            f"{_integers(placement)}"
         )
     ends = {name: q.observer.range(known[name]) for name, q in placement.stateful.items()}
     concrete = {name: pair for name, pair in ends.items() if _is_concrete(pair[0])}
@@ -89,16 +96,54 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
     if empty:
         raise ValueError(
             f"the ranges of {', '.join(empty)} were never observed, so evaluation has no grid for "
-            "them. Train, or calibrate with apply(..., mutable=['quant_stats']), and evaluate "
-            "with the updated quant_stats."
+            f"them. {_OBSERVE}"
         )
     broken = [name for name, pair in concrete.items() if not _is_finite(pair)]
     if broken:
-        raise ValueError(
-            f"the ranges of {', '.join(broken)} hold NaN or Inf. Take the quant_stats of an "
-            "earlier checkpoint, or of init, and calibrate again."
-        )
+        raise ValueError(f"the ranges of {', '.join(broken)} hold NaN or Inf. {_BROKEN}")
     return known
+
+
+def _integers(placement: Placement) -> str:
+    """Say what may be meant where a call has inputs of integers."""
+    graph = placement.graph
+    types = {str(graph.avals[v].dtype) for v in graph.arguments}
+    whole = sorted(t for t in types if not jnp.issubdtype(jnp.dtype(t), jnp.floating))
+    if not whole:
+        return ""
+    return (
+        f" This call has an input of type {', '.join(whole)}: where init had real values, pass "
+        "those, x.astype('float32') / 255 for bytes scaled to [0, 1]."
+    )
+
+
+def check_all(variables: Mapping[str, Any]) -> None:
+    """Check every range and learned step that variables hold, whatever call needs it.
+
+    Raises:
+      TypeError: variables that are traced; a collection that holds anything but ranges.
+      ValueError: no ranges; one that was never observed, or is not finite; a step not above 0.
+    """
+    stats, steps = ranges_and_steps(variables)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((stats, steps))):
+        raise TypeError("check looks at values, and these are traced: call it outside of jit.")
+    check_mapping(COLLECTION, stats, _COLLECTION)
+    ends = {name: _ends(name, state) for name, state in _states(stats)}
+    if not ends:
+        raise ValueError(f"the variables hold no quant_stats. {_OBSERVE}")
+    empty = [name for name, pair in ends.items() if _is_empty(*pair)]
+    if empty:
+        raise ValueError(f"the ranges of {', '.join(empty)} were never observed. {_OBSERVE}")
+    broken = [name for name, pair in ends.items() if not _is_finite(pair)]
+    if broken:
+        raise ValueError(f"the ranges of {', '.join(broken)} hold NaN or Inf. {_BROKEN}")
+    unset = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, step in jax.tree.leaves_with_path(steps)
+        if not np.all(np.asarray(step) > 0)
+    ]
+    if unset:
+        raise ValueError(f"the learned steps of {', '.join(unset)} are not above 0. {_OBSERVE}")
 
 
 def _is_concrete(value: object) -> bool:
@@ -190,18 +235,30 @@ def nonfinite_ranges(quant_stats: Stats) -> dict[str, int]:
       >>> nonfinite_ranges({"input": init_range()})
       {}
     """
-    check_mapping("quant_stats", quant_stats, "Pass the collection variables['quant_stats'].")
-    counts = dict(_counts(quant_stats))
+    check_mapping("quant_stats", quant_stats, _COLLECTION)
+    if COLLECTION in quant_stats:
+        raise TypeError(
+            f"a dictionary of all variables ({', '.join(quant_stats)}) is no range. {_COLLECTION}"
+        )
+    counts = {name: int(np.asarray(_nonfinite(name, s))) for name, s in _states(quant_stats)}
     return {name: count for name, count in counts.items() if count}
 
 
-def _counts(stats: Stats, path: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the count of each state, whatever its observer, and however it was restored."""
+def _states(stats: Stats, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each state, whatever its observer, and however it was restored."""
     for name, value in stats.items():
         if isinstance(value, Mapping) and "nonfinite" not in value:
-            yield from _counts(value, f"{path}{name}/")
+            yield from _states(value, f"{path}{name}/")
         elif name != STEP:
-            yield path + name, int(np.asarray(_nonfinite(path + name, value)))
+            yield path + name, value
+
+
+def _ends(name: str, state: Any) -> Range:
+    """Return the range in a state; the first two fields of what an observer stores are its ends."""
+    if isinstance(state, Mapping):
+        return state["lo"], state["hi"]
+    _nonfinite(name, state)
+    return state[0], state[1]
 
 
 def _nonfinite(name: str, state: object) -> ArrayLike:
@@ -210,4 +267,4 @@ def _nonfinite(name: str, state: object) -> ArrayLike:
     if isinstance(state, Sequence) and not isinstance(state, str) and len(state) > 1:
         return getattr(state, "nonfinite", state[-1])
     kind = type(state).__name__
-    raise TypeError(f"{name}: a {kind} is no range. Pass the collection variables['quant_stats'].")
+    raise TypeError(f"{name}: a {kind} is no range. {_COLLECTION}")

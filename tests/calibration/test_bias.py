@@ -46,7 +46,9 @@ def test_biases_alone_move(small, corrected):
 
 def test_a_cast_bias_of_a_half_precise_model_is_found():
     model, x = nn.Dense(3, dtype=jnp.bfloat16), jnp.linspace(-1, 3, 12).reshape(3, 4)
-    weight = sq.QuantSpec(num_bits=2, symmetric=True, observer="batch")
+    weight = sq.QuantSpec(
+        num_bits=2, symmetric=True, per_channel=False, narrow_range=False, observer="batch"
+    )
     qmodel, variables = sq.post_training_quantize(
         model,
         model.init(jax.random.key(0), x),

@@ -71,7 +71,9 @@ def test_both_sides_of_a_pair_have_one_range():
 
 
 def test_one_range_per_tensor_gains():
-    weight = sq.QuantSpec(num_bits=8, symmetric=True, observer="batch")
+    weight = sq.QuantSpec(
+        num_bits=8, symmetric=True, per_channel=False, narrow_range=False, observer="batch"
+    )
     config = sq.SimQATConfig(weight=weight, activation=sq.QuantSpec(num_bits=16))
     model, variables = Chain(), unequal(Chain(), X)
     qmodel, want = sq.SimQAT(config).apply(model), np.asarray(model.apply(variables, X))

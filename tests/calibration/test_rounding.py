@@ -20,7 +20,9 @@ def test_no_channel_is_worse_than_nearest(per_channel):
     """Of one layer, with NumPy: its input has 16 bits, so that it is as good as real."""
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(64, 12)) @ rng.normal(size=(12, 12))).astype(np.float32)
-    weight = sq.QuantSpec(num_bits=3, symmetric=True, per_channel=per_channel, observer="batch")
+    weight = sq.QuantSpec(
+        num_bits=3, symmetric=True, per_channel=per_channel, narrow_range=False, observer="batch"
+    )
     config = sq.SimQATConfig(weight=weight, activation=sq.QuantSpec(num_bits=16))
     qmodel = sq.SimQAT(config).apply(nn.Dense(6))
     floats: Any = nn.Dense(6).init(jax.random.key(1), x)

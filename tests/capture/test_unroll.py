@@ -205,7 +205,9 @@ def test_a_range_holds_the_extremes_of_all_times():
     model = rnn(nn.SimpleCell(4))
     late = sq.SimQATConfig(
         activation=sq.QuantSpec(observer="minmax", quant_delay=9),
-        weight=sq.QuantSpec(symmetric=True, observer="batch", quant_delay=9),
+        weight=sq.QuantSpec(
+            symmetric=True, per_channel=False, narrow_range=False, observer="batch", quant_delay=9
+        ),
     )
     _, variables, _ = observed(model, SEQUENCES, config=late)
     cell, h, seen = variables["params"]["RNN_0"]["cell"], np.zeros((2, 4)), []

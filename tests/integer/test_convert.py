@@ -118,7 +118,9 @@ def test_a_bias_beyond_every_range():
 
 def test_sums_that_int32_cannot_hold():
     wide = sq.SimQATConfig(
-        weight=sq.QuantSpec(num_bits=16, symmetric=True, per_channel=True, observer="batch"),
+        weight=sq.QuantSpec(
+            num_bits=16, symmetric=True, per_channel=True, narrow_range=False, observer="batch"
+        ),
         activation=sq.QuantSpec(num_bits=16),
     )
     qmodel, variables, _ = dense(wide)

@@ -85,7 +85,9 @@ class FewBits(nn.Module):
 
 @pytest.fixture(scope="module")
 def narrow():
-    weight = sq.QuantSpec(num_bits=4, symmetric=True, per_channel=True, observer="batch")
+    weight = sq.QuantSpec(
+        num_bits=4, symmetric=True, per_channel=True, narrow_range=False, observer="batch"
+    )
     rules = (sq.Rule(path="two_bits", weight=dataclasses.replace(weight, num_bits=2)),)
     config = sq.SimQATConfig(weight=weight, rules=rules)
     x = np.random.default_rng(0).normal(size=(2, 5, 5, 3)).astype(np.float32)

@@ -89,3 +89,37 @@ def test_collections_of_any_kind():
     for mutable in ("quant_stats", {"quant_stats": None}.keys(), nn.DenyList("params"), True):
         _, updates = jax.eval_shape(lambda m=mutable: QMODEL.apply(variables, X, mutable=m))
         assert "quant_stats" in updates
+
+
+def test_what_was_meant_by_a_model_in_the_place_of_a_config():
+    with pytest.raises(TypeError, match=r"got Dense\(.*Write SimQAT\(\)\.apply\(model\)"):
+        sq.SimQAT(nn.Dense(3))
+
+
+def test_what_was_meant_by_swapped_arguments(tmp_path):
+    variables = QMODEL.init(KEY, X)
+    with pytest.raises(TypeError, match="in front of the arguments"):
+        QMODEL.apply(X, variables)
+    with pytest.raises(TypeError, match=r"write convert\(qmodel, variables, x\)"):
+        sq.convert(variables, QMODEL, X)
+    with pytest.raises(TypeError, match=r"write convert\(qmodel, variables, x\)"):
+        sq.convert(QMODEL, X, variables)
+    for name in ("export_tflite", "export_onnx"):
+        export = getattr(sq, name)
+        with pytest.raises(TypeError, match=r"Convert it first: model = convert\("):
+            export(QMODEL, tmp_path / "model")
+        with pytest.raises(TypeError, match=rf"The model comes first: {name}\(model, path\)"):
+            export(tmp_path / "model", QMODEL)
+    with pytest.raises(TypeError, match=r"The model comes first: verify\(model, path, x\)"):
+        sq.verify(tmp_path / "model", QMODEL, X)
+    with pytest.raises(TypeError, match=r"all variables .*is no range"):
+        sq.nonfinite_ranges(variables)
+
+
+def test_bytes_where_ranges_are_those_of_real_values():
+    variables = sq.calibrate(QMODEL, QMODEL.init(KEY, X), [X], progress=False)
+    images = np.zeros((2, 4), np.uint8)
+    with pytest.raises(ValueError, match=r"input of type uint8: .*x\.astype\('float32'\) / 255"):
+        QMODEL.apply(variables, images)
+    with pytest.raises(ValueError, match=r"got uint8\. Pass real values.* / 255"):
+        sq.convert(QMODEL, variables, X)(images)

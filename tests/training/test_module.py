@@ -109,7 +109,12 @@ def test_delay(role, x):
     specs = {
         "activation": sq.QuantSpec(num_bits=3, quant_delay=2),
         "weight": sq.QuantSpec(
-            num_bits=3, symmetric=True, per_channel=True, observer="batch", quant_delay=2
+            num_bits=3,
+            symmetric=True,
+            per_channel=True,
+            narrow_range=False,
+            observer="batch",
+            quant_delay=2,
         ),
     }
     other = "weight" if role == "activation" else "activation"

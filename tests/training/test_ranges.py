@@ -1,5 +1,6 @@
 """The collection `quant_stats`: as it is after training, restored, incomplete."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,3 +54,49 @@ def test_missing_and_unobserved_ranges(x):
     assert np.isnan(jax.jit(qmodel.apply)(variables, x)).all()
     _, updates = qmodel.apply({"params": variables["params"]}, x, mutable=["quant_stats"])
     assert set(updates["quant_stats"]) == set(variables["quant_stats"])
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(x)))
+
+
+def test_check_before_a_long_evaluation(x):
+    qmodel = sq.SimQAT().apply(Normed())
+    first = qmodel.init(jax.random.key(0), x)
+    for call in ((first,), (first, x)):
+        with pytest.raises(ValueError, match=r"were never observed.*calibrate\(") as caught:
+            qmodel.check(*call)
+        names = str(caught.value).removeprefix("the ranges of ").split(" were")[0].split(", ")
+        assert sorted(names) == ["Dense_0/output", "Dense_1/output", "input"]
+    with pytest.raises(ValueError, match="hold no quant_stats"):
+        qmodel.check({"params": first["params"]})
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(qmodel.check)(first)
+    good = sq.calibrate(qmodel, first, [x], progress=False)  # the remedy
+    qmodel.check(good)
+    qmodel.check(good, jax.ShapeDtypeStruct(x.shape, x.dtype), train=False)
+    plain = {k: list(s) if k != "step" else s for k, s in good["quant_stats"].items()}
+    qmodel.check({**good, "quant_stats": {"inside": plain}})  # as checkpoints and models hold them
+    plain["input"][1] = np.inf
+    with pytest.raises(ValueError, match="input hold NaN or Inf"):
+        qmodel.check({**good, "quant_stats": plain})
+
+
+def test_check_of_learned_steps(x):
+    qmodel = sq.LearnedStepSizeQuantizationAwareTraining().apply(TwoLayers())
+    variables = sq.calibrate(qmodel, qmodel.init(jax.random.key(0), x), [x], progress=False)
+    qmodel.check(variables)
+    variables["quant_params"] = {**variables["quant_params"], "input": jnp.float32(0)}
+    with pytest.raises(ValueError, match="learned steps of input are not above 0"):
+        qmodel.check(variables)
+
+
+def test_a_training_call_that_leaves_statistics_immutable(x):
+    qmodel = sq.SimQAT().apply(Normed())
+    variables = qmodel.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"batch_stats.*immutable\. Train with mutable=\['batch"):
+        qmodel.apply(variables, x, train=True, mutable=["quant_stats"])
+    qmodel.apply(variables, x, train=False, mutable=["quant_stats"])  # the remedies
+    qmodel.apply(variables, x, train=True, mutable=["batch_stats", "quant_stats"])

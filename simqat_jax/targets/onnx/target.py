@@ -7,7 +7,7 @@ import numpy as np
 from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_flag, check_kind
+from simqat_jax.numerics.arguments import check_flag
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.axes import moving_one_axis
 from simqat_jax.targets.onnx.ops import check, write_op
@@ -15,13 +15,15 @@ from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import Target
+from simqat_jax.targets.target import Target, check_model
 
 _BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in ONNX Runtime 1.32
 _FEW = 16  # channels from which on pooling rows first gains nothing
 
 
-def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False) -> None:
+def export_onnx(
+    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
+) -> None:
     """Write an integer model as an ONNX file with the same codes in ONNX Runtime.
 
     Every quantized operation stands between DequantizeLinear and QuantizeLinear, which ONNX Runtime
@@ -44,7 +46,7 @@ def export_onnx(model: IntegerModel, path: str | os.PathLike, *, integer_io: boo
     Source:
       ONNX operators, opset 19.
     """
-    check_kind("model", model, IntegerModel, "convert(...) makes one.")
+    check_model(model, "export_onnx(model, path)")
     check_flag("integer_io", integer_io)
     path = as_path(path)
     data = _bytes(model.program, integer_io)

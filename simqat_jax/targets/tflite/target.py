@@ -8,11 +8,11 @@ import numpy as np
 from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_flag, check_kind
+from simqat_jax.numerics.arguments import check_flag
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import Target
+from simqat_jax.targets.target import Target, check_model
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
 from simqat_jax.targets.tflite.runtime import open_tflite
 from simqat_jax.targets.tflite.subgraph import SchemaObject
@@ -22,7 +22,7 @@ _BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast 
 
 
 def export_tflite(
-    model: IntegerModel, path: str | os.PathLike, *, integer_io: bool = False
+    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
 ) -> None:
     """Write a model as a TFLite file that LiteRT runs on int8, for any batch size.
 
@@ -46,7 +46,7 @@ def export_tflite(
     Source:
       TensorFlow Lite schema, version 3, and 8-bit quantization specification.
     """
-    check_kind("model", model, IntegerModel, "convert(...) makes one.")
+    check_model(model, "export_tflite(model, path)")
     check_flag("integer_io", integer_io)
     path = as_path(path)
     data = _bytes(model.program, integer_io)

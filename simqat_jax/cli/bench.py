@@ -1,0 +1,99 @@
+"""Measure the latency of files in their runtimes."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simqat_jax.ir.sheet import Column, Line, Sheet
+from simqat_jax.numerics.arguments import check_whole
+from simqat_jax.targets.listing import FileInput, Listing
+from simqat_jax.targets.onnx.listing import list_onnx
+from simqat_jax.targets.open_file import open_file
+from simqat_jax.targets.tflite.listing import list_tflite
+
+LISTINGS: dict[str, Callable[[Path], Listing]] = {".onnx": list_onnx, ".tflite": list_tflite}
+"""What tells what is in a file, by its suffix."""
+_WARM_UP = 10
+_COLUMNS = (
+    Column("file", "end"),
+    Column("runtime", "start"),
+    Column("p50 ms"),
+    Column("p99 ms"),
+    Column("p50, ratio"),
+    Column("bytes"),
+)
+
+
+def bench(files: Sequence[Path], threads: int, batch: int, calls: int) -> str:
+    """Return a table of latencies.
+
+    The calls of the files alternate, so that a busy machine slows all of them.
+
+    Args:
+      files: *.onnx or *.tflite; what others are compared with stands last.
+      threads: of each runtime.
+      batch: examples a call.
+      calls: how many of each file are measured.
+
+    Raises:
+      TypeError: a number that is none.
+      ValueError: one below 1; a file that its runtime does not read or run.
+      FileNotFoundError: no such file.
+    """
+    check_whole("threads", threads, 1)
+    check_whole("batch", batch, 1)
+    check_whole("calls", calls, 1)
+    runs = [_call(path, threads, batch) for path in files]
+    for run in (run for run, _ in runs for _ in range(_WARM_UP)):
+        run()
+    times = np.array([[_seconds(run) for run, _ in runs] for _ in range(calls)]) * 1e3
+    medians = np.median(times, axis=0)
+    tails = np.percentile(times, 99, axis=0)
+    lines = [
+        Line((str(path), name, f"{p50:.3f}", f"{p99:.3f}", f"{ratio:.2f}", f"{size:,}"))
+        for path, (_, name), p50, p99, ratio, size in zip(
+            files,
+            runs,
+            medians,
+            tails,
+            medians / medians[-1],
+            [path.stat().st_size for path in files],
+            strict=True,
+        )
+    ]
+    foot = f"{calls} calls of {batch} examples on {threads} threads, of random inputs."
+    return Sheet((), _COLUMNS, tuple(lines), (foot,)).text()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _call(path: Path, threads: int, batch: int) -> tuple[Callable[[], object], str]:
+    """Return a call of a file on random inputs, and its runtime's name."""
+    careful = open_file(path, threads)  # in a process of its own, which a damaged file may end
+    rng = np.random.default_rng(0)
+    arrays = [_random(i, batch, rng) for i in LISTINGS[path.suffix](path).inputs]
+    try:
+        careful.run(arrays)
+    except ValueError as error:
+        reason = f"{path} does not run on random inputs of {batch} examples: {error}"
+        raise ValueError(reason) from error
+    here = open_file(path, threads, isolated=False)
+    return lambda: here.run(arrays), here.name
+
+
+def _random(given: FileInput, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Return values for an input: small real numbers, any codes, of other integers zeros."""
+    shape = tuple(batch if d < 0 else d for d in given.shape)
+    dtype = np.dtype(given.dtype)
+    if dtype.kind == "f":
+        return rng.standard_normal(shape).astype(dtype)
+    if dtype.itemsize == 1 and dtype.kind in "iu":
+        ends = np.iinfo(dtype)
+        return rng.integers(ends.min, ends.max, shape, dtype, endpoint=True)
+    return np.zeros(shape, dtype)

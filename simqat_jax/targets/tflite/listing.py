@@ -1,0 +1,87 @@
+"""What is in a TFLite file of any origin."""
+
+from pathlib import Path
+from typing import Any
+
+from simqat_jax.files import import_extra
+from simqat_jax.targets.listing import FileInput, FileOp, Listing, shape_text
+
+_CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
+
+
+def list_tflite(path: Path) -> Listing:
+    """Return what is in a file.
+
+    Raises:
+      ImportError: the extra `export` is missing.
+      ValueError: a file that cannot be read.
+    """
+    schema: Any = import_extra("ai_edge_litert.schema_py_generated")
+    data = path.read_bytes()
+    if data[4:8] != b"TFL3":
+        raise ValueError(f"{path} is no TFLite file: it does not begin as one.")
+    try:
+        return _Reader(schema, schema.ModelT.InitFromPackedBuf(data, 0)).listing()
+    except Exception as error:  # struct, IndexError and more: offsets that lead nowhere
+        raise ValueError(f"{path} is damaged: {error}.") from error
+
+
+class _Reader:
+    """The first subgraph of a file, which is the model."""
+
+    def __init__(self, schema: Any, model: Any):
+        self._model = model
+        self._graph = model.subgraphs[0]
+        self._kinds = _names(schema.BuiltinOperator)
+        self._types = _names(schema.TensorType)
+
+    def listing(self) -> Listing:
+        operators = [(self._kind(op), op) for op in self._graph.operators]
+        return Listing(
+            tuple(map(self._input, self._graph.inputs)),
+            tuple(self._op(kind, op) for kind, op in operators if kind not in _CONVERSIONS),
+            sum(kind in _CONVERSIONS for kind, _ in operators),
+        )
+
+    def _input(self, number: int) -> FileInput:
+        tensor = self._graph.tensors[number]
+        return FileInput(tensor.name.decode(), self._shape(tensor) or (), self._dtype(tensor))
+
+    def _kind(self, op: Any) -> str:
+        code = self._model.operatorCodes[op.opcodeIndex]
+        if code.customCode:
+            return code.customCode.decode()
+        return self._kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
+
+    def _op(self, kind: str, op: Any) -> FileOp:
+        tensors = self._graph.tensors
+        read = [tensors[i] for i in op.inputs if i >= 0]
+        made = [tensors[i] for i in op.outputs]
+        constants = [t for t in read if self._bytes(t)]
+        types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
+        return FileOp(
+            name=made[0].name.decode(),
+            kind=kind,
+            shape=self._shape(made[0]),
+            dtype=next((t for t in types if "float" in t), types[-1]),
+            weights=tuple(
+                f"{self._dtype(t)} {shape_text(self._shape(t) or ())}" for t in constants
+            ),
+            nbytes=sum(map(self._bytes, constants)),
+        )
+
+    def _bytes(self, tensor: Any) -> int:
+        data = self._model.buffers[tensor.buffer].data
+        return 0 if data is None else len(data)
+
+    def _dtype(self, tensor: Any) -> str:
+        return self._types[tensor.type].lower()
+
+    def _shape(self, tensor: Any) -> tuple[int, ...] | None:
+        signature = tensor.shapeSignature
+        shape = tensor.shape if signature is None or len(signature) == 0 else signature
+        return None if shape is None else tuple(map(int, shape))
+
+
+def _names(enumeration: Any) -> dict[int, str]:
+    return {value: name for name, value in vars(enumeration).items() if isinstance(value, int)}

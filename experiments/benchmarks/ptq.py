@@ -61,7 +61,7 @@ class Arguments:
     """Examples to measure on; by default all."""
     recipes: tuple[Recipe, ...] = ("calibrate", "fast", "accurate")
     """Ways to quantize, one row each: ranges alone, the recipes of `post_training_quantize`, and
-    "distilled": "fast", then training on the calibration data without their labels."""
+    "distilled": "accurate", then training on the calibration data without their labels."""
     observer: str | None = None
     """Observer of kernels, as "mse"."""
     ends: int | None = None
@@ -155,7 +155,7 @@ def quantize(
     if recipe == "calibrate":
         qmodel = sq.SimQAT(config).apply(work.module)
         return qmodel, sq.calibrate(qmodel, work.variables, work.batches)
-    known = "fast" if recipe == "distilled" else recipe
+    known = "accurate" if recipe == "distilled" else recipe
     qmodel, variables = sq.post_training_quantize(
         work.module, work.variables, work.batches, config=config, recipe=known
     )

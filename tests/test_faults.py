@@ -223,7 +223,7 @@ def test_init_and_plan_need_no_mapped_axis():
     qmodel = sq.SimQAT().apply(Mapped())
     variables = qmodel.init(KEY, ROW, train=True)
     plan = qmodel.plan(variables, ROW, train=True)
-    assert "BatchNorm folded" in str(plan)
+    assert "BatchNorm folded" in plan.details()
     with pytest.raises(NameError, match="batch"):
         qmodel.apply(variables, ROW, train=True, mutable=["batch_stats", "quant_stats"])
 

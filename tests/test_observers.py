@@ -67,7 +67,7 @@ def test_what_is_kept_and_printed(trained):
     if name in STATELESS:
         kept = {k for k in kept if STATELESS[name] != "all" and not k.endswith("kernel")}
     assert set(stats) == kept | {"step"}
-    text = str(plan)
+    text = plan.details()
     shown = {"percentile": "percentile 75", "fixed": "fixed, [-2, 3]"}
     assert shown.get(name, str(name)) in text
     for key in kept:

@@ -140,7 +140,7 @@ class QuantizedModule(nn.Module):
             mutable = union_filters(mutable, "intermediates")
         result = super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
         if self._sample is None:
-            self._remember(variables, args, {**kwargs, "method": method})
+            _remember(self, variables, args, {**kwargs, "method": method})
         return result
 
     @nn.nowrap
@@ -166,14 +166,8 @@ class QuantizedModule(nn.Module):
         check_method(method, self.module)
         output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
         variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
-        self._remember(variables, args, {**kwargs, "method": method})
+        _remember(self, variables, args, {**kwargs, "method": method})
         return output, variables
-
-    @nn.nowrap
-    def _remember(self, variables: VariableDict, args: tuple, kwargs: Kwargs) -> None:
-        kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
-        sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))
-        object.__setattr__(self, "_sample", sample)
 
     def _run(
         self, method: Method, args: tuple, kwargs: Kwargs, intermediates: Filter = False
@@ -320,6 +314,14 @@ def trace(
         intermediates=intermediates,
     )
     return capture(call, config=qmodule.config, forbidden=QuantizedModule)
+
+
+def _remember(
+    qmodule: QuantizedModule, variables: VariableDict, args: tuple, kwargs: Kwargs
+) -> None:
+    kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
+    sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))
+    object.__setattr__(qmodule, "_sample", sample)
 
 
 def _placed(

@@ -23,9 +23,17 @@ class Net(nn.Module):
         return nn.remat(nn.Dense)(3)(x.mean((1, 2)))
 
 
-def damped(num_bits: int, observer: ObserverName, **kwargs: bool) -> sq.QuantSpec:
+def damped(
+    num_bits: int,
+    observer: ObserverName,
+    *,
+    per_channel: bool = False,
+    narrow_range: bool = False,
+) -> sq.QuantSpec:
     """Return a spec of kernels."""
-    return sq.QuantSpec(num_bits=num_bits, symmetric=True, observer=observer, **kwargs)
+    return sq.QuantSpec.weight(
+        num_bits=num_bits, observer=observer, per_channel=per_channel, narrow_range=narrow_range
+    )
 
 
 def expected(w: np.ndarray, end: np.ndarray, num_bits: int, *, narrow: bool) -> float:

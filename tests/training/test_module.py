@@ -187,7 +187,7 @@ def test_methods_of_the_float_module(method, x):
 
 def test_a_method_that_does_not_exist(x):
     qmodel, variables = initialized(Coder(), x)
-    with pytest.raises(AttributeError, match="enc"):
+    with pytest.raises(ValueError, match=r"method must be one of Coder, .* got 'enc'"):
         qmodel.apply(variables, x, method="enc")
 
 

@@ -255,6 +255,8 @@ def spread(net: Network, v: str) -> None:
 
 def position(net: Network, v: str) -> None:
     *window, channels = net.shapes[v]
+    if channels == 1:  # the position is 0 whatever the data are
+        return
     index = f"jnp.{net.pick(('argmax', 'argmin'))}({v}, axis=-1)"
     if net.pick((True, False)):
         net.add(f"nn.Embed({channels}, 3)({index})", (*window, 3))

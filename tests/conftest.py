@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "simqat",
     deadline=None,
-    max_examples=25 if os.environ.get("CI") else 40,
+    max_examples=15 if os.environ.get("CI") else 40,
     derandomize=bool(os.environ.get("CI")),
 )
 hypothesis.settings.load_profile("simqat")

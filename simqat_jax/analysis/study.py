@@ -256,13 +256,9 @@ class Study:
 
     def _planned(self, args: tuple, leaves: int) -> _Batch:
         """Plan the call of a batch; batches of one shape share its stages."""
-        values = jax.tree.leaves((args, dict(self._call.kwargs)))
-        arrays = [jnp.asarray(x) for x in values if hasattr(x, "dtype")]
-        key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in values)
+        arrays, key = self._call.arrays(args)
         if key not in self._plans:
-            placement = self._call.planned(self._call.captured(self._variables, args))
-            stats = check(placement, *ranges_and_steps(self._variables))
-            self._plans[key] = Stages(placement, stats, leaves)
+            self._plans[key] = Stages(*self._call.observed(self._variables, args), leaves)
         return _Batch(self._plans[key], arrays)
 
     def _check(self) -> None:

@@ -1,8 +1,12 @@
 """The call that calibration makes of a model: the one of evaluation."""
 
 import dataclasses
+from collections.abc import Hashable
 
 import flax.errors
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.typing import VariableDict
 
 from simqat_jax.capture import Capture
@@ -10,7 +14,15 @@ from simqat_jax.ir.plan import Placement
 from simqat_jax.numerics.arguments import check_kind, check_mapping
 from simqat_jax.training.module import Kwargs, Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
-from simqat_jax.training.ranges import COLLECTION, STEP, Stats, initial, restored
+from simqat_jax.training.ranges import (
+    COLLECTION,
+    STEP,
+    Stats,
+    check,
+    initial,
+    ranges_and_steps,
+    restored,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +72,21 @@ class EvaluationCall:
     def planned(self, captured: Capture) -> Placement:
         """Place its quantizers."""
         return place_quantizers(captured.graph, self.qmodule.config)
+
+    def arrays(self, args: tuple) -> tuple[list[jax.Array], Hashable]:
+        """Return the call's arrays, and what calls that have one plan have in common."""
+        leaves = jax.tree.leaves((args, dict(self.kwargs)))
+        key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+        return [jnp.asarray(x) for x in leaves if hasattr(x, "dtype")], key
+
+    def observed(self, variables: VariableDict, args: tuple) -> tuple[Placement, Stats]:
+        """Return the plan and the state of every range.
+
+        Raises:
+          ValueError: as `captured`; a range is missing, or was never observed.
+        """
+        placement = self.planned(self.captured(variables, args))
+        return placement, check(placement, *ranges_and_steps(variables))
 
     def start(self, variables: VariableDict, args: tuple) -> tuple[Placement, Stats]:
         """Return the plan and the state of every range; create what is missing.

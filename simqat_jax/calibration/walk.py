@@ -193,12 +193,9 @@ class Walk:
           aims: those of the float one.
           args: the batch.
         """
-        leaves = jax.tree.leaves((args, dict(self._call.kwargs)))
-        arrays = [jnp.asarray(x) for x in leaves if hasattr(x, "dtype")]
-        key = tuple((np.shape(x), x.dtype) if hasattr(x, "dtype") else x for x in leaves)
+        arrays, key = self._call.arrays(args)
         if key not in self._plans:
-            placement = self._call.planned(self._call.captured(self._given, args))
-            stats = check(placement, *ranges_and_steps(self._given))
+            placement, stats = self._call.observed(self._given, args)
             self._plans[key] = Steps(placement, stats), Steps(placement, None)
         exact, real = self._plans[key]
         return _Lane(

@@ -32,7 +32,10 @@ def analyzed(config):
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     qmodel, floats = sq.SimQAT(config).apply(Parts()), Parts().init(jax.random.key(0), x)
     variables = sq.calibrate(qmodel, floats, [x], progress=False)
-    plan = lambda config: sq.SimQAT(config).apply(Parts()).plan(floats, x)  # noqa: E731
+
+    def plan(config):
+        return sq.SimQAT(config).apply(Parts()).plan(floats, x)
+
     return sq.analyze(qmodel, variables, [x], progress=False), plan
 
 

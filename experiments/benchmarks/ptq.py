@@ -12,7 +12,9 @@ Example:
 import dataclasses
 import functools
 import os
+import resource
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -192,6 +194,12 @@ def _of_peers(python: Path, model: str, work: Workload, x: np.ndarray) -> dict[s
         return {path.stem: np.load(path) for path in sorted(Path(folder).glob("*.npy"))}
 
 
+def _peak_gb() -> float:
+    """Return the most memory that this process has taken so far, what came before included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
 def measure(arguments: Arguments, console: Console) -> None:
     """Quantize in every way, and print a table."""
     work = WORKLOADS[arguments.model](arguments)
@@ -199,19 +207,19 @@ def measure(arguments: Arguments, console: Console) -> None:
     run: Any = jax.jit(work.module.apply)
     logits = in_batches(lambda x: run(work.variables, x), x, _AT_ONCE)
     table = Table(title=f"{arguments.model}, float {np.mean(logits.argmax(-1) == labels):.2%}")
-    for column in ("weight bits", "recipe", "top-1", "as float", "SQNR, dB", "s"):
+    for column in ("weight bits", "recipe", "top-1", "as float", "SQNR, dB", "s", "GB"):
         table.add_column(column, justify="right")
     for bits in arguments.weight_bits:
         for recipe in arguments.recipes:
             start = time.perf_counter()
             qmodel, variables = quantize(work, recipe, _config(arguments, work, bits), arguments)
-            seconds = time.perf_counter() - start
+            cost = f"{time.perf_counter() - start:.0f}", f"{_peak_gb():.1f}"
             evaluate: Any = functools.partial(qmodel.apply, variables)
             got = in_batches(evaluate, x, _AT_ONCE)
-            table.add_row(str(bits), recipe, *_columns(got, logits, labels), f"{seconds:.0f}")
+            table.add_row(str(bits), recipe, *_columns(got, logits, labels), *cost)
     if arguments.peers is not None:
         for tool, got in _of_peers(arguments.peers, arguments.model, work, x).items():
-            table.add_row("8", tool, *_columns(got, logits, labels), "")
+            table.add_row("8", tool, *_columns(got, logits, labels))
     console.print(table)
 
 

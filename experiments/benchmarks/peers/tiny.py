@@ -53,6 +53,19 @@ class Inputs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How our file is made.
+
+    Attributes:
+      recipe: ranges alone, or one of the recipes of `post_training_quantize`.
+      config: what each layer gets.
+    """
+
+    recipe: Recipe
+    config: sq.SimQATConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """One way to run a network; None: not measured.
 
@@ -87,6 +100,8 @@ class Arguments:
     """How many to compare on; by default all, of drawn ones 2,000."""
     recipe: Recipe = "accurate"
     """How our file is made: its ranges alone, or one of the recipes of `post_training_quantize`."""
+    per_tensor: bool = False
+    """One range for all of a kernel in our file, which drops the scales of the channels."""
     rounds: int = 100
     """Interleaved timings of each file."""
 
@@ -121,7 +136,7 @@ def inputs_of(arguments: Arguments, int8: LiteRTFile) -> Inputs:
 
 
 def compare(
-    network: Published, folder: Path, inputs: Inputs, place: Path, recipe: Recipe, rounds: int
+    network: Published, folder: Path, inputs: Inputs, place: Path, way: Way, rounds: int
 ) -> list[Row]:
     """Quantize a network, write it, and compare it and the published files with float.
 
@@ -130,7 +145,7 @@ def compare(
       folder: of the published files.
       inputs: for ranges, and to compare on.
       place: where the files of this library go.
-      recipe: how they are made.
+      way: how they are made.
       rounds: interleaved timings of each file.
 
     Raises:
@@ -144,7 +159,7 @@ def compare(
         agreement = same if network.classifies else None
         return Row(what=what, agreement=agreement, sqnr_db=_sqnr_db(reference, found), **more)
 
-    ours, differing, found = _ours(network.model, variables, inputs, place, recipe)
+    ours, differing, found = _ours(network.model, variables, inputs, place, way)
     real = LiteRTFile(folder / network.real, softmax=False)
     of_real = _outputs(network.model, network.real_variables(folder), inputs.test)
     theirs = LiteRTFile(folder / network.int8, softmax=False)
@@ -177,17 +192,17 @@ def compare(
 
 
 def _ours(
-    model: nn.Module, variables: Variables, inputs: Inputs, place: Path, recipe: Recipe
+    model: nn.Module, variables: Variables, inputs: Inputs, place: Path, way: Way
 ) -> tuple[LiteRTFile, int, np.ndarray]:
     """Return the int8 file, how many of its codes differ from evaluation, and its outputs."""
     x = inputs.calibration
     batches = [x[start : start + _BATCH] for start in range(0, len(x), _BATCH)]
-    if recipe == "ranges":
-        qmodel = sq.SimQAT().apply(model)
+    if way.recipe == "ranges":
+        qmodel = sq.SimQAT(way.config).apply(model)
         quantized = sq.calibrate(qmodel, variables, batches, train=False)
     else:
         qmodel, quantized = sq.post_training_quantize(
-            model, variables, batches, recipe=recipe, train=False
+            model, variables, batches, config=way.config, recipe=way.recipe, train=False
         )
     integer = sq.convert(qmodel, quantized, inputs.test[:1], train=False)
     path = place / "int8.tflite"
@@ -238,8 +253,10 @@ def main() -> None:
     folder = mlperf_tiny.directory(arguments.folder)
     network = NETWORKS[arguments.network]
     inputs = inputs_of(arguments, LiteRTFile(folder / network.int8))
+    weight = sq.QuantSpec.weight(per_channel=not arguments.per_tensor)
+    way = Way(recipe=arguments.recipe, config=sq.SimQATConfig(weight=weight))
     with tempfile.TemporaryDirectory() as place:
-        rows = compare(network, folder, inputs, Path(place), arguments.recipe, arguments.rounds)
+        rows = compare(network, folder, inputs, Path(place), way, arguments.rounds)
     counts = f"{len(inputs.calibration):,} calibrate, {len(inputs.test):,} compared"
     show(rows, f"{arguments.network}: {counts}, one thread, jax {jax.__version__}")
     if any(row.differing for row in rows):

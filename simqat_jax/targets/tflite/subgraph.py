@@ -135,10 +135,13 @@ class Subgraph:
         scale = np.asarray(scale, np.float32)
         ratio = np.float32(x.grid.scale) * scale / np.float32(y.grid.scale)
         scale = np.where(ratio < _LARGEST, scale, scale * (_LARGEST / ratio)).astype(np.float32)
+        bias = op.arrays.get("bias", np.zeros(scale.shape, np.int32))
+        packed = is_packed(x.grid, kernel, bias)
+        if not packed and (scale == scale[0]).all():  # XNNPACK takes INT4 with channels' scales only
+            scale = scale[:1]
         unit = np.float32(x.grid.scale) * scale
-        bias = op.arrays.get("bias", np.zeros(unit.shape, np.int32))
         held = self.constant(kernel, np.int8, scale=scale, axis=axis)
-        if is_packed(x.grid, kernel, bias):
+        if packed:
             self.pack(held, kernel)
         return [held, self.constant(bias, np.int32, scale=unit)]
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 from models import converted
 from single_operations import random_codes, single
@@ -114,6 +115,23 @@ def test_xnnpack_takes_the_whole_graph_as_one(integer_io, tmp_path):
         assert differences(model, runtime, random_codes(model, 2)) == 0
     else:
         np.testing.assert_array_equal(run(runtime, [np.asarray(x)])[0], model(x))
+
+
+def test_a_kernel_of_one_range_has_one_scale(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    config = dataclasses.replace(CONFIG, weight=sq.QuantSpec.weight(per_channel=False))
+    path = tmp_path / "m.tflite"
+    model = converted(Case(Residual(), (x,), 0, 0), config)
+    sq.export_tflite(model, path, integer_io=True)
+    runtime = interpreter(path)
+    runtime.allocate_tensors()
+    assert [op["op_name"] for op in runtime._get_ops_details()][-1] == "DELEGATE"
+    assert differences(model, runtime, random_codes(model, 20)) == 0
+    (graph,) = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0).subgraphs
+    assert {len(t.quantization.scale) for t in graph.tensors if t.quantization} == {1}
+    without = converted(Case(Residual(), (x,), 0, 0), CONFIG)
+    sq.export_tflite(without, tmp_path / "channels.tflite", integer_io=True)
+    assert path.stat().st_size < (tmp_path / "channels.tflite").stat().st_size
 
 
 @pytest.mark.parametrize("name", REFUSED)

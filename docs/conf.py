@@ -6,15 +6,26 @@ project = "simqat_jax"
 author = "the contributors to simqat_jax"
 version = release = simqat_jax.__version__
 
-# Sources are the repository's, so that links between pages, notebooks and READMEs hold in both.
+# Sources are the repository's: links between pages, notebooks and READMEs hold
+# there and in the site.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "notebooks/**", "CHANGELOG.md", "CONTRIBUTING.md"]
-include_patterns += ["experiments/README.md"]
+include_patterns = [
+    "docs/**",
+    "notebooks/**",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+]
 exclude_patterns = [".*", "docs/_*", "runs", "simqat_jax", "site", "tests"]
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are shown with the outputs that are stored in them
+nb_execution_mode = "off"  # notebooks hold their outputs
 nb_merge_streams = True
 
 # Docstrings: Google's sections, and code in single backticks.

@@ -60,7 +60,7 @@ lint: venv
 	$(RUN) -m pyright
 
 docs: venv  ## the site, in site/html; a warning is an error, a link to nowhere one of them
-	$(RUN) -m sphinx -q -W --keep-going -c docs -d site/doctrees . site/html
+	$(RUN) -m sphinx -q -E -W --keep-going -c docs -d site/doctrees . site/html
 
 linkcheck: venv  ## links to other sites, which needs a network
 	$(RUN) -m sphinx -q -b linkcheck -c docs -d site/doctrees . site/linkcheck

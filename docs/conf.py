@@ -1,5 +1,7 @@
 """How Sphinx builds the site: `make docs`."""
 
+import re
+
 import simqat_jax
 
 project = "simqat_jax"
@@ -48,5 +50,18 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_extra_path = ["_root"]  # from the address of the site to its first page
 
-suppress_warnings = ["toc.not_readable"]  # pages that are being written
 linkcheck_timeout = 20
+
+
+def legible(app, what, name, obj, options, signature, returned):
+    """Return a signature with defaults that Sphinx can read."""
+    del app, what, name, obj, options
+    if signature is not None:
+        signature = re.sub(r"<(\S+), of weights \S+>", r"\1", signature)
+        signature = re.sub(r"<\S+ object>", "...", signature)
+    return signature, returned
+
+
+def setup(app):
+    """Connect what Sphinx calls."""
+    app.connect("autodoc-process-signature", legible)

@@ -5,7 +5,7 @@ OLDEST ?= $(call at-hand,python3.11)
 NEWEST ?= $(call at-hand,python3.14 python3.13 python3.12)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs peers
+.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs linkcheck peers
 
 venv: .venv/.installed
 
@@ -59,8 +59,11 @@ lint: venv
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
-docs: venv
-	$(RUN) -m mkdocs build --strict
+docs: venv  ## the site, in site/html; a warning is an error, a link to nowhere one of them
+	$(RUN) -m sphinx -q -E -W --keep-going -c docs -d site/doctrees . site/html
+
+linkcheck: venv  ## links to other sites, which needs a network
+	$(RUN) -m sphinx -q -b linkcheck -c docs -d site/doctrees . site/linkcheck
 
 peers:  ## others' converters, for benchmarks alone, in an environment of their own
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

@@ -5,10 +5,12 @@ import dataclasses
 import doctest
 import importlib
 import inspect
+import json
 import pathlib
 import pkgutil
 import pydoc
 import re
+import tomllib
 import traceback
 import typing
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ import jax.numpy as jnp
 import pytest
 
 import simqat_jax
+from simqat_jax.config import RECIPE_VERSION
+from simqat_jax.integer import file
+from simqat_jax.targets.onnx import writer
 from simqat_jax.training.plan_table import Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,7 +110,7 @@ def test_public_names_have_docstrings(name):
 
 def listed(page: str, heading: str) -> tuple[list[str], list[str]]:
     """The names in the reference before and under a heading."""
-    pattern = re.compile(r"^::: simqat_jax\.(\S+)$", re.MULTILINE)
+    pattern = re.compile(r"^\.\. auto(?:class|function):: simqat_jax\.(\S+)$", re.MULTILINE)
     before, under = page.split(f"\n## {heading}\n")
     return pattern.findall(before), pattern.findall(under)
 
@@ -166,6 +171,62 @@ def test_the_migration_table_gives_our_defaults():
     assert table["QuantSpec.ema_decay"].startswith(f"`{activation.ema_decay}`")
 
 
+def written(pattern: str, page: str) -> list[str]:
+    return re.findall(pattern, (DOCS / page).read_text(), re.MULTILINE)
+
+
+def test_the_stability_page_gives_the_versions_of_files():
+    (integer,) = written(r"^\| integer model.*\| (format .*?) \| formats (.*?) \|", "stability.md")
+    assert integer == (f"format {file.FORMAT}", " and ".join(map(str, file._READ)))
+    assert written(r"^\| recipe.*\| version (\d+) \|", "stability.md") == [str(RECIPE_VERSION)]
+    onnx = (str(writer._OPSET), str(writer._IR_VERSION))
+    assert written(r"opset (\d+), IR version (\d+)", "stability.md") == [onnx]
+
+
+def test_the_install_page_gives_the_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (DOCS / "install.md").read_text()
+    assert not [one for one in project["dependencies"] if f"`{one}`" not in page]
+    extras = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page, re.MULTILINE))
+    assert set(extras) == set(project["optional-dependencies"])
+    for extra in ("export", "report", "cli", "pretrained", "tiny"):
+        needed = project["optional-dependencies"][extra]
+        assert sorted(re.findall(r"`(\S+)`", extras[extra])) == sorted(map(name_of, needed))
+    minors = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert set(written(r"\b3\.\d+\b", "install.md")) == set(minors)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=]", requirement)[0]
+
+
+# Search and links --------------------------------------------------------------------------------
+
+SEARCHED = [
+    *("post-training", "PTQ", "calibrate", "mixed precision", "per-layer", "latency", "orbax"),
+    *("TrainState", "GPU", "multi-host", "ONNX", "TFLite", "LiteRT", "NaN", "accuracy drop"),
+]
+"""What readers look for, and a search of the site has to find."""
+
+
+@pytest.mark.parametrize("term", SEARCHED)
+def test_a_page_answers_what_is_searched(term):
+    """Sphinx finds words, a page that has all of them: here one that has them side by side."""
+    pages = [path for path in DOCS.rglob("*.md") if path.name != "reference.md"]
+    spelled = re.compile(rf"\b{re.escape(term)}", re.IGNORECASE)
+    assert [page.name for page in pages if spelled.search(page.read_text())]
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """It is no page of the site, whose build checks all others."""
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", (ROOT / "README.md").read_text())
+    assert links
+    for target, anchor in links:
+        assert (ROOT / target).exists(), target
+        headings = re.findall(r"^#+ (.*)", (ROOT / target).read_text(), re.M) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
 # Pages -------------------------------------------------------------------------------------------
 
 
@@ -206,11 +267,13 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": lambda: float_model(1000),
     "docs/concepts.md": lambda: float_model(8),
     "docs/index.md": nothing,
+    "docs/install.md": nothing,
     "docs/analysis.md": float_variables,
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,
     "docs/migrating.md": nothing,
+    "docs/numerics.md": nothing,
     "docs/rules.md": nothing,
     "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),
 }
@@ -231,7 +294,12 @@ def run_page(path: pathlib.Path, names: dict[str, Any]) -> int:
 
 
 def test_every_page_with_python_is_run():
-    files = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.py")]
+    files = [
+        *ROOT.glob("*.md"),
+        *DOCS.rglob("*.md"),
+        *PACKAGE.rglob("*.md"),
+        *PACKAGE.rglob("*.py"),
+    ]
     pages = [path for path in files if re.search(r"^ *```python", path.read_text(), re.MULTILINE)]
     assert sorted(PAGES) == sorted(path.relative_to(ROOT).as_posix() for path in pages)
 
@@ -246,6 +314,26 @@ def test_code_on_a_page_runs(page, capsys, monkeypatch, tmp_path):
     assert all(promise in printed for promise in promised), printed
     shown = re.findall(r"^```text\n(SimQAT plan:.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     assert all(without_ranges(plan) in without_ranges(printed) for plan in shown), printed
+
+
+COLUMNS = 80
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS.rglob("*.md")], ids=lambda p: p.stem)
+def test_code_on_a_page_is_not_cut_off(page):
+    blocks = re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS]
+
+
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "notebooks").glob("*.ipynb")], ids=lambda path: path.stem
+)
+def test_notebooks_hide_what_draws(path):
+    """The site shows the figure, and its code on request."""
+    cells = json.loads(path.read_text())["cells"]
+    drawing = [cell for cell in cells if "plt.show()" in "".join(cell["source"])]
+    tags = [cell["metadata"].get("tags", []) for cell in drawing]
+    assert tags and all("hide-input" in of_cell for of_cell in tags)
 
 
 def without_ranges(plan: str) -> str:

@@ -39,7 +39,7 @@ def open_file(
     ValueError.
 
     Args:
-      path: *.onnx or *.tflite.
+      path: `*.onnx` or `*.tflite`.
       threads: how many threads to run on; None: as many as the runtime takes by itself.
       isolated: False: run the file in this process, where a call takes less time: for files that
         nobody else has had in hand, and to measure times.
@@ -49,8 +49,8 @@ def open_file(
       FileNotFoundError: no such file.
       TypeError: `path` is no path, `threads` no whole number, `isolated` no bool, `timeout` no
         number.
-      ValueError: neither *.onnx nor *.tflite, a file that the runtime does not read, or not within
-        `timeout`; `threads` below 1, `timeout` not above 0.
+      ValueError: neither `*.onnx` nor `*.tflite`, a file that the runtime does not read, or not
+        within `timeout`; `threads` below 1, `timeout` not above 0.
       ImportError: the extra `export` is missing.
     """
     path = as_path(path)

@@ -31,7 +31,7 @@ def oscillation_damping(
 
     A weight of few bits whose best value lies between two codes moves to the border between them
     and crosses it every few steps; BatchNorm's statistics fit neither side. With `s` the scale of a
-    grid of codes `qmin` to `qmax`, and `w` a kernel as it is quantized (BatchNorm folded in):
+    grid of codes `qmin` to `qmax`, and `w` a kernel as it is quantized (BatchNorm folded in)::
 
         sum over all kernels of |clip(w, qmin * s, qmax * s) - fake_quant(w)|^2
 

@@ -31,7 +31,7 @@ def export_tflite(
 
     Args:
       model: what `convert(..., backend="tflite")` returned.
-      path: the file, as a rule "*.tflite"; it appears only once it is whole.
+      path: the file, as a rule `*.tflite`; it appears only once it is whole.
       integer_io: take and return int8 codes; by default float32 values. What is on no grid has the
         model's own type: token ids, masks, probabilities.
 

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 import simqat_jax
@@ -198,6 +199,22 @@ def float_variables() -> dict[str, Any]:
     return names | {"floats": names["model"].init(names["key"], names["x"][:1])}
 
 
+def labelled() -> dict[str, Any]:
+    """Batches with labels, and a checkpoint of the float model."""
+    names = float_variables()
+    x, y = names["x"], jnp.arange(100) % 10
+    batches = [(x[i : i + 25], y[i : i + 25]) for i in range(0, 100, 25)]
+    return names | {"batches": batches, "test_batches": batches[:2]}
+
+
+def checkpoint() -> dict[str, Any]:
+    names = float_variables()
+    path = pathlib.Path("floats").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, names.pop("floats"))
+    return names | {"path": path, "batches": [names["x"][:25], names["x"][25:50]]}
+
+
 def nothing() -> dict[str, Any]:
     return {}
 
@@ -210,8 +227,11 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,
+    "docs/how_to/orbax.md": checkpoint,
+    "docs/how_to/own_model.md": labelled,
     "docs/migrating.md": nothing,
     "docs/rules.md": nothing,
+    "docs/tutorial.md": nothing,
     "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),
 }
 """Every page with Python on it, and the names that its reader has."""
@@ -231,7 +251,7 @@ def run_page(path: pathlib.Path, names: dict[str, Any]) -> int:
 
 
 def test_every_page_with_python_is_run():
-    files = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.py")]
+    files = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.py")]
     pages = [path for path in files if re.search(r"^ *```python", path.read_text(), re.MULTILINE)]
     assert sorted(PAGES) == sorted(path.relative_to(ROOT).as_posix() for path in pages)
 

@@ -204,7 +204,14 @@ def labelled() -> dict[str, Any]:
     names = float_variables()
     x, y = names["x"], jnp.arange(100) % 10
     batches = [(x[i : i + 25], y[i : i + 25]) for i in range(0, 100, 25)]
-    return names | {"batches": batches, "test_batches": batches[:2]}
+    return names | {"y": y, "batches": batches, "test_batches": batches[:2]}
+
+
+def calibrated() -> dict[str, Any]:
+    names = labelled()
+    qmodel, x = simqat_jax.SimQAT().apply(names["model"]), names["x"][:20]
+    variables = simqat_jax.calibrate(qmodel, names["floats"], [x], progress=False)
+    return names | {"qmodel": qmodel, "variables": variables, "x": x, "y": names["y"][:20]}
 
 
 def checkpoint() -> dict[str, Any]:
@@ -227,8 +234,12 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,
+    "docs/how_to/accuracy_dropped.md": calibrated,
+    "docs/how_to/deploy_and_benchmark.md": lambda: calibrated() | {"x": float_model(8)["x"]},
+    "docs/how_to/fine_tuning.md": labelled,
     "docs/how_to/orbax.md": checkpoint,
     "docs/how_to/own_model.md": labelled,
+    "docs/how_to/post_training.md": float_variables,
     "docs/migrating.md": nothing,
     "docs/rules.md": nothing,
     "docs/tutorial.md": nothing,

@@ -262,7 +262,12 @@ def run_page(path: pathlib.Path, names: dict[str, Any]) -> int:
 
 
 def test_every_page_with_python_is_run():
-    files = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *PACKAGE.rglob("*.md"), *PACKAGE.rglob("*.py")]
+    files = [
+        *ROOT.glob("*.md"),
+        *DOCS.rglob("*.md"),
+        *PACKAGE.rglob("*.md"),
+        *PACKAGE.rglob("*.py"),
+    ]
     pages = [path for path in files if re.search(r"^ *```python", path.read_text(), re.MULTILINE)]
     assert sorted(PAGES) == sorted(path.relative_to(ROOT).as_posix() for path in pages)
 

@@ -68,7 +68,9 @@ def test_fine_tuning_takes_no_more_than_twenty_lines():
     """Those of the tutorial's training function, and the one that calls it."""
     first = blocks("tutorial.md")[0]
     function = first[first.index("def train(") : first.index("model = Net()")]
-    assert "train(qmodel, variables" in block_under("tutorial.md", "## Fine-tune it").splitlines()[0]
+    assert (
+        "train(qmodel, variables" in block_under("tutorial.md", "## Fine-tune it").splitlines()[0]
+    )
     assert lines(function) + 1 <= 20
 
 
@@ -85,6 +87,29 @@ def test_code_fits_80_columns(page):
     text = (DOCS / page).read_text()
     code = re.findall(r"^```.*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert not [line for block in code for line in block.splitlines() if len(line) > 80]
+
+
+ANSWERS = {
+    "post-training": "how_to/post_training.md",
+    "PTQ": "how_to/post_training.md",
+    "calibrate": "how_to/post_training.md",
+    "mixed precision": "rules.md",
+    "per-layer": "rules.md",
+    "latency": "how_to/deploy_and_benchmark.md",
+    "orbax": "how_to/orbax.md",
+    "TrainState": "how_to/own_model.md",
+    "ONNX": "how_to/deploy_and_benchmark.md",
+    "TFLite": "how_to/deploy_and_benchmark.md",
+    "LiteRT": "how_to/deploy_and_benchmark.md",
+    "NaN": "how_to/accuracy_dropped.md",
+    "accuracy drop": "how_to/accuracy_dropped.md",
+}
+"""What readers search for, and the page that answers."""
+
+
+@pytest.mark.parametrize("words", ANSWERS)
+def test_what_readers_search_for_is_found(words):
+    assert words.lower() in (DOCS / ANSWERS[words]).read_text().lower()
 
 
 # Scripts for devices ------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import subprocess
 from collections.abc import Iterator
 
 import jax
@@ -74,44 +75,6 @@ def test_fine_tuning_takes_no_more_than_twenty_lines():
     assert lines(function) + 1 <= 20
 
 
-NEW = [
-    "tutorial.md",
-    "troubleshooting.md",
-    "comparison.md",
-    *(path.relative_to(DOCS).as_posix() for path in sorted(DOCS.glob("how_to/*.md"))),
-]
-
-
-@pytest.mark.parametrize("page", NEW)
-def test_code_fits_80_columns(page):
-    text = (DOCS / page).read_text()
-    code = re.findall(r"^```.*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert not [line for block in code for line in block.splitlines() if len(line) > 80]
-
-
-ANSWERS = {
-    "post-training": "how_to/post_training.md",
-    "PTQ": "how_to/post_training.md",
-    "calibrate": "how_to/post_training.md",
-    "mixed precision": "rules.md",
-    "per-layer": "rules.md",
-    "latency": "how_to/deploy_and_benchmark.md",
-    "orbax": "how_to/orbax.md",
-    "TrainState": "how_to/own_model.md",
-    "ONNX": "how_to/deploy_and_benchmark.md",
-    "TFLite": "how_to/deploy_and_benchmark.md",
-    "LiteRT": "how_to/deploy_and_benchmark.md",
-    "NaN": "how_to/accuracy_dropped.md",
-    "accuracy drop": "how_to/accuracy_dropped.md",
-}
-"""What readers search for, and the page that answers."""
-
-
-@pytest.mark.parametrize("words", ANSWERS)
-def test_what_readers_search_for_is_found(words):
-    assert words.lower() in (DOCS / ANSWERS[words]).read_text().lower()
-
-
 # Scripts for devices ------------------------------------------------------------------------------
 
 RUNTIMES = {"ai_edge_litert": "LiteRT", "onnxruntime": "ONNX Runtime"}
@@ -151,3 +114,35 @@ def test_a_script_of_fourteen_lines_runs_a_file_without_the_library(
     grid = model.tensors[model.outputs[0]].grid
     codes = np.rint(names["logits"] / grid.scale) + grid.zero_point
     assert np.array_equal(codes, np.asarray(model.run_codes(model.quantize(x))))
+
+
+# Float files --------------------------------------------------------------------------------------
+
+PEERS = ROOT / ".venv-peers/bin/python"
+GIVEN = """
+import flax.linen as nn, jax
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(5)(x.mean(axis=(1, 2)))
+model = Net()
+x = jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
+floats = model.init(jax.random.key(1), x)
+"""
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not PEERS.exists(), reason="`make peers` has not been run.")
+def test_named_converters_write_float_files(tmp_path):
+    (code,) = blocks("how_to/deploy_and_benchmark.md", "py")
+    subprocess.run([PEERS, "-c", GIVEN + code], cwd=tmp_path, check=True)
+    names: dict = {}
+    exec(GIVEN, names)
+    x = np.asarray(names["x"])
+    expected = names["model"].apply(names["floats"], x)
+    (found,) = sq.open_file(tmp_path / "float.onnx").run([x])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    (found,) = sq.open_file(tmp_path / "float.tflite").run([x[:1]])
+    np.testing.assert_allclose(found, expected[:1], atol=1e-5)

@@ -23,7 +23,9 @@ _AT_ONCE = 100
 """Examples of an evaluation."""
 
 
-def _calibrated(observer: str) -> Callable[[Workload, np.ndarray], tuple[Any, Any]]:
+def _calibrated(
+    observer: Literal["minmax", "percentile", "mse"],
+) -> Callable[[Workload, np.ndarray], tuple[Any, Any]]:
     """Return a way to take ranges in evaluation, all images of a batch at once."""
 
     def quantized(work: Workload, images: np.ndarray) -> tuple[Any, Any]:

@@ -30,7 +30,7 @@ from rich.table import Table
 
 import simqat_jax as sq
 from experiments import lite0, pretrained
-from experiments.data import Dataset, in_batches, load, photos
+from experiments.data import ImageData, in_batches, load, photos
 from experiments.distillation import distil
 from experiments.errors import run_or_exit
 from experiments.models import EfficientNetLite0, LeNet5
@@ -86,7 +86,7 @@ class Workload(NamedTuple):
     """Paths of the first and the last layer."""
 
 
-def trained_lenet5(data: Dataset, seed: int, epochs: int = _EPOCHS) -> Any:
+def trained_lenet5(data: ImageData, seed: int, epochs: int = _EPOCHS) -> Any:
     """Return the variables of a LeNet5 trained on digits."""
     module = LeNet5()
     optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, epochs * data.train_size // _BATCH))
@@ -108,7 +108,9 @@ def trained_lenet5(data: Dataset, seed: int, epochs: int = _EPOCHS) -> Any:
     return variables
 
 
-def lenet5_on_digits(data: Dataset, calibration: int, seed: int, epochs: int = _EPOCHS) -> Workload:
+def lenet5_on_digits(
+    data: ImageData, calibration: int, seed: int, epochs: int = _EPOCHS
+) -> Workload:
     """Train LeNet5 on digits; take the first training images to calibrate on."""
     variables = trained_lenet5(data, seed, epochs)
     images, labels, real = map(np.concatenate, zip(*data.test_batches(1000), strict=True))

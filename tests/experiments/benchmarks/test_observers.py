@@ -10,7 +10,7 @@ from experiments.benchmarks import observers
 
 @pytest.mark.nightly
 def test_observers():
-    console = Console(file=io.StringIO(), width=200)
-    observers.measure(observers.Arguments(epochs=1, images=(2,), draws=1), console)
-    printed = console.file.getvalue()
-    assert all(way in printed for way in observers.WAYS)
+    printed = io.StringIO()
+    arguments = observers.Arguments(epochs=1, images=(2,), draws=1)
+    observers.measure(arguments, Console(file=printed, width=200))
+    assert all(way in printed.getvalue() for way in observers.WAYS)

@@ -28,7 +28,7 @@ class Net(nn.Module):
 class Cumulative(Net):
     @nn.compact
     def __call__(self, x, z):
-        return jnp.cumsum(super().__call__(x, z), 1)
+        return jnp.cumsum(super().__call__((x - 0.5) / 0.25, z), 1)
 
 
 @pytest.fixture(scope="module")

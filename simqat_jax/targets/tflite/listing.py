@@ -45,12 +45,12 @@ class _Reader:
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(_text(tensor.name), self._shape(tensor) or (), self._dtype(tensor))
+        return FileInput(_text(tensor.name, "input"), self._shape(tensor) or (), self._dtype(tensor))
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]
         if code.customCode:
-            return _text(code.customCode)
+            return code.customCode.decode()
         return self._kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def _op(self, kind: str, op: Any) -> FileOp:
@@ -60,7 +60,7 @@ class _Reader:
         constants = [t for t in read if self._bytes(t)]
         types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
         return FileOp(
-            name=_text(made[0].name),
+            name=_text(made[0].name, kind.lower()),
             kind=kind,
             shape=self._shape(made[0]),
             dtype=next((t for t in types if "float" in t), types[-1]),
@@ -83,8 +83,8 @@ class _Reader:
         return None if shape is None else tuple(map(int, shape))
 
 
-def _text(name: bytes | None) -> str:
-    return "" if name is None else name.decode()  # what is read once alone may have no name
+def _text(name: bytes | None, unnamed: str) -> str:
+    return name.decode() if name else unnamed  # a tensor that one operator reads needs no name
 
 
 def _names(enumeration: Any) -> dict[int, str]:

@@ -45,7 +45,9 @@ class _Reader:
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(_text(tensor.name, "input"), self._shape(tensor) or (), self._dtype(tensor))
+        return FileInput(
+            _text(tensor.name, "input"), self._shape(tensor) or (), self._dtype(tensor)
+        )
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]

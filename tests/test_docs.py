@@ -19,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 import simqat_jax
@@ -259,6 +260,29 @@ def float_variables() -> dict[str, Any]:
     return names | {"floats": names["model"].init(names["key"], names["x"][:1])}
 
 
+def labelled() -> dict[str, Any]:
+    """Batches with labels, and a checkpoint of the float model."""
+    names = float_variables()
+    x, y = names["x"], jnp.arange(100) % 10
+    batches = [(x[i : i + 25], y[i : i + 25]) for i in range(0, 100, 25)]
+    return names | {"y": y, "batches": batches, "test_batches": batches[:2]}
+
+
+def calibrated() -> dict[str, Any]:
+    names = labelled()
+    qmodel, x = simqat_jax.SimQAT().apply(names["model"]), names["x"][:20]
+    variables = simqat_jax.calibrate(qmodel, names["floats"], [x], progress=False)
+    return names | {"qmodel": qmodel, "variables": variables, "x": x, "y": names["y"][:20]}
+
+
+def checkpoint() -> dict[str, Any]:
+    names = float_variables()
+    path = pathlib.Path("floats").absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, names.pop("floats"))
+    return names | {"path": path, "batches": [names["x"][:25], names["x"][25:50]]}
+
+
 def nothing() -> dict[str, Any]:
     return {}
 
@@ -272,9 +296,16 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,
+    "docs/how_to/accuracy_dropped.md": calibrated,
+    "docs/how_to/deploy_and_benchmark.md": lambda: calibrated() | {"x": float_model(8)["x"]},
+    "docs/how_to/fine_tuning.md": labelled,
+    "docs/how_to/orbax.md": checkpoint,
+    "docs/how_to/own_model.md": labelled,
+    "docs/how_to/post_training.md": float_variables,
     "docs/migrating.md": nothing,
     "docs/numerics.md": nothing,
     "docs/rules.md": nothing,
+    "docs/tutorial.md": nothing,
     "simqat_jax/__init__.py": lambda: PUBLIC | float_model(8),
 }
 """Every page with Python on it, and the names that its reader has."""

@@ -32,7 +32,7 @@ from rich.table import Table
 
 import simqat_jax as sq
 from experiments import lite0, pretrained
-from experiments.data import in_batches, load, photos
+from experiments.data import ImageData, in_batches, load, photos
 from experiments.distillation import distil
 from experiments.errors import run_or_exit
 from experiments.models import EfficientNetLite0, LeNet5
@@ -88,11 +88,11 @@ class Workload(NamedTuple):
     """Paths of the first and the last layer."""
 
 
-def lenet5(arguments: Arguments) -> Workload:
-    """Train LeNet5 on MNIST."""
-    data, module = load("mnist"), LeNet5()
-    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, _EPOCHS * data.train_size // _BATCH))
-    variables = module.init(jax.random.key(arguments.seed), data.sample())
+def trained_lenet5(data: ImageData, seed: int, epochs: int = _EPOCHS) -> Any:
+    """Return the variables of a LeNet5 trained on digits."""
+    module = LeNet5()
+    optimizer = optax.adam(optax.cosine_decay_schedule(_RATE, epochs * data.train_size // _BATCH))
+    variables = module.init(jax.random.key(seed), data.sample())
     state = optimizer.init(variables)
 
     @jax.jit
@@ -104,12 +104,26 @@ def lenet5(arguments: Arguments) -> Workload:
         deltas, new = optimizer.update(jax.grad(loss)(variables), state)
         return optax.apply_updates(variables, deltas), new
 
-    for epoch in range(_EPOCHS):
-        for x, y in data.train_batches(_BATCH, arguments.seed, epoch):
+    for epoch in range(epochs):
+        for x, y in data.train_batches(_BATCH, seed, epoch):
             variables, state = step(variables, state, x, y)
+    return variables
+
+
+def lenet5_on_digits(
+    data: ImageData, calibration: int, seed: int, epochs: int = _EPOCHS
+) -> Workload:
+    """Train LeNet5 on digits; take the first training images to calibrate on."""
+    variables = trained_lenet5(data, seed, epochs)
     images, labels, real = map(np.concatenate, zip(*data.test_batches(1000), strict=True))
-    first = next(iter(data.train_batches(arguments.calibration or 512, arguments.seed, 0)))[0]
-    return Workload(module, variables, [first], images[real], labels[real], ("Conv_0", "Dense_2"))
+    first = next(iter(data.train_batches(calibration, seed, 0)))[0]
+    ends = ("Conv_0", "Dense_2")
+    return Workload(LeNet5(), variables, [first], images[real], labels[real], ends)
+
+
+def lenet5(arguments: Arguments) -> Workload:
+    """Train LeNet5 on MNIST."""
+    return lenet5_on_digits(load("mnist"), arguments.calibration or 512, arguments.seed)
 
 
 def lite0_on_photos(arguments: Arguments) -> Workload:

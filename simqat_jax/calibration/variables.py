@@ -9,7 +9,7 @@ from flax.typing import VariableDict
 from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import Graph, Operand
-from simqat_jax.numerics.arguments import check_mapping
+from simqat_jax.training.arguments import check_variables
 from simqat_jax.training.ranges import OWN
 
 
@@ -19,7 +19,7 @@ def floats(variables: VariableDict) -> dict[str, Any]:
     Raises:
       TypeError: no dictionary.
     """
-    check_mapping("variables", variables, "Pass a trained float model's, or what init returned.")
+    check_variables(variables, "Pass a trained float model's, or what init returned.")
     return {name: tree for name, tree in variables.items() if name not in OWN}
 
 

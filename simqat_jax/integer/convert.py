@@ -23,7 +23,7 @@ from simqat_jax.ir.program_builder import BATCH, FixedBatchError, ProgramBuilder
 from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
-from simqat_jax.training.arguments import check_method
+from simqat_jax.training.arguments import check_method, check_variables
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import COLLECTION, STEP, Stats, check, ranges_and_steps
@@ -127,7 +127,7 @@ def _checked(
     check_kind(
         "qmodule", qmodule, QuantizedModule, f"SimQAT(...).apply(model) returns one; {_ORDER}"
     )
-    check_mapping("variables", variables, f"Pass what init returned, trained: {_ORDER}")
+    check_variables(variables, f"Pass what init returned, trained: {_ORDER}")
     check_method(method, qmodule.module)
     check_mapping(
         COLLECTION, variables.get(COLLECTION, {}), "Pass the collection that apply returned."

@@ -8,7 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import DenyList, LazyRng
 
-from simqat_jax.numerics.arguments import shown
+from simqat_jax.numerics.arguments import check_mapping, shown
+from simqat_jax.training.ranges import OWN
+
+
+def check_variables(variables: Any, remedy: str) -> None:
+    """Raise TypeError unless it is a dictionary, and so is each collection of the float model."""
+    check_mapping("variables", variables, remedy)
+    for name, tree in variables.items():
+        if name not in OWN and not isinstance(tree, Mapping):
+            raise TypeError(
+                "variables must hold collections such as 'params', each a dictionary, and "
+                f"{name!r} is {shown(tree)}. Of a saved TrainState pass the model's alone: "
+                "{'params': saved['params'], 'batch_stats': saved['batch_stats']}."
+            )
 
 
 def check_keys(rngs: Any, example: str) -> None:

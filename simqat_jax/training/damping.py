@@ -10,9 +10,10 @@ from simqat_jax.ir.graph import Product
 from simqat_jax.ir.plan import Quantizer
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.affine import along_channel, fake_quant, quant_params
-from simqat_jax.numerics.arguments import check_kind, check_mapping
+from simqat_jax.numerics.arguments import check_kind
 from simqat_jax.numerics.requantize import Bounds
 from simqat_jax.numerics.spec import QuantSpec
+from simqat_jax.training.arguments import check_variables
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
 from simqat_jax.training.ranges import ranges_and_steps, restored
@@ -63,7 +64,7 @@ def oscillation_damping(
       section 4.1.
     """
     check_kind("qmodule", qmodule, QuantizedModule, "SimQAT(...).apply(model) returns one.")
-    check_mapping("variables", variables, "Pass what init returned, or a trained version of it.")
+    check_variables(variables, "Pass what init returned, or a trained version of it.")
     rngs = {"params": jax.random.key(0)}
     captured = trace(qmodule, variables, args, kwargs, method, rngs=rngs, dry=True)
     placement = place_quantizers(captured.graph, qmodule.config)

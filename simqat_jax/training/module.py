@@ -14,12 +14,12 @@ from simqat_jax.capture.capture import Filter
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.arguments import check_mapping
 from simqat_jax.training.arguments import (
     check_arrays,
     check_collections,
     check_keys,
     check_method,
+    check_variables,
 )
 from simqat_jax.training.batch_norm import check_batch_statistics
 from simqat_jax.training.compiled import evaluate
@@ -129,7 +129,7 @@ class QuantizedModule(nn.Module):
         as the quantized call computes them. What is fused with the layer behind it is there as it
         would be alone, not rounded.
         """
-        check_mapping("variables", variables, _VARIABLES)
+        check_variables(variables, _VARIABLES)
         check_collections(mutable)
         check_arrays(args, kwargs)
         if kwargs.get("rngs") is not None:
@@ -231,7 +231,7 @@ class QuantizedModule(nn.Module):
           ValueError: a range is missing, was never observed, or holds NaN or Inf; what the call
             itself would raise.
         """
-        check_mapping("variables", variables, _VARIABLES)
+        check_variables(variables, _VARIABLES)
         if not args and not kwargs:
             return check_all(variables)
         placement = _placed(self, variables, args, kwargs, method, {"params": jax.random.key(0)})
@@ -261,7 +261,7 @@ class QuantizedModule(nn.Module):
         Raises:
           ValueError: what the call itself would raise.
         """
-        check_mapping("variables", variables, _VARIABLES)
+        check_variables(variables, _VARIABLES)
         rngs = {"params": jax.random.key(0)} if rngs is None else rngs
         check_keys(rngs, "rngs={'dropout': jax.random.key(0)}")
         placement = _placed(self, variables, args, kwargs, method, rngs)

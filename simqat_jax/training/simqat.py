@@ -55,8 +55,9 @@ class SimQAT:
                 "Write the model as a flax.linen Module."
             )
         if isinstance(module, type) or not isinstance(module, nn.Module):
+            remedy = f" Construct it: {module.__name__}(...)." if isinstance(module, type) else ""
             raise TypeError(
-                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}."
+                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}.{remedy}"
             )
         if isinstance(module, QuantizedModule):
             raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")

@@ -31,6 +31,12 @@ class Cumulative(Net):
         return jnp.cumsum(super().__call__(x, z), 1)
 
 
+class OfBytes(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.astype(jnp.float32) / 255)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Integer models, their files, and data."""
@@ -42,6 +48,9 @@ def folder(tmp_path_factory):
         export(model, path / f"net.{backend}")
     qmodel, variables, _ = observed(Cumulative(), X, Z)
     sq.export_tflite(sq.convert(qmodel, variables, X, Z), path / "other.tflite")
+    x = np.ones((1, 3), np.uint8)
+    qmodel, variables, _ = observed(OfBytes(), x)
+    sq.export_tflite(sq.convert(qmodel, variables, x), path / "bytes.tflite")
     np.save(path / "x.npy", X)
     np.save(path / "z.npy", Z)
     np.savez(path / "ordered.npz", X, Z)
@@ -83,6 +92,11 @@ def test_inspect(simqat, folder, file, parts):
         assert f"{(folder / file).stat().st_size:,} bytes" in out
     _, details, _ = simqat(f"inspect {file} --details")
     assert details != out and all(name in details for name in ("Conv_0", "Dense_1"))
+
+
+def test_operators_whose_results_have_no_name_are_called_as_they_are(simqat):
+    status, out, _ = simqat("inspect bytes.tflite")
+    assert status == 0 and "\ncast  " in out and "float: cast, div," in out
 
 
 @pytest.mark.parametrize("data", ["x.npy z.npy", "ordered.npz", "named.npz"])

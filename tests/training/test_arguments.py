@@ -75,6 +75,20 @@ def test_other_arguments():
         QMODEL.plan(variables, X, method="no_such")
 
 
+def test_a_saved_train_state_is_no_variables():
+    saved = {**QMODEL.init(KEY, X), "step": 3, "opt_state": [None]}
+    message = r"collections .* 'step' is 3\. Of a saved TrainState pass .*saved\['params'\]"
+    for call in (QMODEL.apply, QMODEL.plan, QMODEL.check):
+        with pytest.raises(TypeError, match=message):
+            call(saved, X)
+    for function in (sq.convert, sq.oscillation_damping):
+        with pytest.raises(TypeError, match=message):
+            function(QMODEL, saved, X)
+    for function, model in ((sq.calibrate, QMODEL), (sq.post_training_quantize, nn.Dense(3))):
+        with pytest.raises(TypeError, match=message):
+            function(model, saved, [X], progress=False)
+
+
 def test_descriptions_of_arrays():
     variables = QMODEL.init(KEY, X)
     described = jax.ShapeDtypeStruct((2, 4), jnp.float32)

@@ -352,9 +352,16 @@ def test_applied_twice(x):
         initialized(Outer(), x)
 
 
-@pytest.mark.parametrize("wrong", [TwoLayers, lambda x: x, None])
-def test_no_module(wrong):
-    with pytest.raises(TypeError, match="instance of a flax"):
+@pytest.mark.parametrize(
+    ("wrong", "end"),
+    [
+        (TwoLayers, r"TwoLayers'>\. Construct it: TwoLayers\(\.\.\.\)\.$"),
+        (abs, "abs>.$"),
+        (None, "None.$"),
+    ],
+)
+def test_no_module(wrong, end):
+    with pytest.raises(TypeError, match=f"instance of a flax.*{end}"):
         sq.SimQAT().apply(wrong)
 
 

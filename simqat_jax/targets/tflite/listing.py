@@ -45,7 +45,9 @@ class _Reader:
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(tensor.name.decode(), self._shape(tensor) or (), self._dtype(tensor))
+        return FileInput(
+            _text(tensor.name, "input"), self._shape(tensor) or (), self._dtype(tensor)
+        )
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]
@@ -60,7 +62,7 @@ class _Reader:
         constants = [t for t in read if self._bytes(t)]
         types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
         return FileOp(
-            name=made[0].name.decode(),
+            name=_text(made[0].name, kind.lower()),
             kind=kind,
             shape=self._shape(made[0]),
             dtype=next((t for t in types if "float" in t), types[-1]),
@@ -81,6 +83,10 @@ class _Reader:
         signature = tensor.shapeSignature
         shape = tensor.shape if signature is None or len(signature) == 0 else signature
         return None if shape is None else tuple(map(int, shape))
+
+
+def _text(name: bytes | None, unnamed: str) -> str:
+    return name.decode() if name else unnamed  # a tensor that one operator reads needs no name
 
 
 def _names(enumeration: Any) -> dict[int, str]:

@@ -31,11 +31,11 @@ Layout = str | tuple[int, ...]
 class Writer:
     """Collects the nodes of a graph."""
 
-    def __init__(self, model: Program, integer_io: bool):
+    def __init__(self, model: Program, io: np.dtype | None):
         self.onnx = import_extra("onnx")
         self.helper = import_extra("onnx.helper")
         self.numpy = import_extra("onnx.numpy_helper")
-        self.model, self.integer_io = model, integer_io
+        self.model, self.io = model, io
         self.nodes: list[OnnxObject] = []
         self.initializers: list[OnnxObject] = []
         self.constants: dict[Hashable, str] = {}
@@ -172,8 +172,8 @@ class Writer:
 
     # The file --------------------------------------------------------------------------------
 
-    def model_bytes(self, write: Callable[["Writer", Op], None]) -> bytes:
-        """Return the file; `write` writes one operation."""
+    def proto(self, write: Callable[["Writer", Op], None]) -> OnnxObject:
+        """Return the model as a message; `write` writes one operation."""
         inputs = [self.input(i) for i in self.model.inputs]
         each(self.model.ops, lambda op: write(self, op), "ONNX")
         outputs = [self.output(n, i) for n, i in enumerate(self.model.outputs)]
@@ -191,6 +191,10 @@ class Writer:
             for k, v in self.model.metadata.items()
         }
         helper.set_model_props(proto, metadata)
+        return proto
+
+    def checked_bytes(self, proto: OnnxObject) -> bytes:
+        """Return a message as a file holds it."""
         self.onnx.checker.check_model(proto, full_check=True)
         return proto.SerializeToString()
 
@@ -200,7 +204,7 @@ class Writer:
         if tensor.grid is None:
             kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
         else:
-            kind = types.UINT8 if self.integer_io else types.FLOAT
+            kind = types.FLOAT if self.io is None else getattr(types, self.io.name.upper())
         shape = ["batch" if d == -1 else f"{-d}*batch" if d < 0 else d for d in tensor.shape]
         return self.helper.make_tensor_value_info(name, kind, shape)
 
@@ -208,8 +212,11 @@ class Writer:
         """Add an input of the file, quantized where it takes real values."""
         tensor = self.model.tensors[i]
         codes = tensor.name
-        if tensor.grid is not None and not self.integer_io:
+        if tensor.grid is not None and self.io is None:
             codes = self.quantize(tensor.name, tensor)
+        elif tensor.grid is not None and self.io != np.uint8:
+            real = self.node("DequantizeLinear", [codes, *self.outer_scale(tensor)], tensor.name)
+            codes = self.node("QuantizeLinear", [real, *self.scale(tensor)], tensor.name)
         self.put(i, codes)
         return self.value_info(tensor.name, tensor)
 
@@ -218,13 +225,27 @@ class Writer:
         tensor = self.model.tensors[i]
         name = self.outputs[number]
         codes = self.get(i)
-        if tensor.grid is None or self.integer_io:
+        if tensor.grid is None or self.io == np.uint8:
             self.nodes.append(self.helper.make_node("Identity", [codes], [name]))
-        else:
+        elif self.io is None:
             self.nodes.append(
                 self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
             )
+        else:
+            ends = [self.dequantize(codes, tensor), *self.outer_scale(tensor)]
+            self.nodes.append(self.helper.make_node("QuantizeLinear", ends, [name]))
         return self.value_info(name, tensor)
+
+    def outer_scale(self, tensor: Tensor) -> tuple[str, str]:
+        """Return the names of scale and zero point of codes as they go in or out.
+
+        Between two types of codes with one scale `rint(k * scale / scale)` is k: both roundings
+        together are off by less than a thousandth.
+        """
+        grid, io = self.grid(tensor), self.io
+        assert io is not None
+        zero = np.asarray(grid.zero_point + grid.offset_in(io), io)
+        return self.scale(tensor)[0], self.initializer(zero, f"{tensor.name}/zero")
 
 
 def dequantized(w: Writer, op: Op, position: int, layout: Layout) -> str:

@@ -10,10 +10,10 @@ from simqat_jax.ir.program import Program
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.axes import moving_one_axis
 from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
+from simqat_jax.targets.onnx.message import Message
 from simqat_jax.targets.onnx.metadata import describe
 from simqat_jax.targets.onnx.ops import check, write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
-from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
@@ -69,11 +69,11 @@ def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None)
     fast = pooling_rows_first(
         in_width_blocks(in_subpixels(moving_one_axis(program)), _BLOCKS), _FEW
     )
-    writer = Writer(fast, io)
-    model = writer.proto(write_op)
+    message = Message(fast, io)
+    model = message.model(write_op)
     if metadata is not None:
         describe(model, metadata, *file_ends(program, metadata, io, ONNX.dtype))
-    return writer.checked_bytes(model)
+    return message.checked_bytes(model)
 
 
 ONNX = Target(

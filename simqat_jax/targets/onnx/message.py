@@ -82,6 +82,7 @@ class Message:
         Between two types of codes with one scale `rint(k * scale / scale)` is k: both roundings
         together are off by less than a thousandth.
         """
+        assert self.io is not None, "real values have none"
         grid = self.writer.grid(tensor)
         zero = np.asarray(grid.zero_point + grid.offset_in(self.io), self.io)
         scale, _ = self.writer.scale(tensor)

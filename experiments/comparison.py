@@ -19,6 +19,7 @@ from experiments.data import in_batches
 
 _CALLS, _SECONDS = 200, 5.0
 """Latency is that of so many calls, or of as many as this time allows."""
+_RANGES = ("quant_stats", "quant_params")
 
 Function = Callable[[np.ndarray], ArrayLike]
 """From images to logits."""
@@ -32,11 +33,21 @@ class Network:
       module: the float model; its argument `train` is False here.
       config: how it is quantized, for either backend.
       variables: `params`, `quant_stats` and what else the model has.
+      baseline: variables of the float network that training started from or runs beside; None:
+        there is none, or `variables` are its own.
+      trained: whether `variables` were trained quantized, and so are no float network's.
     """
 
     module: nn.Module
     config: sq.SimQATConfig
     variables: dict[str, Any]
+    baseline: dict[str, Any] | None = None
+    trained: bool = False
+
+    @property
+    def floats(self) -> dict[str, Any]:
+        """The variables without ranges, which the float model takes."""
+        return {name: self.variables[name] for name in self.variables if name not in _RANGES}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +61,14 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way to run the network; None: not of the float one, which others are compared with."""
+    """One way to run the network; None: not of float ones, which others are compared with."""
 
     what: str
     accuracy: float
     agreement: float | None
-    """Share of images whose class is that of the float network."""
+    """Share of images whose class is that of the same parameters in float."""
     sqnr_db: float | None
-    """Power of the float logits by that of the differences from them, decibels."""
+    """Power of their logits in float by that of the differences from them, decibels."""
     differing: int | None
     """Output codes that are not those of quantized evaluation for the same runtime."""
     bytes: int
@@ -66,21 +77,17 @@ class Row:
 
 
 def compare(network: Network, images: Labelled, folder: Path) -> list[Row]:
-    """Write `model.onnx`, `model.tflite` and both integer models, and run all of them on images."""
-    floats = {k: v for k, v in network.variables.items() if k != "quant_stats"}
-    run = functools.partial(jax.jit(functools.partial(network.module.apply, train=False)), floats)
-    logits = in_batches(run, images.x, images.batch)
-    rows = [
-        Row(
-            what="float, JAX",
-            accuracy=_accuracy(logits, images.labels),
-            agreement=None,
-            sqnr_db=None,
-            differing=None,
-            bytes=sum(a.nbytes for a in jax.tree.leaves(floats)),
-            latency_us=_latency(run, images.x[:1]),
-        )
-    ]
+    """Write `model.onnx`, `model.tflite` and both integer models, and run all of them on images.
+
+    The first rows are float: the baseline, if there is one, then the parameters that were
+    quantized, which all others are compared with.
+    """
+    rows = []
+    if network.baseline is not None:
+        rows.append(_float_row("float baseline, JAX", network, network.baseline, images)[0])
+    what = "SimQAT's parameters in float, JAX" if network.trained else "float, JAX"
+    row, logits = _float_row(what, network, network.floats, images)
+    rows.append(row)
     for backend in ("tflite", "onnx"):
         want = None
         for what, function, size in _ways(network, backend, folder, images.x[:1]):
@@ -100,9 +107,30 @@ def compare(network: Network, images: Labelled, folder: Path) -> list[Row]:
     return rows
 
 
+def _float_row(
+    what: str, network: Network, variables: dict[str, Any], images: Labelled
+) -> tuple[Row, np.ndarray]:
+    """Run the float model; return its row and its logits."""
+    apply = jax.jit(functools.partial(network.module.apply, train=False))
+    run = functools.partial(apply, variables)
+    logits = in_batches(run, images.x, images.batch)
+    row = Row(
+        what=what,
+        accuracy=_accuracy(logits, images.labels),
+        agreement=None,
+        sqnr_db=None,
+        differing=None,
+        bytes=sum(a.nbytes for a in jax.tree.leaves(variables)),
+        latency_us=_latency(run, images.x[:1]),
+    )
+    return row, logits
+
+
 def show(rows: list[Row], title: str, console: Console | None = None) -> None:
     """Print the table of a comparison."""
-    table = Table(title=title, title_justify="left")
+    reference = [row.what for row in rows if row.differing is None][-1]
+    caption = f"As float, SQNR: against the row {reference!r}."
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     columns = ("top-1", "as float", "SQNR, dB", "codes that differ", "kB")
     table.add_column("")
     for column in (*columns, "µs an image (min, median, p99)"):

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -116,8 +115,8 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """Return every field as JSON values: what `--resume` compares."""
-        recipe = json.loads(self.quant.to_json())
-        fields = dataclasses.asdict(self) | {"model": _describe(self.model), "quant": recipe}
+        quant = self.quant.to_dict()
+        fields = dataclasses.asdict(self) | {"model": _describe(self.model), "quant": quant}
         return json.loads(json.dumps(fields))
 
 
@@ -363,7 +362,7 @@ OVERRIDABLE = (
     *("label_smoothing", "dtype", "seed", "steps_per_dispatch", "quant", "bn_fold"),
     *("freeze_bn_epoch", "float_checkpoint"),
 )
-"""Fields that the command line may replace; `bn_fold` is one of `quant`, `--recipe`."""
+"""Fields that the command line may replace; `bn_fold` is one of `quant`."""
 
 
 def get(name: str, **overrides: object) -> Experiment:
@@ -387,25 +386,9 @@ def get(name: str, **overrides: object) -> Experiment:
 
 def overrides(settings: dict[str, Any]) -> dict[str, object]:
     """Return what `get` takes to make an experiment of these settings, see Experiment.settings."""
-    quant = sq.SimQATConfig.from_json(json.dumps(completed(settings)["quant"]))
+    quant = sq.SimQATConfig.from_dict(completed(settings)["quant"])
     given: dict[str, object] = {field: settings.get(field) for field in OVERRIDABLE}
     return given | {"quant": quant}
-
-
-def read_recipe(path: Path) -> sq.SimQATConfig:
-    """Return the configuration that a file holds, see SimQATConfig.to_json.
-
-    Raises:
-      ExperimentError: it cannot be read; it is no recipe of this version.
-    """
-    try:
-        return sq.SimQATConfig.from_json(path.read_text())
-    except OSError as error:
-        raise ExperimentError(
-            f"--recipe {path} cannot be read: {error.strerror or error}."
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise ExperimentError(f"--recipe {path}: {error}") from error
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -414,7 +397,7 @@ def completed(settings: dict[str, Any]) -> dict[str, Any]:
         f for f in dataclasses.fields(Experiment) if f.default is not dataclasses.MISSING
     )
     defaults = {field.name: field.default for field in with_defaults}
-    defaults["quant"] = json.loads(sq.SimQATConfig().to_json())
+    defaults["quant"] = sq.SimQATConfig().to_dict()
     return _over(json.loads(json.dumps(defaults)), settings)
 
 

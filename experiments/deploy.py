@@ -5,6 +5,7 @@ Example: python -m experiments.deploy runs/NAME
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import tyro
 import simqat_jax as sq
 from experiments import checkpoints, comparison, data, phases, runs
 from experiments.comparison import Row
+from experiments.configs import Experiment
 from experiments.errors import ExperimentError, run_or_exit
 
 _BATCH = 100
@@ -59,6 +61,8 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
         module=model.module,
         config=model.config,
         variables=state.variables,
+        baseline=baseline(experiment, dataset, run),
+        trained=True,
     )
     images = _test_set(dataset, examples)
     folder = run / "deploy"
@@ -74,6 +78,20 @@ def deploy(run: Path, phase_name: str | None = None, examples: int | None = None
             "and give the command again."
         ) from error
     return rows
+
+
+def baseline(experiment: Experiment, dataset: data.ImageData, run: Path) -> dict[str, Any] | None:
+    """Return the variables of the run's float phase, or of the one that it started from.
+
+    None: it has none, or what it started from is gone.
+    """
+    step = checkpoints.latest(run / "float")
+    if step is not None:
+        phase = phases.build("float", experiment, dataset, run)
+        return checkpoints.restore(phase.directory, step, phases.init_state(phase))[0].variables
+    if experiment.float_checkpoint is None or not Path(experiment.float_checkpoint).exists():
+        return None
+    return phases.read_float(Path(experiment.float_checkpoint))[0].variables
 
 
 def _test_set(dataset: data.ImageData, examples: int | None) -> comparison.Labelled:

@@ -106,6 +106,24 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     return path
 
 
+def write_plan(run: Path, text: str) -> Path:
+    """Write plan.txt: what the SimQAT phases quantize.
+
+    Raises:
+      ExperimentError: it cannot be written.
+    """
+    path = run / "plan.txt"
+    try:
+        with atomic_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot write {path}: {error.strerror or error}. Put the cause right, and continue "
+            "with --resume."
+        ) from error
+    return path
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file that appears whole or not at all.
 

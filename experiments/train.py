@@ -9,18 +9,26 @@ config.json and results.json go to RUNS_DIR/NAME.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import simqat_jax as sq
-from experiments import checkpoints, configs, data, phases, runs, training
+from experiments import (
+    checkpoints,
+    configs,
+    data,
+    phases,
+    quantization,
+    reporting,
+    runs,
+    summaries,
+    training,
+)
 from experiments.configs import BatchNormFold, Dtype, Experiment
 from experiments.data import ImageData
 from experiments.errors import ExperimentError, run_or_exit
@@ -53,6 +61,16 @@ _Phases = Annotated[
 _Path = Annotated[
     str | None,
     tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: this run's float phase)"),
+]
+_Rules = Annotated[str | None, tyro.conf.arg(metavar="JSON", help_behavior_hint=_CONFIGS)]
+_Settings = Annotated[
+    tyro.conf.UseAppendAction[tuple[str, ...]],
+    tyro.conf.arg(
+        name="set",
+        metavar="FIELD=VALUE",
+        help="A field of the SimQATConfig, again and again: weight_bits=4, "
+        "activation.observer=mse, exclude='[\"head\"]'.",
+    ),
 ]
 _Steps = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: none)")]
 _Name = Annotated[
@@ -93,7 +111,12 @@ class Arguments:
     dtype: _Dtype = None
     """Of the computation; parameters stay float32."""
     recipe: Path | None = None
-    """File of the SimQATConfig of the SimQAT phases, as SimQATConfig.to_json writes it."""
+    """File of the SimQATConfig of the SimQAT phases, as SimQATConfig.to_json writes it, or
+    config.json or results.json of a run."""
+    rules: _Rules = None
+    """Rules in the place of the recipe's, as JSON or a file of it:
+    '[{"path": "head", "weight": {"num_bits": 8}}]'."""
+    settings: _Settings = ()
     bn_fold: _BnFold = None
     """How BatchNorm is folded in the SimQAT phases."""
     freeze_bn_epoch: _Int = None
@@ -117,6 +140,8 @@ class Arguments:
     """Steps between checkpoints, besides the one after every epoch."""
     keep: int = 2
     """Newest checkpoints kept of each phase."""
+    tensorboard: bool = False
+    """Write losses, accuracies and ranges for TensorBoard (extra tensorboard)."""
 
 
 def main() -> None:
@@ -142,6 +167,8 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
     name = arguments.name
     if name is None:
         name = f"{experiment.config}-{experiment.data}-seed{experiment.seed}"
+    if arguments.tensorboard:
+        summaries.writer_package()  # before anything is trained
     options = {"keep": arguments.keep, "checkpoint_every": arguments.checkpoint_every}
     built = {
         phase: phases.build(phase, experiment, dataset, arguments.runs_dir / name, **options)
@@ -150,9 +177,9 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
     chosen = _chosen(arguments, built)
     start = _float_start(experiment, built["float"])
     with runs.open_run(arguments.runs_dir, name, experiment, arguments.resume) as run:
-        results = _train_phases(chosen, start, console)
+        results = _train_phases(chosen, start, run, arguments.tensorboard, console)
         path = runs.write_results(run, experiment, results)
-    console.print(_table(experiment, results))
+    console.print(reporting.final_table(experiment, results))
     console.print(f"results: {path}", soft_wrap=True)
     return results
 
@@ -169,8 +196,21 @@ def _experiment(arguments: Arguments) -> Experiment:
             flag = "--" + option.replace("_", "-")
             raise ExperimentError(f"{flag} must be {least} or more, got {value}.")
     overrides = {f: getattr(arguments, f) for f in configs.OVERRIDABLE if f != "quant"}
-    quant = None if arguments.recipe is None else configs.read_recipe(arguments.recipe)
-    return configs.get(arguments.config, quant=quant, **overrides)
+    return configs.get(arguments.config, quant=chosen_quantization(arguments), **overrides)
+
+
+def chosen_quantization(arguments: Arguments) -> sq.SimQATConfig:
+    """Return how the SimQAT phases quantize, but for --bn-fold.
+
+    Raises:
+      ExperimentError: an unknown config; a recipe, rules or settings that are none.
+    """
+    quant = configs.get(arguments.config).quant
+    if arguments.recipe is not None:
+        quant = quantization.read_recipe(arguments.recipe)
+    if arguments.rules is not None:
+        quant = quantization.with_rules(quant, arguments.rules)
+    return quantization.with_settings(quant, arguments.settings)
 
 
 def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
@@ -224,7 +264,9 @@ def _float_start(experiment: Experiment, phase: Phase) -> FloatStart | None:
     return trained, progress
 
 
-def _train_phases(chosen: list[Phase], start: FloatStart | None, console: Console) -> Results:
+def _train_phases(
+    chosen: list[Phase], start: FloatStart | None, run: Path, tensorboard: bool, console: Console
+) -> Results:
     results: Results = {}
     float_state = None
     if start is not None:
@@ -234,81 +276,36 @@ def _train_phases(chosen: list[Phase], start: FloatStart | None, console: Consol
     for phase in chosen:
         state = phases.init_state(phase)
         if phase.name != "float" and not results.keys() & {"qat", "qat_finetune"}:
-            console.print(_plan(phase, state), highlight=False, markup=False, soft_wrap=True)
+            console.print(_plan(phase, state, run), highlight=False, markup=False, soft_wrap=True)
         if phase.name == "qat_finetune":
             assert float_state is not None, "checked before"
             state = phases.start_from(state, float_state)
-        with _reporting(phase, console) as report:
-            state, results[phase.name] = training.train(phase, state, report)
+        with contextlib.ExitStack() as stack:
+            reports = [stack.enter_context(reporting.shown(phase, console))]
+            if tensorboard:
+                reports.append(stack.enter_context(summaries.written(phase, run)))
+            state, results[phase.name] = training.train(phase, state, _told(reports))
         if phase.name == "float":
             float_state = state
     return results
 
 
-def _plan(phase: Phase, state: phases.TrainState) -> str:
+def _plan(phase: Phase, state: phases.TrainState, run: Path) -> str:
+    """Write the plan into the run; return it in short."""
     assert isinstance(phase.model, sq.QuantizedModule)
-    return str(phase.model.plan(state.variables, phases.model_input(phase), train=False))
+    plan = phase.model.plan(state.variables, phases.model_input(phase), train=False)
+    path = runs.write_plan(run, f"{plan}\n\n{plan.details()}\n")
+    return reporting.plan_summary(plan, path)
 
 
-@contextlib.contextmanager
-def _reporting(phase: Phase, console: Console) -> Iterator[Report]:
-    """Yield a report that moves a progress bar and prints one line for each finished epoch."""
-    steps, epochs = phase.steps_per_epoch, phase.epochs
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    printed = 0
-    with Progress(
-        *columns,
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(phase.name, total=epochs * steps, loss="")
+def _told(reports: Sequence[Report]) -> Report:
+    """Return one report that makes several."""
 
-        def report(progress: checkpoints.Progress) -> None:
-            nonlocal printed
-            for record in progress.history[printed:]:
-                console.print(_line(phase.name, record, epochs), highlight=False)
-            printed = len(progress.history)
-            loss = f"loss {progress.loss_sum / progress.step:.4f}" if progress.step else ""
-            done = progress.epoch * steps + progress.step
-            bar.update(task, completed=done, loss=loss)
+    def report(progress: checkpoints.Progress, state: phases.TrainState) -> None:
+        for one in reports:
+            one(progress, state)
 
-        yield report
-
-
-def _line(name: str, record: dict, epochs: int) -> str:
-    return (
-        f"{name:12}  epoch {record['epoch']:3}/{epochs}  loss {record['loss']:.4f}  "
-        f"top-1 {record['accuracy']:.2%}  top-5 {record['top5_accuracy']:.2%}  "
-        f"{record['epoch_seconds']:.1f} s  {record['seconds_per_step'] * 1e3:.2f} ms/step"
-    )
-
-
-def _table(experiment: Experiment, results: Results) -> Table:
-    """Return the final comparison: last epoch's accuracy and the time of a step."""
-    title = f"{experiment.config} on {experiment.data}, seed {experiment.seed}"
-    table = Table(title=title, caption=f"on {jax.devices()[0]}")
-    table.add_column("phase")
-    for column in ("epochs", "top-1", "against float", "top-5", "ms/step", "compile s"):
-        table.add_column(column, justify="right")
-    baseline = results["float"].history[-1]["accuracy"] if "float" in results else None
-    for name, progress in results.items():
-        last = progress.history[-1]
-        against = ""
-        if name != "float" and baseline is not None:
-            against = f"{(last['accuracy'] - baseline) * 100:+.2f} points"
-        table.add_row(
-            name,
-            str(last["epoch"]),
-            f"{last['accuracy']:.2%}",
-            against,
-            f"{last['top5_accuracy']:.2%}",
-            f"{runs.seconds_per_step(progress) * 1e3:.2f}",
-            f"{progress.compile_seconds:.1f}",
-        )
-    return table
+    return report
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from experiments.data import Batch, MaskedBatch
 from experiments.errors import ExperimentError
 from experiments.phases import STEPS, Phase, TrainState
 
-Report = Callable[[Progress], None]
+Report = Callable[[Progress, TrainState], None]
+"""What is told while a phase is trained; the state is consumed by the step that follows."""
 
 SYNC_STEPS = 50
 """Steps between two looks at the losses: each look waits for the device."""
@@ -149,7 +150,7 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
     Args:
       phase: what to train.
       state: the first state; consumed.
-      report: called with the progress every few steps and after every epoch.
+      report: called with progress and state every few steps and after every epoch.
 
     Returns:
       the last state and the progress with the history of all epochs.
@@ -163,7 +164,7 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
         state, progress = checkpoints.restore(phase.directory, newest, state)
     else:
         state = set_steps(phase, state)
-    report(progress)
+    report(progress, state)
     if progress.epoch == phase.epochs:
         return state, progress
     train_step, evaluate = make_train_step(phase), make_evaluation(phase)
@@ -174,7 +175,7 @@ def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, 
         state, progress = _train_epoch(phase, train_step, state, progress, report)
         progress = _close_epoch(phase, progress, evaluate(state))
         _save(phase, state, progress)
-        report(progress)
+        report(progress, state)
     return state, progress
 
 
@@ -210,7 +211,7 @@ def _train_epoch(
         if due and not ended:
             _save(phase, state, progress)
             since_save = 0
-        report(progress)
+        report(progress, state)
         start = time.perf_counter()
     return state, progress
 

@@ -40,6 +40,7 @@ from simqat_jax.numerics.observers import RangeState
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.rules import Rule
 from simqat_jax.targets import OpenFile
+from simqat_jax.targets.metadata import FileMetadata, TensorMetadata
 from simqat_jax.targets.onnx.target import export_onnx
 from simqat_jax.targets.open_file import open_file
 from simqat_jax.targets.tflite.target import export_tflite
@@ -58,6 +59,7 @@ __version__ = _version("simqat-jax")
 
 __all__ = [
     "Analysis",
+    "FileMetadata",
     "Grid",
     "IntegerModel",
     "LayerAnalysis",
@@ -77,6 +79,7 @@ __all__ = [
     "SimulatedQuantizationAwareTraining",
     "Suggestion",
     "TensorAnalysis",
+    "TensorMetadata",
     "Verification",
     "analyze",
     "calibrate",

@@ -1,9 +1,11 @@
 """What to quantize and how, for a whole model: a frozen dataclass, validated at construction."""
 
 import dataclasses
+import difflib
+import inspect
 import json
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, cast, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 from simqat_jax.numerics.arguments import shown
 from simqat_jax.numerics.folding import BatchNormFold
@@ -13,6 +15,8 @@ from simqat_jax.rules import Rule, weight_spec
 
 FloatParts = Literal["allow", "refuse"]
 """What `convert` does with what has no exact integer form."""
+Keys = tuple[str, ...]
+"""Of dictionaries, one inside the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,46 @@ class SimQATConfig:
         """All rules in the order in which they decide: what is excluded, then `rules`."""
         return (*(Rule(path=path, quantize=False) for path in self.exclude), *self.rules)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as dictionaries, lists, text and numbers, as JSON holds them."""
+        return {"version": RECIPE_VERSION} | json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "SimQATConfig":
+        """Return the configuration of a dictionary, as `to_dict` and JSON have it.
+
+        What it leaves out has its default; `weight_bits` and `activation_bits` are taken as well.
+
+        Args:
+          fields: by name; `version` may be left out.
+
+        Raises:
+          TypeError: no dictionary, a field of the wrong type.
+          ValueError: another version, an unknown field; what the fields refuse.
+
+        Examples:
+          >>> config = SimQATConfig.from_dict({"weight_bits": 4, "rules": [{"path": "head"}]})
+          >>> config.weight.num_bits, config.rules[0].path
+          (4, 'head')
+        """
+        if not isinstance(fields, Mapping):
+            raise TypeError(f"the recipe must be a dictionary, got {shown(fields)}.")
+        given = dict(fields)
+        version = given.pop("version", RECIPE_VERSION)
+        if version != RECIPE_VERSION:
+            raise ValueError(
+                f"the recipe has version {version!r}, and this version of the library reads "
+                f"{RECIPE_VERSION}. Write it again with SimQATConfig.to_json."
+            )
+        unknown = given.keys() - _parameters(cls).keys()
+        inside = next(_recipes_inside(fields), None) if unknown else None
+        if inside is not None:
+            keys = "".join(f"[{key!r}]" for key in inside)
+            raise ValueError(
+                f"the dictionary is no recipe, but holds one: SimQATConfig.from_dict(given{keys})."
+            )
+        return _from_fields(cls, given, "the recipe")
+
     def to_json(self) -> str:
         """Return the configuration as text, to be kept in a file and read by `from_json`.
 
@@ -126,7 +170,7 @@ class SimQATConfig:
           >>> SimQATConfig.from_json(config.to_json()) == config
           True
         """
-        return json.dumps({"version": RECIPE_VERSION} | dataclasses.asdict(self), indent=2)
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "SimQATConfig":
@@ -147,12 +191,12 @@ class SimQATConfig:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the recipe is no JSON: {error}.") from error
-        if not isinstance(fields, dict) or fields.pop("version", None) != RECIPE_VERSION:
+        if not isinstance(fields, dict) or fields.get("version") != RECIPE_VERSION:
             raise ValueError(
                 f'the recipe must be a JSON object with "version": {RECIPE_VERSION}, as '
                 f"SimQATConfig.to_json writes it with this version, got {text[:80]!r}."
             )
-        return _from_fields(cls, fields)
+        return cls.from_dict(fields)
 
 
 def _width(field: str, bits: object) -> int:
@@ -175,22 +219,55 @@ RECIPE_VERSION = 1
 """Of the text that `to_json` writes."""
 
 
-def _from_fields(kind: type[T], given: Any) -> T:
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(kind).parameters)
+
+
+def _recipes_inside(given: Mapping[str, Any], path: Keys = ()) -> Iterator[Keys]:
+    """Yield where a dictionary holds what `to_dict` returned: settings of a run, for instance."""
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            if {"version", "weight", "activation"} <= value.keys():
+                yield (*path, key)
+            yield from _recipes_inside(value, (*path, key))
+
+
+def _from_fields(kind: type[T], given: Any, where: str) -> T:
     """Return an object of a dataclass that holds others, from what JSON has for it.
 
+    Args:
+      kind: the dataclass.
+      given: its fields.
+      where: names it in messages: "rules[0].weight".
+
     Raises:
-      ValueError: a field that it does not have.
+      ValueError: a field that it does not have, or another JSON value than it holds.
     """
-    names = {field.name for field in dataclasses.fields(cast(Any, kind))}
-    if not isinstance(given, dict) or not names >= set(given):
-        extra = sorted(set(given) - names) if isinstance(given, dict) else given
+    names = sorted(_parameters(kind))
+    if not isinstance(given, Mapping):
         raise ValueError(
-            f"a recipe's {kind.__name__} holds {', '.join(sorted(names))}, and not {extra}."
+            f"{where} must be a JSON object with fields of {kind.__name__} "
+            f"({', '.join(names)}), got {shown(given)}."
+        )
+    unknown = [str(name) for name in given if name not in names]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], names, 1)
+        meant = f": {near[0]!r} may be meant" if near else ""
+        raise ValueError(
+            f"{where} has a field {unknown[0]!r}, which no {kind.__name__} has{meant}. It has "
+            f"{', '.join(names)}."
         )
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    for name in fields.keys() & {"weight", "activation"}:
+    for name in sorted(fields.keys() & {"weight", "activation"}):
         if fields[name] is not None:
-            fields[name] = _from_fields(QuantSpec, fields[name])
+            fields[name] = _from_fields(QuantSpec, fields[name], _under(where, name))
     if "rules" in fields:
-        fields["rules"] = tuple(_from_fields(Rule, rule) for rule in fields["rules"])
+        if not isinstance(fields["rules"], tuple):
+            raise ValueError(f"rules must be a JSON list, got {shown(fields['rules'])}.")
+        pairs = enumerate(fields["rules"])
+        fields["rules"] = tuple(_from_fields(Rule, rule, f"rules[{k}]") for k, rule in pairs)
     return kind(**fields)
+
+
+def _under(where: str, name: str) -> str:
+    return f"{where}.{name}" if where.startswith("rules") else f"{where}'s {name}"

@@ -93,8 +93,7 @@ def compared(model, folder, codes):
     dtype = np.uint8 if model.backend == "onnx" else np.int8
 
     def stored(values, i):
-        grid = model.tensors[i].grid
-        return (np.asarray(values, np.int32) + file.offset(grid)).astype(dtype)
+        return model.tensors[i].grid.in_file(values, dtype)
 
     got = file.run([stored(c, i) for c, i in zip(codes, model.inputs, strict=True)])
     want, (i,) = model.run_codes(*codes), model.outputs

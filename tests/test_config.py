@@ -146,16 +146,55 @@ def test_a_recipe_is_read_as_it_was_written(config):
         ("[]", ValueError, '"version": 1'),
         ("{}", ValueError, '"version": 1'),
         ('{"version": 2}', ValueError, '"version": 1'),
-        ('{"version": 1, "weights": {}}', ValueError, "SimQATConfig holds .*'weights'"),
-        ('{"version": 1, "weight": {"bits": 4}}', ValueError, "QuantSpec holds .*'bits'"),
-        ('{"version": 1, "rules": [{"paths": "a"}]}', ValueError, "Rule holds .*'paths'"),
-        ('{"version": 1, "rules": [3]}', ValueError, "Rule holds .*3"),
+        (
+            '{"version": 1, "weights": {}}',
+            ValueError,
+            "field 'weights', which no SimQATConfig has: 'weight' may",
+        ),
+        (
+            '{"version": 1, "weight": {"bits": 4}}',
+            ValueError,
+            "the recipe's weight has a field 'bits', which no Q",
+        ),
+        (
+            '{"version": 1, "rules": [{"paths": "a"}]}',
+            ValueError,
+            r"rules\[0\] has a field 'paths', which no Rule has: 'path'",
+        ),
+        ('{"version": 1, "rules": [3]}', ValueError, r"rules\[0\] must be a JSON object .*, got 3"),
+        ('{"version": 1, "rules": {"path": "a"}}', ValueError, "rules must be a JSON list, got {"),
+        (
+            '{"version": 1, "rules": [{}, {"weight": {"num_bit": 4}}]}',
+            ValueError,
+            r"rules\[1\]\.weight has a field 'num_bit', which no QuantSpec has: 'num_bits' may",
+        ),
         ('{"version": 1, "freeze_bn": "no"}', TypeError, "freeze_bn"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(text, error, match):
     with pytest.raises(error, match=match):
         sq.SimQATConfig.from_json(text)
+
+
+def test_a_dictionary_is_read_as_json_is():
+    config = sq.SimQATConfig(rules=RULES, weight_bits=4)
+    assert sq.SimQATConfig.from_dict(config.to_dict()) == config
+    assert sq.SimQATConfig.from_dict({"weight_bits": 4, "bn_fold": "none"}) == sq.SimQATConfig(
+        weight_bits=4, bn_fold="none"
+    )
+    with pytest.raises(ValueError, match="has version 2, and this version of the library reads 1"):
+        sq.SimQATConfig.from_dict({"version": 2})
+    with pytest.raises(TypeError, match=r"must be a dictionary, got '\{\}'"):
+        sq.SimQATConfig.from_dict("{}")
+
+
+def test_results_of_a_run_say_where_their_recipe_is():
+    config = sq.SimQATConfig(weight_bits=4)
+    given = {"seed": 0, "history": {"qat": []}, "settings": {"quant": config.to_dict()}}
+    with pytest.raises(ValueError, match=r"no recipe, but holds one: .*(given\S+)\.$") as caught:
+        sq.SimQATConfig.from_dict(given)
+    (remedy,) = re.findall(r"SimQATConfig.*\)", str(caught.value))
+    assert eval(f"sq.{remedy}") == config
 
 
 def test_what_a_recipe_leaves_out_has_its_default():

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +46,7 @@ def _written(layer: nn.Module, x: jax.Array, path: Path) -> tuple[Callable[[], o
     file = sq.open_file(path, threads=1, isolated=False)
     grid = model.tensors[model.inputs[0]].grid
     assert grid is not None
-    codes = (np.asarray(model.quantize(x), np.int32) + file.offset(grid)).astype(file.dtype)
+    codes = grid.in_file(model.quantize(x), file.input_types[0])
     return functools.partial(file.run, [codes]), sq.verify(model, path, x).differing
 
 

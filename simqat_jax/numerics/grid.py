@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from numpy.typing import DTypeLike
 
 from simqat_jax.numerics.affine import (
     QuantParams,
@@ -111,6 +112,18 @@ class Grid:
     def unsigned_offset(self) -> int:
         """What has to be added to a code of at most 8 bits to make it a uint8."""
         return STORED_OFFSET if self.qmin < 0 else 0
+
+    def offset_in(self, dtype: DTypeLike) -> int:
+        """What has to be added to a code of at most 8 bits to make it an int8 or a uint8."""
+        return self.unsigned_offset if np.dtype(dtype) == np.uint8 else self.signed_offset
+
+    def in_file(self, codes: ArrayLike, dtype: DTypeLike) -> np.ndarray:
+        """Return codes of at most 8 bits as a file takes them: int8 or uint8."""
+        return (np.asarray(codes, np.int32) + self.offset_in(dtype)).astype(dtype)
+
+    def of_file(self, array: np.ndarray) -> np.ndarray:
+        """Return the codes, int32, that a file returned as int8 or uint8."""
+        return array.astype(np.int32) - self.offset_in(array.dtype)
 
     @property
     def stored_dtype(self) -> np.dtype:

@@ -1,10 +1,11 @@
 """What is in a file of any origin: its operations, the types that they compute on, its inputs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simqat_jax.ir.sheet import Column, Line, Sheet, some
+from simqat_jax.targets.metadata import Described, notes
 
 _COLUMNS = (
     Column("layer", "end"),
@@ -66,11 +67,13 @@ class Listing:
       inputs: what it takes.
       ops: its operators, in order, but for those that quantize and dequantize.
       conversions: how many operators quantize or dequantize.
+      notes: what it says of itself, in lines.
     """
 
     inputs: tuple[FileInput, ...]
     ops: tuple[FileOp, ...]
     conversions: int
+    notes: tuple[str, ...] = ()
 
 
 def sheet_of(listing: Listing, path: Path) -> Sheet:
@@ -83,7 +86,15 @@ def sheet_of(listing: Listing, path: Path) -> Sheet:
         f"{listing.conversions} that quantize or dequantize; {path.stat().st_size:,} bytes."
     ]
     foot += [f"float: {some(floats)}."] if floats else []
-    return Sheet((), _COLUMNS, tuple(lines), tuple(foot))
+    return Sheet(listing.notes, _COLUMNS, tuple(lines), tuple(foot))
+
+
+def notes_of(read: Callable[[], Described]) -> tuple[str, ...]:
+    """Return what a file says of itself, in lines; where that cannot be read, why."""
+    try:
+        return tuple(notes(*read()))
+    except Exception as error:  # metadata may be of any origin, and damaged
+        return (f"Its metadata cannot be read: {' '.join(str(error).split())}",)
 
 
 def _of_op(op: FileOp) -> Line:

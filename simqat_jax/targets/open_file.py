@@ -65,12 +65,12 @@ def open_file(
         import_extra(package)
     settings = {"threads": threads, **target.settings()}
     session = _isolated(target, path, settings, timeout) if isolated else None
-    name, float_inputs, run = session or _here(target, path, settings)
+    name, input_types, run = session or _here(target, path, settings)
 
     def checked(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return run(_inputs(path, arrays, len(float_inputs)))
+        return run(_inputs(path, arrays, len(input_types)))
 
-    return OpenFile(name, checked, float_inputs, target.offset, target.dtype)
+    return OpenFile(name, checked, tuple(input_types))
 
 
 def target_of(path: Path) -> Target:
@@ -114,7 +114,7 @@ def _isolated(
     target: Target, path: Path, settings: dict[str, Any], timeout: float | None
 ) -> Session:
     process = _Process(target, path, settings, timeout)
-    return process.message["name"], process.message["float_inputs"], process.run
+    return process.message["name"], process.message["input_types"], process.run
 
 
 def _refused(path: Path, reason: str) -> str:

@@ -58,8 +58,8 @@ def main() -> None:
     inputs, outputs = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a runtime prints is no answer
     try:
-        name, float_inputs, run = runpy.run_path(runtime)[function](path, **json.loads(settings))
-        send(outputs, {"name": name, "float_inputs": float_inputs})
+        name, input_types, run = runpy.run_path(runtime)[function](path, **json.loads(settings))
+        send(outputs, {"name": name, "input_types": input_types})
         while True:
             _, arrays = receive(inputs)
             send(outputs, {}, run(arrays))

@@ -3,15 +3,15 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_kind
-from simqat_jax.numerics.grid import Grid
+from simqat_jax.numerics.arguments import check_kind, shown
 from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.targets.metadata import FileMetadata
 from simqat_jax.training.module import QuantizedModule
 
 
@@ -25,6 +25,16 @@ def check_model(model: object, call: str) -> None:
     check_kind("model", model, IntegerModel, remedy)
 
 
+IntegerIO = bool | Literal["int8", "uint8"]
+"""Whether a file takes and returns codes, and of which type: True: that of the codes inside."""
+
+
+def check_integer_io(value: object) -> None:
+    """Raise TypeError unless `value` is an IntegerIO."""
+    if not (isinstance(value, bool) or (isinstance(value, str) and value in ("int8", "uint8"))):
+        raise TypeError(f'integer_io must be True, False, "int8" or "uint8", got {shown(value)}.')
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenFile:
     """An exported file, open in its runtime.
@@ -32,22 +42,19 @@ class OpenFile:
     Attributes:
       name: the runtime with its version.
       run: from input arrays, one for each input, to output arrays.
-      float_inputs: whether each input takes real values; otherwise codes.
-      offset: what codes of a grid have added in the file.
-      dtype: the type of codes in the file.
+      input_types: what each input takes, as NumPy names it: "float32" for real values, "int8" or
+        "uint8" for codes, see `Grid.in_file`.
     """
 
     name: str
     run: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-    float_inputs: list[bool]
-    offset: Callable[[Grid], int]
-    dtype: np.dtype
+    input_types: tuple[str, ...]
 
 
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 """From input arrays to output arrays."""
-Session = tuple[str, list[bool], Run]
-"""The first fields of an OpenFile, name, float_inputs and run, as a runtime alone tells them."""
+Session = tuple[str, list[str], Run]
+"""The fields of an OpenFile, name, input_types and run, as a runtime tells them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +64,25 @@ class Target:
     Attributes:
       suffix: of the files: ".onnx".
       rounding: the runtime's.
-      write: returns the file of a program; the flag asks for inputs and outputs of codes.
+      dtype: the type of codes inside the file.
+      write: returns the file of a program. Inputs and outputs are codes of a type, or real values
+        where it is None; metadata are written where there are any.
       packages: of the extra `export` that the runtime needs.
       open: opens a file of that path with the settings by keyword, and `threads` (None: as many as
         the runtime takes by itself). Its module imports nothing of this package, see `serve.py`.
       settings: what `open` is to know besides, as JSON holds it.
-      offset: what codes of a grid have added in the file.
-      dtype: the type of codes in the file.
     """
 
     suffix: str
     rounding: Rounding
-    write: Callable[[Program, bool], bytes]
+    dtype: np.dtype
+    write: Callable[[Program, np.dtype | None, FileMetadata | None], bytes]
     packages: tuple[str, ...]
     open: Callable[..., Session]
     settings: Callable[[], dict[str, Any]]
-    offset: Callable[[Grid], int]
-    dtype: np.dtype
+
+    def code_type(self, integer_io: IntegerIO) -> np.dtype | None:
+        """Return the type of codes that go in and out; None: they are real values."""
+        if isinstance(integer_io, str):
+            return np.dtype(integer_io)
+        return self.dtype if integer_io else None

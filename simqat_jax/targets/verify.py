@@ -24,6 +24,7 @@ from simqat_jax.targets.open_file import TIMEOUT, open_file, target_of
 from simqat_jax.targets.target import OpenFile, check_model
 
 _MOST_PARTS = 6
+_CODES_OR_REALS = ("int8", "uint8", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,14 +149,21 @@ def _opened(model: IntegerModel, path: Path, timeout: float | None) -> OpenFile:
     """Open a file of a model.
 
     Raises:
-      ValueError: it has another number of inputs.
+      ValueError: it has other inputs.
     """
     runtime = open_file(path, timeout=timeout)
-    if len(runtime.float_inputs) != len(model.inputs):
+    types, tensors = runtime.input_types, [model.tensors[i] for i in model.inputs]
+    if len(types) != len(tensors):
         raise ValueError(
-            f"{path} takes {len(runtime.float_inputs)} inputs and the model {len(model.inputs)}: "
-            "it was written from another model."
+            f"{path} takes {len(types)} inputs and the model {len(tensors)}: it was written from "
+            "another model."
         )
+    for kind, tensor in zip(types, tensors, strict=True):
+        if tensor.grid is not None and kind not in _CODES_OR_REALS:
+            raise ValueError(
+                f"{path} takes {kind} for {tensor.name}, which is no type of codes: it was written "
+                "from another model."
+            )
     return runtime
 
 
@@ -208,14 +216,14 @@ def _compared(
     """
     codes = model._quantized(batch)
     arrays = []
-    for i, x, code, real in zip(model.inputs, batch, codes, runtime.float_inputs, strict=True):
+    for i, x, code, kind in zip(model.inputs, batch, codes, runtime.input_types, strict=True):
         grid = model.tensors[i].grid
         if grid is None:
             arrays.append(np.asarray(code))
-        elif real:
+        elif kind == "float32":
             arrays.append(np.asarray(x, np.float32))
         else:
-            arrays.append((np.asarray(code, np.int32) + runtime.offset(grid)).astype(runtime.dtype))
+            arrays.append(grid.in_file(code, kind))
     want, found = jax.tree.leaves(model.run_codes(*codes)), runtime.run(arrays)
     shapes = [x.shape for x in want], [x.shape for x in found]
     if shapes[0] != shapes[1]:
@@ -232,7 +240,7 @@ def _compared(
         if np.issubdtype(b.dtype, np.floating):
             got = np.asarray(grid.quantize(jnp.asarray(b)), np.int32)  # exact: on the grid
         else:
-            got = b.astype(np.int32) - runtime.offset(grid)
+            got = grid.of_file(b)
         compared.codes.append(np.asarray(a, np.int32) != got)
     return compared
 
@@ -255,7 +263,8 @@ def _first_layer(
     )
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / f"whole{path.suffix}"
-        whole.write_bytes(target_of(path).write(program, True))
+        target = target_of(path)
+        whole.write_bytes(target.write(program, target.dtype, None))
         runtime = open_file(whole, timeout=timeout)
         wrong = _compared(IntegerModel(program), runtime, whole, batch).codes
     for op, differ in zip(ops, wrong, strict=True):

@@ -1,6 +1,7 @@
 """Training end to end: the three phases, resume after a kill, evaluation, wrong input."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -138,6 +139,12 @@ def test_results_and_what_is_kept(finished: Path) -> None:
     assert set(results["versions"]) == {"python", "jax", "flax", "simqat_jax"}
 
 
+def test_the_plan_is_in_a_file(finished: Path) -> None:
+    plan = (finished / "plan.txt").read_text()
+    assert plan.startswith("SimQAT plan: bn_fold=") and "Dense_2" in plan
+    assert "per channel (axis -1, 10), batch" in plan, "with its details"
+
+
 def test_fine_tuning_from_another_runs_float_phase(finished: Path, runs_dir: Path) -> None:
     arguments = dataclasses.replace(
         ARGUMENTS,
@@ -248,14 +255,35 @@ def test_deployed_files_compute_what_evaluation_shows(finished: Path, tmp_path: 
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     rows = deploy.deploy(run, examples=200)
-    assert len(rows) == 7 and rows[0].differing is None
-    assert [row.differing for row in rows[1:]] == [0] * 6
-    assert len({row.accuracy for row in rows[1:]}) == 1
+    assert [row.what for row in rows[:2]] == [
+        "float baseline, JAX",
+        "SimQAT's parameters in float, JAX",
+    ]
+    assert [row.differing for row in rows] == [None, None, *[0] * 6]
+    assert len({row.accuracy for row in rows[2:]}) == 1
     for name in ("model.onnx", "model.tflite"):
         assert (run / "deploy" / name).stat().st_size < 75_000
     report = json.loads((run / "deploy" / "deploy.json").read_text())
-    assert (report["phase"], report["images"], len(report["rows"])) == ("qat_finetune", 200, 7)
-    comparison.show(rows, str(run), Console(quiet=True))
+    assert (report["phase"], report["images"], len(report["rows"])) == ("qat_finetune", 200, 8)
+    shown = io.StringIO()
+    comparison.show(rows, str(run), Console(file=shown, width=200))
+    assert "against the row \"SimQAT's parameters in float, JAX\"" in shown.getvalue()
+
+
+def test_the_baseline_of_a_deployment_is_the_float_phase(finished: Path, tmp_path: Path) -> None:
+    """That of the run, or of the run that it started from, while that is there."""
+    experiment = runs.load_experiment(finished)
+    dataset = data.load(experiment.data)
+    found = deploy.baseline(experiment, dataset, finished)
+    assert found is not None
+    _assert_same_state(_final_state(finished, "float").params, found["params"])
+    started = dataclasses.replace(experiment, float_checkpoint=str(finished))
+    again = deploy.baseline(started, dataset, tmp_path)
+    assert again is not None
+    _assert_same_state(found["params"], again["params"])
+    for elsewhere in (None, str(tmp_path / "gone")):
+        moved = dataclasses.replace(experiment, float_checkpoint=elsewhere)
+        assert deploy.baseline(moved, dataset, tmp_path) is None
 
 
 def test_deploy_refuses_what_holds_nothing_quantized(finished: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def _phase(directory: Path, name: str = "float", **options: object) -> phases.Ph
 
 
 def _train(phase: phases.Phase) -> tuple[phases.TrainState, checkpoints.Progress]:
-    return training.train(phase, phases.init_state(phase), lambda progress: None)
+    return training.train(phase, phases.init_state(phase), lambda progress, state: None)
 
 
 @pytest.mark.parametrize("name", ["float", "qat"])
@@ -177,7 +177,7 @@ def test_resume_with_augmentation_and_schedule_is_bit_identical(tmp_path: Path) 
     whole, expected = _train(_phase(tmp_path / "whole", "qat", **options))
     phase = _phase(tmp_path / "stopped", "qat", **options)
 
-    def stop(progress: checkpoints.Progress) -> None:
+    def stop(progress: checkpoints.Progress, _: phases.TrainState) -> None:
         if progress.epoch == 1 and progress.step == 8:
             raise Interrupted
 

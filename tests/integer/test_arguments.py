@@ -78,8 +78,11 @@ def test_other_arguments_of_convert(quantized):
 @pytest.mark.parametrize("export", [sq.export_onnx, sq.export_tflite])
 def test_other_arguments_of_exports(quantized, export, tmp_path):
     *_, model = quantized
-    with pytest.raises(TypeError, match="integer_io must be True or False, got 'yes'"):
-        export(model, tmp_path / "m", integer_io="yes")
+    for io in ("yes", 1, np.int8, None):
+        with pytest.raises(TypeError, match='integer_io must be True, False, "int8" or "uint8"'):
+            export(model, tmp_path / "m", integer_io=io)
+    with pytest.raises(TypeError, match=r"metadata must be a FileMetadata, got \{"):
+        export(model, tmp_path / "m", metadata={"input": "bytes"})
     with pytest.raises(TypeError, match="path must be the name of a file"):
         export(model, None)
     assert not list(tmp_path.iterdir())

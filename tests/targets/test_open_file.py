@@ -27,7 +27,7 @@ def aborts(path, threads):
 def crashes(path, threads):
     def run(arrays):
         ctypes.string_at(0)
-    return "crashes", [True], run
+    return "crashes", ["float32"], run
 
 def exits(path, threads):
     os._exit(3)
@@ -38,21 +38,21 @@ def refuses(path, threads):
 def fails(path, threads):
     def run(arrays):
         raise KeyError("a node")
-    return "fails", [True], run
+    return "fails", ["float32"], run
 
 def never_opens(path, threads):
     time.sleep(1000)
 
 def never_answers(path, threads):
-    return "hangs", [True], lambda arrays: time.sleep(1000)
+    return "hangs", ["float32"], lambda arrays: time.sleep(1000)
 
 def babbles(path, threads):
     print("loading", path, flush=True)
     os.write(1, b"from C as well")
-    return "babbles", [True], lambda arrays: arrays
+    return "babbles", ["float32"], lambda arrays: arrays
 
 def returns_other_shapes(path, threads):
-    return "other", [True], lambda arrays: [a[..., :1] for a in arrays]
+    return "other", ["float32"], lambda arrays: [a[..., :1] for a in arrays]
 """
 """Runtimes as LiteRT is, or worse, for a damaged file."""
 
@@ -152,7 +152,7 @@ def test_outputs_of_other_shapes_are_those_of_another_model(files, in_runtime):
 def test_both_processes_compute_the_same(files, suffix):
     _, folder = files
     own, this = (sq.open_file(folder / f"m.{suffix}", isolated=i) for i in (True, False))
-    assert (own.name, own.float_inputs, own.dtype) == (this.name, this.float_inputs, this.dtype)
+    assert (own.name, own.input_types) == (this.name, this.input_types)
     for batch in (X, X[:1], X):
         for a, b in zip(own.run([batch]), this.run([batch]), strict=True):
             assert (a.dtype, a.shape) == (b.dtype, b.shape)

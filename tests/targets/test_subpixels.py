@@ -62,10 +62,10 @@ def differing(model, path, codes):
     file = sq.open_file(path, threads=1, isolated=False)
     ends = [model.tensors[i].grid for i in (*model.inputs, *model.outputs)]
     x, want = (
-        np.asarray(c, np.int32) + file.offset(grid)
+        grid.in_file(c, file.input_types[0])
         for c, grid in zip((codes, model.run_codes(codes)), ends, strict=True)
     )
-    (got,) = file.run([x.astype(file.dtype)])
+    (got,) = file.run([x])
     assert got.shape == want.shape
     return int((got != want).sum())
 

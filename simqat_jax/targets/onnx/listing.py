@@ -1,11 +1,13 @@
 """What is in an ONNX file of any origin."""
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
-from simqat_jax.targets.listing import FileInput, FileOp, Listing, shape_text
+from simqat_jax.targets.listing import FileInput, FileOp, Listing, notes_of, shape_text
+from simqat_jax.targets.onnx.metadata import read_metadata
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
@@ -22,7 +24,8 @@ def list_onnx(path: Path) -> Listing:
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
     except Exception as error:  # of protobuf, which has classes of its own
         raise ValueError(f"{path} is no ONNX file, or damaged: {error}") from error
-    return _Reader(onnx, model.graph).listing()
+    listing = _Reader(onnx, model.graph).listing()
+    return dataclasses.replace(listing, notes=notes_of(lambda: read_metadata(model)))
 
 
 class _Reader:

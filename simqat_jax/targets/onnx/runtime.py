@@ -8,7 +8,7 @@ import numpy as np
 
 def open_onnx(
     path: str, threads: int | None, exact_sums: bool
-) -> tuple[str, list[bool], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
+) -> tuple[str, list[str], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
     """Open a file on the CPU, see Target.open.
 
     Args:
@@ -31,7 +31,13 @@ def open_onnx(
         return [np.asarray(result) for result in results]
 
     name = f"ONNX Runtime {runtime.__version__}"
-    return name, [i.type == "tensor(float)" for i in inputs], run
+    return name, [_type(str(i.type)) for i in inputs], run
+
+
+def _type(text: str) -> str:
+    """Return a type as NumPy names it, of "tensor(uint8)" or "tensor(float)"."""
+    name = text.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 @functools.cache

@@ -7,22 +7,27 @@ import numpy as np
 from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_flag
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.axes import moving_one_axis
+from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
+from simqat_jax.targets.onnx.message import Message
+from simqat_jax.targets.onnx.metadata import describe
 from simqat_jax.targets.onnx.ops import check, write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
-from simqat_jax.targets.onnx.writer import Writer
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import Target, check_model
+from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
 
 _BLOCKS = {1: 4, 2: 4, 3: 4}  # channels and columns of a block, the fastest in ONNX Runtime 1.32
 _FEW = 16  # channels from which on pooling rows first gains nothing
 
 
 def export_onnx(
-    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
+    model: IntegerModel,
+    path: str | os.PathLike[str],
+    *,
+    integer_io: IntegerIO = False,
+    metadata: FileMetadata | None = None,
 ) -> None:
     """Write an integer model as an ONNX file with the same codes in ONNX Runtime.
 
@@ -34,41 +39,49 @@ def export_onnx(
     Args:
       model: from `convert(..., backend="onnx")`.
       path: of the file, which appears only once it is whole.
-      integer_io: inputs and outputs are uint8 codes; otherwise float32 in real units. Those on no
-        grid have the model's own type: token ids, masks, probabilities.
+      integer_io: inputs and outputs are codes, as uint8 (True, "uint8") or less 128 as int8
+        ("int8"); otherwise float32 in real units. Those on no grid have the model's own type: token
+        ids, masks, probabilities.
+      metadata: what the file says of itself, as doc strings and `metadata_props`; without it these
+        hold nothing but the configuration.
 
     Raises:
-      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
+      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no flag or type,
+        `metadata` no FileMetadata.
       ImportError: the extra `export` is not installed.
       ValueError: an operation or a width that cannot be written, with its path; additions that
-        mirror another runtime.
+        mirror another runtime; metadata that do not fit the model.
 
     Source:
       ONNX operators, opset 19.
     """
     check_model(model, "export_onnx(model, path)")
-    check_flag("integer_io", integer_io)
+    check_integer_io(integer_io)
+    check_metadata(metadata)
     path = as_path(path)
-    data = _bytes(model.program, integer_io)
+    data = _bytes(model.program, ONNX.code_type(integer_io), metadata)
     with atomic_file(path) as file:
         file.write(data)
 
 
-def _bytes(program: Program, integer_io: bool) -> bytes:
+def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:
     check(program)
     fast = pooling_rows_first(
         in_width_blocks(in_subpixels(moving_one_axis(program)), _BLOCKS), _FEW
     )
-    return Writer(fast, integer_io).model_bytes(write_op)
+    message = Message(fast, io)
+    model = message.model(write_op)
+    if metadata is not None:
+        describe(model, metadata, *file_ends(program, metadata, io, ONNX.dtype))
+    return message.checked_bytes(model)
 
 
 ONNX = Target(
     suffix=".onnx",
     rounding=ONNXRUNTIME,
+    dtype=np.dtype(np.uint8),
     write=_bytes,
     packages=("onnx", "onnxruntime"),
     open=open_onnx,
     settings=lambda: {"exact_sums": onnxruntime_saturates()},
-    offset=lambda grid: grid.unsigned_offset,
-    dtype=np.dtype(np.uint8),
 )

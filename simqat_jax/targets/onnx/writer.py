@@ -2,8 +2,7 @@
 
 import hashlib
 import itertools
-import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from simqat_jax.files import import_extra
 from simqat_jax.ir.program import Op, Program, Tensor
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.packing import pack, packed_width, unpack
-from simqat_jax.targets.refusals import each
 
-_OPSET, _IR_VERSION = 19, 9
 _WORTH_PACKING = 512
 """Kernels of so many codes save more bytes than the nodes that unpack them take."""
 OnnxObject = Any
@@ -31,11 +28,11 @@ Layout = str | tuple[int, ...]
 class Writer:
     """Collects the nodes of a graph."""
 
-    def __init__(self, model: Program, integer_io: bool):
+    def __init__(self, model: Program):
         self.onnx = import_extra("onnx")
         self.helper = import_extra("onnx.helper")
         self.numpy = import_extra("onnx.numpy_helper")
-        self.model, self.integer_io = model, integer_io
+        self.model = model
         self.nodes: list[OnnxObject] = []
         self.initializers: list[OnnxObject] = []
         self.constants: dict[Hashable, str] = {}
@@ -169,62 +166,6 @@ class Writer:
         output = self.model.tensors[op.outputs[0]]
         name = self.node("QuantizeLinear", [real, *self.scale(output)], output.name)
         self.put(op.outputs[0], self.clip(name, output, clamp), layout)
-
-    # The file --------------------------------------------------------------------------------
-
-    def model_bytes(self, write: Callable[["Writer", Op], None]) -> bytes:
-        """Return the file; `write` writes one operation."""
-        inputs = [self.input(i) for i in self.model.inputs]
-        each(self.model.ops, lambda op: write(self, op), "ONNX")
-        outputs = [self.output(n, i) for n, i in enumerate(self.model.outputs)]
-        helper = self.helper
-        graph = helper.make_graph(self.nodes, "simqat_jax", inputs, outputs, self.initializers)
-        proto = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            ir_version=_IR_VERSION,
-            producer_name="simqat_jax",
-            producer_version=str(self.model.metadata.get("simqat_jax", "")),
-        )
-        metadata = {
-            k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":"))
-            for k, v in self.model.metadata.items()
-        }
-        helper.set_model_props(proto, metadata)
-        self.onnx.checker.check_model(proto, full_check=True)
-        return proto.SerializeToString()
-
-    def value_info(self, name: str, tensor: Tensor) -> OnnxObject:
-        """Describe an input or output of the file: name, type, shape."""
-        types = self.onnx.TensorProto
-        if tensor.grid is None:
-            kind = self.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-        else:
-            kind = types.UINT8 if self.integer_io else types.FLOAT
-        shape = ["batch" if d == -1 else f"{-d}*batch" if d < 0 else d for d in tensor.shape]
-        return self.helper.make_tensor_value_info(name, kind, shape)
-
-    def input(self, i: int) -> OnnxObject:
-        """Add an input of the file, quantized where it takes real values."""
-        tensor = self.model.tensors[i]
-        codes = tensor.name
-        if tensor.grid is not None and not self.integer_io:
-            codes = self.quantize(tensor.name, tensor)
-        self.put(i, codes)
-        return self.value_info(tensor.name, tensor)
-
-    def output(self, number: int, i: int) -> OnnxObject:
-        """Add an output of the file, dequantized where it returns real values."""
-        tensor = self.model.tensors[i]
-        name = self.outputs[number]
-        codes = self.get(i)
-        if tensor.grid is None or self.integer_io:
-            self.nodes.append(self.helper.make_node("Identity", [codes], [name]))
-        else:
-            self.nodes.append(
-                self.helper.make_node("DequantizeLinear", [codes, *self.scale(tensor)], [name])
-            )
-        return self.value_info(name, tensor)
 
 
 def dequantized(w: Writer, op: Op, position: int, layout: Layout) -> str:

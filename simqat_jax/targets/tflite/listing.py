@@ -1,10 +1,12 @@
 """What is in a TFLite file of any origin."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
-from simqat_jax.targets.listing import FileInput, FileOp, Listing, shape_text
+from simqat_jax.targets.listing import FileInput, FileOp, Listing, notes_of, shape_text
+from simqat_jax.targets.tflite.metadata import NAME, read_metadata
 
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 
@@ -21,9 +23,15 @@ def list_tflite(path: Path) -> Listing:
     if data[4:8] != b"TFL3":
         raise ValueError(f"{path} is no TFLite file: it does not begin as one.")
     try:
-        return _Reader(schema, schema.ModelT.InitFromPackedBuf(data, 0)).listing()
+        model = schema.ModelT.InitFromPackedBuf(data, 0)
+        listing = _Reader(schema, model).listing()
     except Exception as error:  # struct, IndexError and more: offsets that lead nowhere
         raise ValueError(f"{path} is damaged: {error}.") from error
+    held = [entry.buffer for entry in model.metadata or () if entry.name == NAME.encode()]
+    if not held:
+        return listing
+    notes = notes_of(lambda: read_metadata(bytes(model.buffers[held[0]].data), data))
+    return dataclasses.replace(listing, notes=notes)
 
 
 class _Reader:
@@ -45,9 +53,7 @@ class _Reader:
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(
-            _text(tensor.name, "input"), self._shape(tensor) or (), self._dtype(tensor)
-        )
+        return FileInput(_name(tensor, "input"), self._shape(tensor) or (), self._dtype(tensor))
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]
@@ -62,7 +68,7 @@ class _Reader:
         constants = [t for t in read if self._bytes(t)]
         types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
         return FileOp(
-            name=_text(made[0].name, kind.lower()),
+            name=_name(made[0], kind.lower()),
             kind=kind,
             shape=self._shape(made[0]),
             dtype=next((t for t in types if "float" in t), types[-1]),
@@ -85,8 +91,9 @@ class _Reader:
         return None if shape is None else tuple(map(int, shape))
 
 
-def _text(name: bytes | None, unnamed: str) -> str:
-    return name.decode() if name else unnamed  # a tensor that one operator reads needs no name
+def _name(tensor: Any, unnamed: str) -> str:
+    """Return a tensor's name; those between the operators of a layer have none."""
+    return unnamed if tensor.name is None else tensor.name.decode()
 
 
 def _names(enumeration: Any) -> dict[int, str]:

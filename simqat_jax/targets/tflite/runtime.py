@@ -7,7 +7,7 @@ import numpy as np
 
 def open_tflite(
     path: str, threads: int | None
-) -> tuple[str, list[bool], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
+) -> tuple[str, list[str], Callable[[Sequence[np.ndarray]], list[np.ndarray]]]:
     """Open a file on the CPU, see Target.open."""
     import ai_edge_litert
     from ai_edge_litert.interpreter import Interpreter
@@ -31,4 +31,4 @@ def open_tflite(
         return [interpreter.get_tensor(detail["index"]) for detail in outputs]
 
     name = f"LiteRT {getattr(ai_edge_litert, '__version__', '')}".rstrip()
-    return name, [detail["dtype"] == np.float32 for detail in inputs], run
+    return name, [np.dtype(detail["dtype"]).name for detail in inputs], run

@@ -8,11 +8,12 @@ import numpy as np
 from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
-from simqat_jax.numerics.arguments import check_flag
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
+from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import Target, check_model
+from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
+from simqat_jax.targets.tflite.metadata import NAME, metadata_bytes, with_labels
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
 from simqat_jax.targets.tflite.runtime import open_tflite
 from simqat_jax.targets.tflite.subgraph import SchemaObject
@@ -22,7 +23,11 @@ _BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast 
 
 
 def export_tflite(
-    model: IntegerModel, path: str | os.PathLike[str], *, integer_io: bool = False
+    model: IntegerModel,
+    path: str | os.PathLike[str],
+    *,
+    integer_io: IntegerIO = False,
+    metadata: FileMetadata | None = None,
 ) -> None:
     """Write a model as a TFLite file that LiteRT runs on int8, for any batch size.
 
@@ -31,38 +36,46 @@ def export_tflite(
 
     Args:
       model: what `convert(..., backend="tflite")` returned.
-      path: the file, as a rule `*.tflite`; it appears only once it is whole.
-      integer_io: take and return int8 codes; by default float32 values. What is on no grid has the
-        model's own type: token ids, masks, probabilities.
+      path: the file, as a rule "*.tflite"; it appears only once it is whole.
+      integer_io: take and return codes, as int8 (True, "int8") or with 128 added to them as uint8
+        ("uint8"); by default float32 values. What is on no grid has the model's own type: token
+        ids, masks, probabilities.
+      metadata: what the file says of itself, as `TFLITE_METADATA`; without it nothing but names.
 
     Raises:
-      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no bool.
+      TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no flag or type,
+        `metadata` no FileMetadata.
       ImportError: the extra `export` is not installed.
       ValueError: activations or weights of more than 8 bits, an operation that TFLite does not
         compute exactly, a float part that it lacks, with its path; additions that mirror another
-        runtime.
+        runtime; metadata that do not fit the model.
       OSError: an unwritable path.
 
     Source:
       TensorFlow Lite schema, version 3, and 8-bit quantization specification.
     """
     check_model(model, "export_tflite(model, path)")
-    check_flag("integer_io", integer_io)
+    check_integer_io(integer_io)
+    check_metadata(metadata)
     path = as_path(path)
-    data = _bytes(model.program, integer_io)
+    data = _bytes(model.program, TFLITE.code_type(integer_io), metadata)
     with atomic_file(path) as file:
         file.write(data)
 
 
-def _bytes(program: Program, integer_io: bool) -> bytes:
+def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:
     flatbuffers = import_extra("flatbuffers")
     schema = import_extra("ai_edge_litert.schema_py_generated")
     check(program)
     writer = Writer(in_width_blocks(in_subpixels(program), _BLOCKS), schema, VERSIONS)
-    written = writer.model(integer_io, write_op)
+    written, ends = writer.model(io, write_op), []
+    if metadata is not None:
+        inputs, outputs = file_ends(program, metadata, io, TFLITE.dtype)
+        ends = [*inputs, *outputs]
+        writer.hold(written, NAME, metadata_bytes(metadata, inputs, outputs))
     builder = _builder(flatbuffers)
     builder.Finish(written.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return with_labels(bytes(builder.Output()), ends)
 
 
 def _builder(flatbuffers: ModuleType) -> SchemaObject:
@@ -82,10 +95,9 @@ def _builder(flatbuffers: ModuleType) -> SchemaObject:
 TFLITE = Target(
     suffix=".tflite",
     rounding=XNNPACK,
+    dtype=np.dtype(np.int8),
     write=_bytes,
     packages=("ai_edge_litert",),
     open=open_tflite,
     settings=dict,
-    offset=lambda grid: grid.signed_offset,
-    dtype=np.dtype(np.int8),
 )

@@ -44,17 +44,25 @@ class Writer(Subgraph):
         self.reals: dict[int, Plain] = {}
         self.falses: int | None = None
 
-    def model(self, integer_io: bool, write: Callable[["Writer", Op], None]) -> SchemaObject:
-        """Return the model; `write` writes one operation."""
-        inputs = [self.input(self.source.tensors[i], i, integer_io) for i in self.source.inputs]
+    def model(self, io: np.dtype | None, write: Callable[["Writer", Op], None]) -> SchemaObject:
+        """Return the model; `write` writes one operation; `io`: of codes that go in and out."""
+        inputs = [self.input(self.source.tensors[i], i, io) for i in self.source.inputs]
         for i, tensor in enumerate(self.source.tensors):
             if tensor.value is not None and tensor.grid is not None:
                 self.values[i] = self.code_constant(tensor.value, tensor.grid)
 
         each(self.source.ops, lambda op: write(self, op), "TFLite")
         names = self.source.output_names()
-        outputs = [self.output(k, name, integer_io) for k, name in enumerate(names)]
+        outputs = [self.output(k, name, io) for k, name in enumerate(names)]
         return self.packed(inputs, outputs)
+
+    def hold(self, model: SchemaObject, name: str, content: bytes) -> None:
+        """Give a model metadata of a name."""
+        entry, buffer = self.schema.MetadataT(), self.schema.BufferT()
+        buffer.data = np.frombuffer(content, np.uint8)
+        entry.name, entry.buffer = name, len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata = [*(model.metadata or []), entry]
 
     def whole(self, i: int) -> int:
         """Return the tensor of codes less their zero point, as float32."""
@@ -154,19 +162,32 @@ class Writer(Subgraph):
             self.reals[i] = Plain(index, tensor.value.shape, tensor.dtype)
         return self.reals[i]
 
-    def input(self, tensor: Tensor, i: int, integer_io: bool) -> int:
+    def input(self, tensor: Tensor, i: int, io: np.dtype | None) -> int:
         """Add an input of the file, quantized where it takes real values; return its number."""
         if tensor.grid is None:
             self.reals[i] = self.plain(tensor.name, tensor.shape, tensor.dtype)
             return self.reals[i].index
         codes = self.values[i] = self.codes(tensor.name, tensor.shape, tensor.grid)
-        if integer_io:
+        if io == np.int8:
             return codes.index
+        if io is not None:
+            return self.retyped(codes, f"{tensor.name}/{io}", io, into=True)
         real = self.tensor(f"{tensor.name}/real", tensor.shape, np.float32)
         self.quantize(real, tensor.shape, codes)
         return real
 
-    def output(self, position: int, name: str, integer_io: bool) -> int:
+    def retyped(self, codes: Codes, name: str, dtype: np.dtype, *, into: bool = False) -> int:
+        """Add a tensor of codes of another type that becomes `codes` (`into`), or is made of them.
+
+        QUANTIZE between int8 and uint8 of one scale inverts the highest bit.
+        """
+        zero = int(codes.grid.zero_point) + codes.grid.offset_in(dtype)
+        other = self.tensor(name, codes.shape, dtype, codes.grid.scale, zero)
+        source, target = (other, codes.index) if into else (codes.index, other)
+        self.emit("QUANTIZE", [source], target)
+        return other
+
+    def output(self, position: int, name: str, io: np.dtype | None) -> int:
         """Return the number of an output of the file, a copy where codes are one already."""
         i = self.source.outputs[position]
         if self.source.tensors[i].grid is None:
@@ -175,10 +196,12 @@ class Writer(Subgraph):
             self.emit("RESHAPE", [x.index], real, newShape=reshape_target(x.shape))
             return real
         codes = self.values[i]
-        if not integer_io:
+        if io is None:
             real = self.tensor(name, codes.shape, np.float32)
             self.emit("DEQUANTIZE", [codes.index], real)
             return real
+        if io != np.int8:
+            return self.retyped(codes, name, io)
         earlier = [*self.source.inputs, *self.source.outputs[:position]]
         if i in earlier or self.source.tensors[i].value is not None:
             copy = self.codes(name, codes.shape, codes.grid)

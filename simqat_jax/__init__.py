@@ -42,6 +42,7 @@ from simqat_jax.rules import Rule
 from simqat_jax.targets import OpenFile
 from simqat_jax.targets.onnx.target import export_onnx
 from simqat_jax.targets.open_file import open_file
+from simqat_jax.targets.overlays import write_overlays
 from simqat_jax.targets.tflite.target import export_tflite
 from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.damping import oscillation_damping
@@ -103,4 +104,5 @@ __all__ = [
     "suggest",
     "update_range",
     "verify",
+    "write_overlays",
 ]

@@ -8,13 +8,9 @@ import numpy as np
 
 from simqat_jax.ir.sheet import Column, Line, Sheet
 from simqat_jax.numerics.arguments import check_whole
-from simqat_jax.targets.listing import FileInput, Listing
-from simqat_jax.targets.onnx.listing import list_onnx
-from simqat_jax.targets.open_file import open_file
-from simqat_jax.targets.tflite.listing import list_tflite
+from simqat_jax.targets.listing import FileInput
+from simqat_jax.targets.open_file import open_file, target_of
 
-LISTINGS: dict[str, Callable[[Path], Listing]] = {".onnx": list_onnx, ".tflite": list_tflite}
-"""What tells what is in a file, by its suffix."""
 _WARM_UP = 10
 _COLUMNS = (
     Column("file", "end"),
@@ -77,7 +73,7 @@ def _call(path: Path, threads: int, batch: int) -> tuple[Callable[[], object], s
     """Return a call of a file on random inputs, and its runtime's name."""
     careful = open_file(path, threads)  # in a process of its own, which a damaged file may end
     rng = np.random.default_rng(0)
-    arrays = [_random(i, batch, rng) for i in LISTINGS[path.suffix](path).inputs]
+    arrays = [_random(i, batch, rng) for i in target_of(path).listing(path).inputs]
     try:
         careful.run(arrays)
     except ValueError as error:

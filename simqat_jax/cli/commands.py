@@ -6,8 +6,9 @@ from typing import Protocol
 
 from tyro.conf import Positional
 
-from simqat_jax.cli.bench import LISTINGS, bench
+from simqat_jax.cli.bench import bench
 from simqat_jax.integer.model import IntegerModel
+from simqat_jax.targets import TARGETS
 from simqat_jax.targets.listing import sheet_of
 from simqat_jax.targets.verify import verify_files
 
@@ -33,8 +34,8 @@ class Inspect:
         """Print a table."""
         if not self.file.is_file():
             raise FileNotFoundError(f"no file at {self.file}.")
-        if self.file.suffix in LISTINGS:
-            sheet = sheet_of(LISTINGS[self.file.suffix](self.file), self.file)
+        if self.file.suffix in TARGETS:
+            sheet = sheet_of(TARGETS[self.file.suffix].listing(self.file), self.file)
             print(sheet.details(sheet.lines) if self.details else sheet.text())
             return 0
         model = IntegerModel.load(self.file)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_kind
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.targets.listing import Listing
 from simqat_jax.training.module import QuantizedModule
 
 
@@ -58,6 +60,7 @@ class Target:
       suffix: of the files: ".onnx".
       rounding: the runtime's.
       write: returns the file of a program; the flag asks for inputs and outputs of codes.
+      listing: tells what is in a file of any origin.
       packages: of the extra `export` that the runtime needs.
       open: opens a file of that path with the settings by keyword, and `threads` (None: as many as
         the runtime takes by itself). Its module imports nothing of this package, see `serve.py`.
@@ -69,6 +72,7 @@ class Target:
     suffix: str
     rounding: Rounding
     write: Callable[[Program, bool], bytes]
+    listing: Callable[[Path], Listing]
     packages: tuple[str, ...]
     open: Callable[..., Session]
     settings: Callable[[], dict[str, Any]]

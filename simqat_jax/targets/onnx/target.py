@@ -10,6 +10,7 @@ from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_flag
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.axes import moving_one_axis
+from simqat_jax.targets.onnx.listing import list_onnx
 from simqat_jax.targets.onnx.ops import check, write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.onnx.writer import Writer
@@ -66,6 +67,7 @@ ONNX = Target(
     suffix=".onnx",
     rounding=ONNXRUNTIME,
     write=_bytes,
+    listing=list_onnx,
     packages=("onnx", "onnxruntime"),
     open=open_onnx,
     settings=lambda: {"exact_sums": onnxruntime_saturates()},

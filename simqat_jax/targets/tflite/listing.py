@@ -1,10 +1,12 @@
 """What is in a TFLite file of any origin."""
 
+import collections
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
-from simqat_jax.targets.listing import FileInput, FileOp, Listing, shape_text
+from simqat_jax.targets.listing import FileInput, FileNode, FileOp, Listing, shape_text
 
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 
@@ -41,11 +43,22 @@ class _Reader:
             tuple(map(self._input, self._graph.inputs)),
             tuple(self._op(kind, op) for kind, op in operators if kind not in _CONVERSIONS),
             sum(kind in _CONVERSIONS for kind, _ in operators),
+            tuple(self._nodes(operators)),
         )
+
+    def _nodes(self, operators: Sequence[tuple[str, Any]]) -> Iterator[FileNode]:
+        """Yield the operators with a name of their own; Model Explorer knows them by it."""
+        quantized = {op.inputs[0]: op.outputs[0] for kind, op in operators if kind == "QUANTIZE"}
+        names = collections.Counter(self._name(op.outputs[0]) for _, op in operators)
+        for kind, op in operators:
+            made = op.outputs[0]
+            codes = made if kind in _CONVERSIONS else quantized.get(made, made)
+            if self._name(made) and names[self._name(made)] == 1:
+                yield FileNode(self._name(made), self._name(codes))
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(tensor.name.decode(), self._shape(tensor) or (), self._dtype(tensor))
+        return FileInput(self._name(number), self._shape(tensor) or (), self._dtype(tensor))
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]
@@ -60,7 +73,7 @@ class _Reader:
         constants = [t for t in read if self._bytes(t)]
         types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
         return FileOp(
-            name=made[0].name.decode(),
+            name=self._name(op.outputs[0]),
             kind=kind,
             shape=self._shape(made[0]),
             dtype=next((t for t in types if "float" in t), types[-1]),
@@ -69,6 +82,11 @@ class _Reader:
             ),
             nbytes=sum(map(self._bytes, constants)),
         )
+
+    def _name(self, number: int) -> str:
+        """Return a tensor's name; none: what lies between the operators of a layer has none."""
+        name = self._graph.tensors[number].name
+        return "" if name is None else name.decode()
 
     def _bytes(self, tensor: Any) -> int:
         data = self._model.buffers[tensor.buffer].data

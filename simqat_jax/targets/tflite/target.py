@@ -13,6 +13,7 @@ from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import Target, check_model
+from simqat_jax.targets.tflite.listing import list_tflite
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
 from simqat_jax.targets.tflite.runtime import open_tflite
 from simqat_jax.targets.tflite.subgraph import SchemaObject
@@ -83,6 +84,7 @@ TFLITE = Target(
     suffix=".tflite",
     rounding=XNNPACK,
     write=_bytes,
+    listing=list_tflite,
     packages=("ai_edge_litert",),
     open=open_tflite,
     settings=dict,

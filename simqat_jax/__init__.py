@@ -11,6 +11,7 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.analysis.report import report
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
@@ -64,6 +65,7 @@ __all__ = [
     "LayerAnalysis",
     "LearnedStepSizeQuantizationAwareTraining",
     "MaxBytes",
+    "Measurement",
     "MinSqnr",
     "OpenFile",
     "Plan",

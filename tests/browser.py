@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -101,17 +102,17 @@ def chromium(folder: Path) -> Iterator[Browser]:
     """Start a browser whose profile is in a folder."""
     assert CHROMIUM
     commands, answers = os.pipe(), os.pipe()
-    # It reads descriptor 3 and writes descriptor 4.
-    ends = f"exec 3<&{commands[0]} 4>&{answers[1]}; exec"
+    read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (commands[0], answers[1]))
+    ends = f"exec 3<&{read} 4>&{write}; exec"  # it reads descriptor 3 and writes descriptor 4
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     flags += ["--remote-debugging-pipe", f"--user-data-dir={folder}", "--disable-dev-shm-usage"]
     process = subprocess.Popen(
         ["bash", "-c", f'{ends} "$@"', "bash", CHROMIUM, *flags],
-        pass_fds=(commands[0], answers[1]),
+        pass_fds=(read, write),
         stderr=subprocess.DEVNULL,
     )
-    os.close(commands[0])
-    os.close(answers[1])
+    for descriptor in (read, write, commands[0], answers[1]):
+        os.close(descriptor)
     with os.fdopen(commands[1], "wb") as send, os.fdopen(answers[0], "rb") as receive:
         try:
             yield Browser(send, receive)

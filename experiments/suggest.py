@@ -32,7 +32,7 @@ class Arguments:
     """Options of the command."""
 
     network: tyro.conf.Positional[str]
-    """A run, runs/NAME, with a float phase; or lenet5 or lite0, as in experiments.benchmarks.ptq."""
+    """A run, runs/NAME, with a float phase; or lenet5 or lite0, as in benchmarks.ptq."""
     shares: tuple[float, ...] = (0.75, 0.5)
     """Budgets: of the bytes of 8-bit kernels, one row each."""
     losses: tuple[float, ...] = (3.0, 6.0)

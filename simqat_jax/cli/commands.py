@@ -116,12 +116,11 @@ class Report:
         """Print what was written."""
         analysis = Analysis.load(self.analysis)
         rows = [row for path in self.measured for row in read_measurements(path)]
-        report(analysis, self.out, title=self.title, measurements=merged(rows), pngs=self.pngs)
-        print(self.out)
-        if self.pngs is not None:
-            print(self.pngs)
+        overlays: tuple[Path, ...] = ()
         if self.overlay is not None:
-            print(*write_overlays(analysis, self.overlay, self.out.parent), sep="\n")
+            overlays = write_overlays(analysis, self.overlay, self.out.parent)
+        report(analysis, self.out, title=self.title, measurements=merged(rows), pngs=self.pngs)
+        print(self.out, *([] if self.pngs is None else [self.pngs]), *overlays, sep="\n")
         return 0
 
 

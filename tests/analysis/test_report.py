@@ -76,7 +76,14 @@ def test_the_page_is_valid_and_whole(written, analyzed):
     page = Page(written)
     assert [tag for tag, _ in page.tags[:3]] == ["html", "head", "meta"]
     words = "\n".join(page.words)
-    for expected in ("A & B", "<script>&", "1,000 digits", "exact", "24", *analyzed.analysis.tensors):
+    for expected in (
+        "A & B",
+        "<script>&",
+        "1,000 digits",
+        "exact",
+        "24",
+        *analyzed.analysis.tensors,
+    ):
         assert expected in words
     assert "once" in words and "never" not in words
     widths = [a["style"] for tag, a in page.tags if tag == "i"]

@@ -41,6 +41,7 @@ def folder(tmp_path_factory):
         model = sq.convert(qmodel, variables, X, Z, backend=backend)
         model.save(path / f"{backend}.integer")
         export(model, path / f"net.{backend}")
+    sq.analyze(qmodel, variables, [(X, Z)], progress=False).save(path / "analysis.json")
     qmodel, variables, _ = observed(Cumulative(), X, Z)
     sq.export_tflite(sq.convert(qmodel, variables, X, Z), path / "other.tflite")
     np.save(path / "x.npy", X)
@@ -48,8 +49,6 @@ def folder(tmp_path_factory):
     np.savez(path / "ordered.npz", X, Z)
     np.savez(path / "named.npz", **{"input/1": Z, "input/0": X})
     np.savez(path / "strange.npz", a=X, b=Z)
-    qmodel, variables, _ = observed(Net(), X, Z)
-    sq.analyze(qmodel, variables, [(X, Z)], progress=False).save(path / "analysis.json")
     return path
 
 

@@ -129,7 +129,7 @@ def test_what_is_wrong(files, tmp_path):
         sq.write_overlays(files.analysis, file, tmp_path / "none")
     other = dataclasses.replace(files.analysis.layers[0], name="other")
     analysis = dataclasses.replace(files.analysis, layers=(other,), tensors={})
-    with pytest.raises(ValueError, match="no node of .* such as 'other'"):
+    with pytest.raises(ValueError, match=r"no node of .* such as 'other'"):
         sq.write_overlays(analysis, file, tmp_path)
 
 

@@ -87,50 +87,61 @@ def of_benchmark(name: str, arguments: Arguments) -> Network:
     return Network(work.module, work.variables, batches, work.x, work.labels)
 
 
-def check(network: Network, arguments: Arguments, console: Console) -> None:
-    """Suggest widths for each budget, calibrate with them, and print what was promised and kept."""
-    x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]
+class Row(NamedTuple):
+    """What a budget comes to.
 
+    Attributes:
+      budget: what was asked for.
+      nbytes: of all kernels, as suggested.
+      in_model: of those of the integer model.
+      promised: SQNR of the outputs with these widths, dB, as the suggestion says.
+      kept: SQNR of the model that was calibrated with them, dB, on the same data.
+      accuracy: its share of right answers.
+    """
+
+    budget: str
+    nbytes: int
+    in_model: int
+    promised: float
+    kept: float
+    accuracy: float
+
+
+def check(network: Network, arguments: Arguments) -> list[Row]:
+    """Suggest widths for each budget, and calibrate with them; the first row is that of 8 bits."""
     given = np.concatenate(network.batches)
+    x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]
+    aims = _logits(network.module, network.variables, given)
 
-    def looked_at(module: nn.Module, variables: Any) -> tuple[np.ndarray, str]:
-        """Return the logits of what was analyzed, and the accuracy of the others."""
-        run: Any = jax.jit(module.apply)
-        of_given, logits = (
-            data.in_batches(lambda x: run(variables, x), i, _BATCH) for i in (given, x)
-        )
-        return of_given, f"{np.mean(logits.argmax(-1) == labels):.2%}"
-
-    def sqnr(logits: np.ndarray) -> str:
-        noise = np.sum((logits - aims) ** 2, dtype=np.float64)
-        return f"{10 * np.log10(np.sum(aims**2, dtype=np.float64) / noise):.2f}"
-
-    def calibrated(config: sq.SimQATConfig) -> tuple[sq.QuantizedModule, Any]:
+    def row(budget: str, nbytes: int, promised: float, config: sq.SimQATConfig) -> Row:
         qmodel = sq.SimQAT(config).apply(network.module)
-        return qmodel, sq.calibrate(qmodel, network.variables, network.batches)
+        variables = sq.calibrate(qmodel, network.variables, network.batches)
+        noise = np.sum((_logits(qmodel, variables, given) - aims) ** 2, dtype=np.float64)
+        return Row(
+            budget=budget,
+            nbytes=nbytes,
+            in_model=_kernel_bytes(qmodel, variables, x[:1]),
+            promised=promised,
+            kept=10 * float(np.log10(np.sum(aims**2, dtype=np.float64) / noise)),
+            accuracy=float(np.mean(_logits(qmodel, variables, x).argmax(-1) == labels)),
+        )
 
-    whole = calibrated(sq.SimQATConfig())
-    analysis = sq.analyze(*whole, network.batches, network.variables)
+    qmodel = sq.SimQAT().apply(network.module)
+    variables = sq.calibrate(qmodel, network.variables, network.batches)
+    analysis = sq.analyze(qmodel, variables, network.batches, network.variables)
     most = sq.suggest(analysis, sq.MaxBytes(10**12), widths=(8,)).nbytes
-    table = Table(title=f"{arguments.network}, {len(x):,} examples")
-    for column in ("budget", "bytes", "in model", "SQNR", "calibrated", "top-1"):
-        table.add_column(column, justify="right")
-    aims, top = looked_at(network.module, network.variables)
-    table.add_row("float", "", "", "", "", top)
-    logits, top = looked_at(*whole)
-    size = f"{_kernel_bytes(*whole, x[:1]):,}"
-    table.add_row("8 bits", f"{most:,}", size, f"{analysis.sqnr:.2f}", sqnr(logits), top)
-    budgets: list[sq.MaxBytes | sq.MinSqnr] = [sq.MaxBytes(int(s * most)) for s in arguments.shares]
-    budgets += [sq.MinSqnr(analysis.sqnr - loss) for loss in arguments.losses]
-    for budget in budgets:
+    rows = [row("8 bits", most, analysis.sqnr, sq.SimQATConfig())]
+    budgets = [(f"{int(s * most):,} bytes", sq.MaxBytes(int(s * most))) for s in arguments.shares]
+    least = [analysis.sqnr - loss for loss in arguments.losses]
+    for name, budget in (*budgets, *((f"{v:.2f} dB", sq.MinSqnr(v)) for v in least)):
         found = sq.suggest(analysis, budget)
-        model = calibrated(found.config)
-        logits, top = looked_at(*model)
-        size = f"{_kernel_bytes(*model, x[:1]):,}"
-        text = f"{budget.nbytes:,} bytes" if isinstance(budget, sq.MaxBytes) else ""
-        text = text or f"{budget.decibels:.2f} dB"
-        table.add_row(text, f"{found.nbytes:,}", size, f"{found.sqnr:.2f}", sqnr(logits), top)
-    console.print(table)
+        rows.append(row(name, found.nbytes, found.sqnr, found.config))
+    return rows
+
+
+def _logits(module: nn.Module, variables: Any, x: np.ndarray) -> np.ndarray:
+    run: Any = jax.jit(module.apply)
+    return data.in_batches(lambda x: run(variables, x), x, _BATCH)
 
 
 def _kernel_bytes(qmodel: sq.QuantizedModule, variables: Any, x: np.ndarray) -> int:
@@ -146,7 +157,16 @@ def main() -> None:
         network = of_benchmark(arguments.network, arguments)
     else:
         network = of_run(Path(arguments.network), arguments)
-    check(network, arguments, Console(width=80))
+    x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]
+    top = np.mean(_logits(network.module, network.variables, x).argmax(-1) == labels)
+    table = Table(title=f"{arguments.network}, {len(x):,} examples, float {top:.2%}")
+    for column in ("budget", "bytes", "in model", "promised, dB", "calibrated, dB", "top-1"):
+        table.add_column(column, justify="right")
+    for row in check(network, arguments):
+        sizes = f"{row.nbytes:,}", f"{row.in_model:,}"
+        noise = f"{row.promised:.2f}", f"{row.kept:.2f}"
+        table.add_row(row.budget, *sizes, *noise, f"{row.accuracy:.2%}")
+    Console(width=80).print(table)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.analysis.report import report
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
@@ -43,6 +44,7 @@ from simqat_jax.targets import OpenFile
 from simqat_jax.targets.metadata import FileMetadata, TensorMetadata
 from simqat_jax.targets.onnx.target import export_onnx
 from simqat_jax.targets.open_file import open_file
+from simqat_jax.targets.overlays import write_overlays
 from simqat_jax.targets.tflite.target import export_tflite
 from simqat_jax.targets.verify import Verification, verify
 from simqat_jax.training.damping import oscillation_damping
@@ -65,6 +67,7 @@ __all__ = [
     "LayerAnalysis",
     "LearnedStepSizeQuantizationAwareTraining",
     "MaxBytes",
+    "Measurement",
     "MinSqnr",
     "OpenFile",
     "Plan",
@@ -106,4 +109,5 @@ __all__ = [
     "suggest",
     "update_range",
     "verify",
+    "write_overlays",
 ]

@@ -11,7 +11,7 @@ from simqat_jax.numerics.arguments import shown
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.rounding import Backend
 from simqat_jax.numerics.spec import QuantSpec, check_choice, check_type
-from simqat_jax.rules import Rule, weight_spec
+from simqat_jax.rules import Rule, checked_width, weight_spec
 
 FloatParts = Literal["allow", "refuse"]
 """What `convert` does with what has no exact integer form."""
@@ -77,9 +77,10 @@ class SimQATConfig:
     def __post_init__(self, weight_bits: int | None, activation_bits: int | None) -> None:
         check_type(self, "weight", QuantSpec)
         check_type(self, "activation", QuantSpec)
-        specs = {"weight": weight_spec("SimQATConfig", self.weight), "activation": self.activation}
+        owner = "SimQATConfig"
+        specs = {"weight": weight_spec(owner, self.weight), "activation": self.activation}
         for (field, spec), bits in zip(specs.items(), (weight_bits, activation_bits), strict=True):
-            width = spec.num_bits if bits is None else _width(f"{field}_bits", bits)
+            width = spec.num_bits if bits is None else checked_width(owner, f"{field}_bits", bits)
             object.__setattr__(self, field, dataclasses.replace(spec, num_bits=width))
         check_type(self, "bn_fold", str)
         check_type(self, "strict", bool)
@@ -197,21 +198,6 @@ class SimQATConfig:
                 f"SimQATConfig.to_json writes it with this version, got {text[:80]!r}."
             )
         return cls.from_dict(fields)
-
-
-def _width(field: str, bits: object) -> int:
-    """Return a width.
-
-    Raises:
-      TypeError: it is no whole number.
-      ValueError: it is outside of 2 to 16.
-    """
-    text = f"SimQATConfig.{field} must be a number of bits, 2 to 16, or None, got {bits!r}."
-    if type(bits) is not int:
-        raise TypeError(text)
-    if not 2 <= bits <= 16:
-        raise ValueError(text)
-    return bits
 
 
 T = TypeVar("T")

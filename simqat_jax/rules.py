@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 from simqat_jax.numerics.folding import BatchNormFold
@@ -47,16 +47,20 @@ class Rule:
       quantize: whether they are quantized; False leaves them float.
       weight: of their kernels.
       activation: of their results (of the input itself for `op="input"`).
+      weight_bits: short for `weight=QuantSpec.weight(num_bits=...)`; not kept, read
+        `weight.num_bits`.
+      activation_bits: short for `activation=QuantSpec.activation(num_bits=...)`, likewise.
       bn_fold: of the BatchNorm behind them.
 
     Raises:
       TypeError: a field of the wrong type.
       ValueError: an empty pattern, one that does not compile; an unknown `op` or `bn_fold`;
-        asymmetric weights; `quantize=False` together with what is about quantized operations.
+        asymmetric weights; a spec together with its bits; `quantize=False` together with what is
+        about quantized operations.
 
     Examples:
-      >>> Rule(path="encoder/*", op="dense", weight=QuantSpec(num_bits=4)).quantize
-      True
+      >>> Rule(path="encoder/*", op="dense", weight_bits=4).weight.num_bits
+      4
       >>> Rule(path="re:Block_[0-3]/.*", quantize=False).matches(("Block_2", "Conv_0"))
       True
     """
@@ -66,9 +70,11 @@ class Rule:
     quantize: bool = True
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
+    weight_bits: dataclasses.InitVar[int | None] = None
+    activation_bits: dataclasses.InitVar[int | None] = None
     bn_fold: BatchNormFold | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, weight_bits: int | None, activation_bits: int | None) -> None:
         check_type(self, "path", str)
         if not self.path.removeprefix("re:"):
             raise ValueError(f"Rule.path must hold a pattern such as 'head/*', got {self.path!r}.")
@@ -91,11 +97,24 @@ class Rule:
             object.__setattr__(self, "weight", weight_spec("Rule", self.weight))
         if self.activation is not None:
             object.__setattr__(self, "activation", dataclasses.replace(self.activation))
+        self._widen("weight", QuantSpec.weight, weight_bits)
+        self._widen("activation", QuantSpec.activation, activation_bits)
         if not self.quantize and self.parts:
             raise ValueError(
                 f"Rule(path={self.path!r}, quantize=False) leaves its operations float, and says "
                 f"of quantized ones: {', '.join(self.parts)}. Use two rules, or leave one out."
             )
+
+    def _widen(self, field: str, spec: Callable[..., QuantSpec], bits: int | None) -> None:
+        if bits is None:
+            return
+        if getattr(self, field) is not None:
+            raise ValueError(
+                f"Rule(path={self.path!r}) has both {field} and {field}_bits. Give one of them: "
+                f"{field}=QuantSpec.{field}(num_bits={bits}, ...) says all."
+            )
+        made = spec(num_bits=checked_width("Rule", f"{field}_bits", bits))
+        object.__setattr__(self, field, made)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -113,6 +132,21 @@ class Rule:
         if self.path.startswith("re:"):
             return any(re.fullmatch(self.path[3:], name) for name in names)
         return any(fnmatch.fnmatchcase(name, self.path) for name in names)
+
+
+def checked_width(owner: str, field: str, bits: object) -> int:
+    """Return a width that was given in short.
+
+    Raises:
+      TypeError: it is no whole number.
+      ValueError: it is outside of 2 to 16.
+    """
+    text = f"{owner}.{field} must be a number of bits, 2 to 16, or None, got {bits!r}."
+    if type(bits) is not int:
+        raise TypeError(text)
+    if not 2 <= bits <= 16:
+        raise ValueError(text)
+    return bits
 
 
 def around(path: Sequence[str]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Which operations a rule is about."""
 
+import dataclasses
+
 import pytest
 
 import simqat_jax as sq
@@ -62,8 +64,23 @@ def test_a_rule_for_a_kind_leaves_a_module_undecided():
         ({"quantize": 0}, TypeError, "quantize"),
         ({"quantize": False, "weight": WEIGHT}, ValueError, "weight"),
         ({"quantize": False, "bn_fold": "none"}, ValueError, "bn_fold"),
+        ({"quantize": False, "weight_bits": 4}, ValueError, "weight"),
+        ({"weight": WEIGHT, "weight_bits": 4}, ValueError, "both weight and weight_bits"),
+        ({"activation": sq.QuantSpec(), "activation_bits": 4}, ValueError, "Give one of them"),
+        ({"weight_bits": 17}, ValueError, "Rule.weight_bits must be a number of bits, 2 to 16"),
+        ({"activation_bits": 4.0}, TypeError, "Rule.activation_bits must be a number of bits"),
     ],
 )
 def test_a_rule_refuses(fields, error, match):
     with pytest.raises(error, match=match):
         sq.Rule(**fields)
+
+
+def test_widths_in_short():
+    rule = sq.Rule(path="head", weight_bits=4, activation_bits=6)
+    specs = sq.QuantSpec.weight(num_bits=4), sq.QuantSpec.activation(num_bits=6)
+    assert rule == sq.Rule(path="head", weight=specs[0], activation=specs[1])
+    config = sq.SimQATConfig(rules=[rule, sq.Rule(weight_bits=2)])
+    assert sq.SimQATConfig.from_json(config.to_json()) == config
+    assert config.rules[1].parts == ("weight",)
+    assert dataclasses.replace(rule, path="tail").weight == specs[0]

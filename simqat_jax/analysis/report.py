@@ -6,50 +6,69 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
+from simqat_jax.analysis.drawings import write_pngs
+from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.table import decibels
 from simqat_jax.files import as_path, atomic_file, import_extra
-from simqat_jax.numerics.arguments import check_kind, check_mapping
+from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 
 _WIDTH, _HEIGHT = 64, 24
 """Of a drawing, in its own units."""
+_TICKS = 32
+"""Codes that are marked below a histogram, at most."""
 
 
 def report(
     analysis: Analysis,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     title: str = "Why accuracy moved",
+    measurements: Sequence[Measurement] = (),
     facts: Mapping[str, object] | None = None,
+    pngs: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write one HTML file that holds all that an analysis found.
 
     It opens from disk and fetches nothing: no fonts, no scripts.
 
     Args:
-      analysis: what `analyze` returned.
+      analysis: what `analyze` returned, or `Analysis.load`.
       path: of the file; one that exists is replaced.
       title: the page's heading.
-      facts: what else it is to say on top, by name: `{"accuracy, float": "99.1 %"}`.
+      measurements: what was measured of the float model, the quantized one, its file ..., each
+        compared with the first.
+      facts: what else it is to say on top, by name: `{"data": "1,000 digits"}`.
+      pngs: a folder to which its figures are written besides, as "layers.png" and others; it is
+        made if it is not there.
 
     Raises:
-      TypeError: no Analysis, no path, no dictionary of facts.
+      TypeError: no Analysis, no path, no measurements, no dictionary of facts.
       ImportError: the extra `report` is not installed.
       FileNotFoundError: there is no directory to write it to.
     """
     check_kind("analysis", analysis, Analysis, "analyze(...) returns one.")
     facts = {} if facts is None else facts
-    check_mapping("facts", facts, "Write facts={'accuracy, float': '99.1 %'}, for example.")
+    check_mapping("facts", facts, "Write facts={'data': '1,000 digits'}, for example.")
+    listed = isinstance(measurements, list | tuple)
+    if not listed or not all(isinstance(m, Measurement) for m in measurements):
+        raise TypeError(
+            f"measurements must be a list of Measurement, got {shown(measurements)}. Write "
+            "measurements=[Measurement(name='float', accuracy=0.97)], for example."
+        )
     target = as_path(path)
     jinja2 = import_extra("jinja2", "report")
     source = files("simqat_jax.analysis").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    columns = _columns(measurements)
     page = environment.from_string(source).render(
         title=title,
         facts=facts,
         analysis=analysis,
+        titles=list(columns),
+        models=[(m.name, [c[n] for c in columns.values()]) for n, m in enumerate(measurements)],
         longest=_longest([layer.alone_quantized for layer in analysis.layers]),
         largest=_longest([layer.gain for layer in analysis.layers]),
         drawings={name: _drawing(tensor) for name, tensor in analysis.tensors.items()},
@@ -59,6 +78,54 @@ def report(
     )
     with atomic_file(target) as file:
         file.write(page.lstrip().encode())
+    if pngs is not None:
+        write_pngs(analysis, measurements, as_path(pngs))
+
+
+class _Cell(NamedTuple):
+    """A figure of a model.
+
+    Attributes:
+      text: the figure.
+      note: what it is against the first model's.
+      share: of the length of a bar.
+    """
+
+    text: str = ""
+    note: str = ""
+    share: float = 0.0
+
+
+def _columns(models: Sequence[Measurement]) -> dict[str, list[_Cell]]:
+    """Return what was measured, by the title of a column: a cell for each model."""
+    columns = {
+        "accuracy": [_accuracy(m.accuracy, models[0].accuracy) for m in models],
+        "size": _ratios([m.nbytes for m in models], "{:,} bytes"),
+        "latency, p50": _ratios([m.p50_ms for m in models], "{:.3g} ms"),
+        "latency, p99": _ratios([m.p99_ms for m in models], "{:.3g} ms"),
+    }
+    return {title: cells for title, cells in columns.items() if any(c.text for c in cells)}
+
+
+def _accuracy(value: float | None, first: float | None) -> _Cell:
+    if value is None:
+        return _Cell()
+    same = first is None or value == first
+    note = "" if same or first is None else f"{100 * (value - first):+.2f} points"
+    return _Cell(f"{100 * value:.2f} %", note, value)
+
+
+def _ratios(values: Sequence[float | None], form: str) -> list[_Cell]:
+    most = max((v for v in values if v is not None), default=0) or 1
+    first = values[0] if values else None
+
+    def one(value: float | None) -> _Cell:
+        if value is None:
+            return _Cell()
+        note = f"{value / first:.2f} times" if first and value != first else ""
+        return _Cell(form.format(value), note, value / most)
+
+    return [one(value) for value in values]
 
 
 class _Drawing(NamedTuple):
@@ -66,10 +133,18 @@ class _Drawing(NamedTuple):
 
     Attributes:
       bars: the path of an SVG.
+      outside: likewise, of what lies below and above the grid.
+      ticks: likewise, of marks below it: codes.
+      every: codes from one mark to the next.
+      codes: how many there are.
       zero: where real zero is.
     """
 
     bars: str
+    outside: str
+    ticks: str
+    every: int
+    codes: int
     zero: float
 
 
@@ -98,12 +173,29 @@ def _longest(values: Sequence[float]) -> float:
 
 def _drawing(tensor: TensorAnalysis) -> _Drawing:
     """Draw how often values lie where: by the square root, so that tails can be seen."""
-    most = math.sqrt(max(*tensor.counts, 1))
-    tops = [_HEIGHT * (1 - math.sqrt(count) / most) for count in tensor.counts]
-    bars = "".join(f"V{top:.2f}h1" for top in tops)
-    (lo, hi), width = tensor.grid, _WIDTH / len(tops)
-    assert width == 1, "a bar for each unit"
-    return _Drawing(f"M0,{_HEIGHT}{bars}V{_HEIGHT}Z", _WIDTH * -lo / (hi - lo) if hi > lo else 0)
+    assert len(tensor.counts) == _WIDTH, "a bar for each unit"
+    inside = sum(tensor.counts) / ((1 - tensor.clipped) or 1)
+    below, above = inside * tensor.below, inside * tensor.above
+    most = math.sqrt(max(*tensor.counts, below, above, 1))
+
+    def top(count: float) -> str:
+        return f"{_HEIGHT * (1 - math.sqrt(count) / most):.2f}"
+
+    bars = "".join(f"V{top(count)}h1" for count in tensor.counts)
+    outside = [
+        f"M{x},{_HEIGHT}V{top(count)}h1V{_HEIGHT}Z"
+        for x, count in ((-2, below), (_WIDTH + 1, above))
+        if count
+    ]
+    codes = tensor.spec.qmax - tensor.spec.qmin + 1
+    every = 1
+    while codes > every * _TICKS:
+        every *= 2
+    ticks = [f"M{_WIDTH * (code + 0.5) / codes:.2f},24v2" for code in range(0, codes, every)]
+    (lo, hi), width = tensor.grid, _WIDTH / codes
+    zero = width * (0.5 + (codes - 1) * -lo / (hi - lo)) if hi > lo else 0
+    bars = f"M0,{_HEIGHT}{bars}V{_HEIGHT}Z"
+    return _Drawing(bars, "".join(outside), "".join(ticks), every, codes, zero)
 
 
 def _curve(points: Sequence[RangeAt]) -> _Curve:

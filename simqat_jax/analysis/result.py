@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from typing import Any
 
+from simqat_jax.analysis.plain import plain, restored
 from simqat_jax.analysis.study import Study
 from simqat_jax.analysis.table import decibels, table
-from simqat_jax.files import import_extra
+from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.numerics.observers import Role
 from simqat_jax.numerics.spec import QuantSpec
 
 _LAYERS, _TENSORS = 20, 10
 """Rows of the printed tables; all there is, is in `layers` and `tensors`."""
+_VERSION = 1
+"""Of the dictionary that `to_dict` returns."""
+_WRITTEN = "Pass a file that Analysis.save wrote with this version."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +145,7 @@ class Analysis:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all figures as what JSON holds; None stands for an infinite SQNR.
+        """Return all figures as what JSON holds; "Infinity" stands for an SQNR without noise.
 
         Examples:
           >>> qmodel, x = SimQAT().apply(nn.Dense(2)), jnp.linspace(-1, 2, 12).reshape(4, 3)
@@ -150,13 +155,41 @@ class Analysis:
           >>> sorted(layer["name"] for layer in figures["layers"])
           ['Dense', 'input']
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del fields["study"]
-        return _plain(fields)
+        return {"version": _VERSION, **plain(self)}
 
     def to_json(self) -> str:
         """Return `to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all figures to one JSON file, for `load` and `simqat report`.
+
+        Raises:
+          TypeError: `path` is none.
+          OSError: an unwritable path.
+        """
+        with atomic_file(path) as file:
+            file.write(self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Analysis":
+        """Read what `save` wrote: all figures, without the data that `suggest` needs.
+
+        Raises:
+          TypeError: `path` is none.
+          FileNotFoundError: no such file.
+          ValueError: no analysis, or one of another version.
+        """
+        source = as_path(path)
+        if not source.is_file():
+            raise FileNotFoundError(f"no file at {source}.")
+        try:
+            figures = json.loads(source.read_bytes())
+        except ValueError as error:  # no text, or no JSON
+            raise ValueError(f"{source} is no JSON: {error}. {_WRITTEN}") from error
+        if not isinstance(figures, dict) or figures.pop("version", None) != _VERSION:
+            raise ValueError(f'{source} has no "version": {_VERSION}. {_WRITTEN}')
+        return restored(cls, figures, f"{source}: analysis")
 
     def plot(self, most: int = 20) -> Any:
         """Draw what each layer does to the outputs.
@@ -184,14 +217,3 @@ class Analysis:
             axes.barh(names, [v if math.isfinite(v) else 0 for v in values])
             axes.set_xlabel(title)
         return figure
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON holds: dataclasses as dictionaries, infinities as None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,18 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.ir.sheet import Column, Line, Sheet
 from simqat_jax.numerics.arguments import check_whole
-from simqat_jax.targets.listing import FileInput, Listing
-from simqat_jax.targets.onnx.listing import list_onnx
-from simqat_jax.targets.open_file import open_file
-from simqat_jax.targets.tflite.listing import list_tflite
+from simqat_jax.targets.listing import FileInput
+from simqat_jax.targets.open_file import open_file, target_of
 
-LISTINGS: dict[str, Callable[[Path], Listing]] = {".onnx": list_onnx, ".tflite": list_tflite}
-"""What tells what is in a file, by its suffix."""
 _WARM_UP = 10
 _COLUMNS = (
     Column("file", "end"),
@@ -26,8 +24,20 @@ _COLUMNS = (
 )
 
 
-def bench(files: Sequence[Path], threads: int, batch: int, calls: int) -> str:
-    """Return a table of latencies.
+class Timed(NamedTuple):
+    """What was measured of a file.
+
+    Attributes:
+      runtime: its name, with its version.
+      found: the file's name, its size and its latencies.
+    """
+
+    runtime: str
+    found: Measurement
+
+
+def bench(files: Sequence[Path], threads: int, batch: int, calls: int) -> list[Timed]:
+    """Measure the latency of files.
 
     The calls of the files alternate, so that a busy machine slows all of them.
 
@@ -49,21 +59,21 @@ def bench(files: Sequence[Path], threads: int, batch: int, calls: int) -> str:
     for run in (run for run, _ in runs for _ in range(_WARM_UP)):
         run()
     times = np.array([[_seconds(run) for run, _ in runs] for _ in range(calls)]) * 1e3
-    medians = np.median(times, axis=0)
-    tails = np.percentile(times, 99, axis=0)
-    lines = [
-        Line((str(path), name, f"{p50:.3f}", f"{p99:.3f}", f"{ratio:.2f}", f"{size:,}"))
-        for path, (_, name), p50, p99, ratio, size in zip(
-            files,
-            runs,
-            medians,
-            tails,
-            medians / medians[-1],
-            [path.stat().st_size for path in files],
-            strict=True,
-        )
+    medians, tails = np.percentile(times, (50, 99), axis=0).tolist()
+    return [
+        Timed(name, Measurement(name=path.name, nbytes=path.stat().st_size, p50_ms=p50, p99_ms=p99))
+        for path, (_, name), p50, p99 in zip(files, runs, medians, tails, strict=True)
     ]
-    foot = f"{calls} calls of {batch} examples on {threads} threads, of random inputs."
+
+
+def table(files: Sequence[Path], timed: Sequence[Timed], foot: str) -> str:
+    """Return a table of what `bench` measured of files."""
+    last = timed[-1].found.p50_ms
+    lines = []
+    for path, (runtime, found) in zip(files, timed, strict=True):
+        assert found.p50_ms is not None and found.p99_ms is not None and last is not None
+        figures = f"{found.p50_ms:.3f}", f"{found.p99_ms:.3f}", f"{found.p50_ms / last:.2f}"
+        lines.append(Line((str(path), runtime, *figures, f"{found.nbytes:,}")))
     return Sheet((), _COLUMNS, tuple(lines), (foot,)).text()
 
 
@@ -77,7 +87,7 @@ def _call(path: Path, threads: int, batch: int) -> tuple[Callable[[], object], s
     """Return a call of a file on random inputs, and its runtime's name."""
     careful = open_file(path, threads)  # in a process of its own, which a damaged file may end
     rng = np.random.default_rng(0)
-    arrays = [_random(i, batch, rng) for i in LISTINGS[path.suffix](path).inputs]
+    arrays = [_random(i, batch, rng) for i in target_of(path).listing(path).inputs]
     try:
         careful.run(arrays)
     except ValueError as error:

@@ -2,13 +2,18 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from simqat_jax.cli.bench import LISTINGS, bench
+from simqat_jax.analysis.measurement import merged, read_measurements, write_measurements
+from simqat_jax.analysis.report import report
+from simqat_jax.analysis.result import Analysis
+from simqat_jax.cli.bench import bench, table
 from simqat_jax.integer.model import IntegerModel
+from simqat_jax.targets import TARGETS
 from simqat_jax.targets.listing import sheet_of
+from simqat_jax.targets.overlays import write_overlays
 from simqat_jax.targets.verify import verify_files
 
 
@@ -33,8 +38,8 @@ class Inspect:
         """Print a table."""
         if not self.file.is_file():
             raise FileNotFoundError(f"no file at {self.file}.")
-        if self.file.suffix in LISTINGS:
-            sheet = sheet_of(LISTINGS[self.file.suffix](self.file), self.file)
+        if self.file.suffix in TARGETS:
+            sheet = sheet_of(TARGETS[self.file.suffix].listing(self.file), self.file)
             print(sheet.details(sheet.lines) if self.details else sheet.text())
             return 0
         model = IntegerModel.load(self.file)
@@ -75,13 +80,54 @@ class Bench:
     """Examples a call, where the file leaves the batch size free."""
     calls: int = 200
     """How many calls are measured, after some that are not."""
+    json: Path | None = None
+    """A file to write what was measured to, for `simqat report --measured`."""
 
     def run(self) -> int:
         """Print the median and the 99th percentile."""
         files = [self.file] if self.against is None else [self.file, self.against]
-        print(bench(files, self.threads, self.batch, self.calls))
+        found = bench(files, self.threads, self.batch, self.calls)
+        foot = f"{self.calls} calls of {self.batch} examples on {self.threads} threads, of "
+        print(table(files, found, f"{foot}random inputs."))
+        if self.json is not None:
+            write_measurements([timed.found for timed in found], self.json)
         return 0
 
 
-COMMANDS: dict[str, type[Command]] = {"inspect": Inspect, "verify": Verify, "bench": Bench}
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write an analysis as one page of HTML that opens from disk, and as figures."""
+
+    analysis: Positional[Path]
+    """A file that Analysis.save wrote."""
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("report.html")
+    """The page."""
+    measured: tuple[Path, ...] = ()
+    """What `simqat bench --json` wrote, or lists of objects with "name" and "accuracy" (0 to 1),
+    "nbytes", "p50_ms" or "p99_ms"; what has one name is joined, and compared with the first."""
+    title: str = "Why accuracy moved"
+    """The page's heading."""
+    pngs: Path | None = None
+    """A folder to write its figures to."""
+    overlay: Path | None = None
+    """*.onnx or *.tflite: write node data for its graph in Model Explorer, beside the page."""
+
+    def run(self) -> int:
+        """Print what was written."""
+        analysis = Analysis.load(self.analysis)
+        rows = [row for path in self.measured for row in read_measurements(path)]
+        overlays: tuple[Path, ...] = ()
+        if self.overlay is not None:
+            overlays = write_overlays(analysis, self.overlay, self.out.parent)
+        report(analysis, self.out, title=self.title, measurements=merged(rows), pngs=self.pngs)
+        print(self.out, *([] if self.pngs is None else [self.pngs]), *overlays, sep="\n")
+        return 0
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "inspect": Inspect,
+    "verify": Verify,
+    "bench": Bench,
+    "report": Report,
+}
 """By name."""

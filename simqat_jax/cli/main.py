@@ -12,13 +12,13 @@ from simqat_jax.files import import_extra
 if TYPE_CHECKING:  # it imports tyro
     from simqat_jax.cli.commands import Command
 
-_ABOUT = "Look into, verify and measure files of quantized models."
+_ABOUT = "Look into, verify and measure files of quantized models, and report on them."
 _RULE = re.compile("\u2500{9,}")
 """What separates a reason from what else tyro prints."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `simqat inspect`, `verify` or `bench`.
+    """Run `simqat inspect`, `verify`, `bench` or `report`.
 
     Returns:
       0; 1 where `verify` found codes that differ; 2 where something could not be done: then one

@@ -37,7 +37,7 @@ class FileOp:
     """An operator of a file.
 
     Attributes:
-      name: of its first output.
+      name: of its first output, else its kind.
       kind: the operator.
       shape: of its first output, -1 where any length will do; None where the file does not say.
       dtype: what it computes on: "int8"; of a convolution between dequantization and quantization
@@ -60,6 +60,19 @@ class FileOp:
 
 
 @dataclasses.dataclass(frozen=True)
+class FileNode:
+    """An operator, as programs that draw files know it.
+
+    Attributes:
+      key: what Model Explorer calls it, or its first output.
+      tensor: the name of its first output; where that is quantized next, that of the codes.
+    """
+
+    key: str
+    tensor: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Listing:
     """What is in a file.
 
@@ -67,12 +80,14 @@ class Listing:
       inputs: what it takes.
       ops: its operators, in order, but for those that quantize and dequantize.
       conversions: how many operators quantize or dequantize.
+      nodes: all operators that can be told from others.
       notes: what it says of itself, in lines.
     """
 
     inputs: tuple[FileInput, ...]
     ops: tuple[FileOp, ...]
     conversions: int
+    nodes: tuple[FileNode, ...]
     notes: tuple[str, ...] = ()
 
 

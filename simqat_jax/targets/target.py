@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_kind, shown
 from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.targets.listing import Listing
 from simqat_jax.targets.metadata import FileMetadata
 from simqat_jax.training.module import QuantizedModule
 
@@ -67,6 +69,7 @@ class Target:
       dtype: the type of codes inside the file.
       write: returns the file of a program. Inputs and outputs are codes of a type, or real values
         where it is None; metadata are written where there are any.
+      listing: tells what is in a file of any origin.
       packages: of the extra `export` that the runtime needs.
       open: opens a file of that path with the settings by keyword, and `threads` (None: as many as
         the runtime takes by itself). Its module imports nothing of this package, see `serve.py`.
@@ -77,6 +80,7 @@ class Target:
     rounding: Rounding
     dtype: np.dtype
     write: Callable[[Program, np.dtype | None, FileMetadata | None], bytes]
+    listing: Callable[[Path], Listing]
     packages: tuple[str, ...]
     open: Callable[..., Session]
     settings: Callable[[], dict[str, Any]]

@@ -14,12 +14,39 @@ def test_json_holds_every_figure(analyzed):
     analysis = analyzed.analysis
     exact = dataclasses.replace(analysis.layers[0], alone_float=float("inf"))
     figures = json.loads(dataclasses.replace(analysis, layers=(exact,)).to_json())
-    assert figures["layers"][0]["alone_float"] is None
+    assert figures["layers"][0]["alone_float"] == "Infinity"
     assert figures["layers"][0]["alone_quantized"] == exact.alone_quantized
     tensor = figures["tensors"]["first/output"]
     assert tensor["counts"] == list(analysis.tensors["first/output"].counts)
     assert tensor["spec"]["num_bits"] == 4
     assert analysis.to_dict()["sqnr"] == analysis.sqnr
+
+
+def test_a_file_holds_every_figure(analyzed, tmp_path):
+    analysis = analyzed.analysis
+    exact = dataclasses.replace(analysis.layers[0], alone_float=float("inf"), gain=-float("inf"))
+    ranges = {"input": (sq.RangeAt(0, -1.0, 2.0), sq.RangeAt(9, -1.5, 2.0)), "never": ()}
+    for given in (analysis, dataclasses.replace(analysis, layers=(exact,), ranges=ranges)):
+        given.save(tmp_path / "a.json")
+        assert sq.Analysis.load(tmp_path / "a.json") == given
+    assert str(sq.Analysis.load(tmp_path / "a.json")) == str(given)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a.json is no JSON: .* Pass a file that Analysis.save wrote"),
+        ("[]", 'a.json has no "version": 1'),
+        ('{"version": 2}', 'a.json has no "version": 1'),
+        ('{"version": 1}', "a.json: analysis must be an object with layers, tensors"),
+    ],
+)
+def test_a_file_that_holds_none(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        sq.Analysis.load(tmp_path / "a.json")
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        sq.Analysis.load(tmp_path / "b.json")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -1,5 +1,6 @@
 """The command `simqat`: what it prints, and its status."""
 
+import json
 import subprocess
 import sys
 
@@ -46,6 +47,7 @@ def folder(tmp_path_factory):
         model = sq.convert(qmodel, variables, X, Z, backend=backend)
         model.save(path / f"{backend}.integer")
         export(model, path / f"net.{backend}")
+    sq.analyze(qmodel, variables, [(X, Z)], progress=False).save(path / "analysis.json")
     qmodel, variables, _ = observed(Cumulative(), X, Z)
     sq.export_tflite(sq.convert(qmodel, variables, X, Z), path / "other.tflite")
     x = np.ones((1, 3), np.uint8)
@@ -125,6 +127,32 @@ def test_bench(simqat):
     assert foot == "5 calls of 2 examples on 1 threads, of random inputs."
 
 
+def test_bench_for_a_report(simqat, folder):
+    status, out, _ = simqat("bench net.tflite --calls 5 --json bench.json")
+    (row,) = json.loads((folder / "bench.json").read_text())
+    assert status == 0 and row["nbytes"] == (folder / "net.tflite").stat().st_size
+    assert row["name"] == "net.tflite" and f"{row['p50_ms']:.3f}" in out
+    assert 0 < row["p50_ms"] <= row["p99_ms"] and f"{row['p99_ms']:.3f}" in out
+
+
+def test_report(simqat, folder):
+    rows = [{"name": "float", "accuracy": 0.5}, {"name": "net.tflite", "accuracy": 0.25}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "size.json").write_text('[{"name": "net.tflite", "nbytes": 4321}]')
+    status, out, err = simqat("report analysis.json -o page.html --measured rows.json size.json")
+    assert (status, out, err) == (0, "page.html\n", "")
+    page = (folder / "page.html").read_text()
+    assert "Why accuracy moved" in page and "Conv_0/kernel" in page
+    assert page.index("50.00 %") < page.index("-25.00 points") < page.index("4,321 bytes")
+    options = "-o b.html --title Mine --pngs figures --overlay net.tflite"
+    status, out, _ = simqat(f"report analysis.json {options}")
+    overlays = ("sqnr", "sensitivity", "weight_bits", "activation_bits")
+    written = ["b.html", "figures", *(f"net.{name}.json" for name in overlays)]
+    assert status == 0 and out.split() == written
+    assert all((folder / name).exists() for name in written)
+    assert "<h1>Mine</h1>" in (folder / "b.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -140,7 +168,13 @@ def test_bench(simqat):
         ("bench net.tflite --threads many", "--threads"),
         ("verify tflite.integer net.tflite", "--data"),
         ("convert", "convert"),
-        ("", "inspect, verify, bench"),
+        ("", "inspect, verify, bench, report"),
+        ("report none.json", "no file at none.json"),
+        ("report x.npy", "x.npy is no JSON"),
+        ("report analysis.json -o none/page.html", "no directory none"),
+        ("report analysis.json --measured none.json", "no file at none.json"),
+        ("report analysis.json --measured analysis.json", "analysis.json must be a list"),
+        ("report analysis.json --overlay x.npy", "neither *.onnx nor *.tflite"),
     ],
 )
 def test_errors_are_one_line_and_status_2(simqat, text, reason):

@@ -1,6 +1,8 @@
 """`verify` and its command: differing codes are counted, and where they begin is named."""
 
+import copy
 import dataclasses
+import pickle
 
 import flax.linen as nn
 import jax
@@ -45,6 +47,8 @@ def test_a_file_of_another_model_is_found_out(data, tmp_path):
     found = sq.verify(model, tmp_path / "m.onnx", data[:4])
     assert found.differing > 0
     assert "not written from this model" in str(found)
+    assert copy.deepcopy(found) == found == pickle.loads(pickle.dumps(found))
+    assert found != dataclasses.replace(found, differing=0)
 
 
 def test_the_first_layer_that_differs_is_named(data, tmp_path, monkeypatch):

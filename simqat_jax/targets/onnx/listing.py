@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
-from simqat_jax.targets.listing import FileInput, FileOp, Listing, notes_of, shape_text
+from simqat_jax.targets.listing import (
+    FileInput,
+    FileNode,
+    FileOp,
+    Listing,
+    notes_of,
+    shape_text,
+)
 from simqat_jax.targets.onnx.metadata import read_metadata
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
@@ -53,7 +60,17 @@ class _Reader:
             tuple(FileInput(n, self._shape(n) or (), self._dtype(n)) for n in inputs),
             tuple(map(self._op, computing)),
             conversions,
+            tuple(self._node(number, node) for number, node in enumerate(self._graph.node)),
         )
+
+    def _node(self, number: int, node: Any) -> FileNode:
+        """Return a node; the adapter of Model Explorer numbers those without a name."""
+        made, tensor = node.output[0], node.output[0]
+        if node.op_type not in _CONVERSIONS:
+            readers = [r for r in self._readers.get(made, []) if r.op_type == "QuantizeLinear"]
+            tensor = next((r.output[0] for r in readers), made)
+        numbered = f"node_{number}" if number else "node"
+        return FileNode(node.name or numbered, tensor)
 
     def _op(self, node: Any) -> FileOp:
         constants = [

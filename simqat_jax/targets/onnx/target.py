@@ -10,6 +10,7 @@ from simqat_jax.ir.program import Program
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
 from simqat_jax.targets.axes import moving_one_axis
 from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
+from simqat_jax.targets.onnx.listing import list_onnx
 from simqat_jax.targets.onnx.message import Message
 from simqat_jax.targets.onnx.metadata import describe
 from simqat_jax.targets.onnx.ops import check, write_op
@@ -81,6 +82,7 @@ ONNX = Target(
     rounding=ONNXRUNTIME,
     dtype=np.dtype(np.uint8),
     write=_bytes,
+    listing=list_onnx,
     packages=("onnx", "onnxruntime"),
     open=open_onnx,
     settings=lambda: {"exact_sums": onnxruntime_saturates()},

@@ -1,11 +1,20 @@
 """What is in a TFLite file of any origin."""
 
+import collections
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
-from simqat_jax.targets.listing import FileInput, FileOp, Listing, notes_of, shape_text
+from simqat_jax.targets.listing import (
+    FileInput,
+    FileNode,
+    FileOp,
+    Listing,
+    notes_of,
+    shape_text,
+)
 from simqat_jax.targets.tflite.metadata import NAME, read_metadata
 
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
@@ -49,11 +58,23 @@ class _Reader:
             tuple(map(self._input, self._graph.inputs)),
             tuple(self._op(kind, op) for kind, op in operators if kind not in _CONVERSIONS),
             sum(kind in _CONVERSIONS for kind, _ in operators),
+            tuple(self._nodes(operators)),
         )
+
+    def _nodes(self, operators: Sequence[tuple[str, Any]]) -> Iterator[FileNode]:
+        """Yield the operators with a name of their own; Model Explorer knows them by it."""
+        quantized = {op.inputs[0]: op.outputs[0] for kind, op in operators if kind == "QUANTIZE"}
+        names = collections.Counter(self._name(op.outputs[0]) for _, op in operators)
+        for kind, op in operators:
+            made = op.outputs[0]
+            codes = made if kind in _CONVERSIONS else quantized.get(made, made)
+            if self._name(made) and names[self._name(made)] == 1:
+                yield FileNode(self._name(made), self._name(codes))
 
     def _input(self, number: int) -> FileInput:
         tensor = self._graph.tensors[number]
-        return FileInput(_name(tensor, "input"), self._shape(tensor) or (), self._dtype(tensor))
+        name = self._name(number) or "input"
+        return FileInput(name, self._shape(tensor) or (), self._dtype(tensor))
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]
@@ -68,7 +89,7 @@ class _Reader:
         constants = [t for t in read if self._bytes(t)]
         types = [self._dtype(t) for t in (*(t for t in read if not self._bytes(t)), *made)]
         return FileOp(
-            name=_name(made[0], kind.lower()),
+            name=self._name(op.outputs[0]) or kind.lower(),
             kind=kind,
             shape=self._shape(made[0]),
             dtype=next((t for t in types if "float" in t), types[-1]),
@@ -77,6 +98,11 @@ class _Reader:
             ),
             nbytes=sum(map(self._bytes, constants)),
         )
+
+    def _name(self, number: int) -> str:
+        """Return a tensor's name; none: what lies between the operators of a layer has none."""
+        name = self._graph.tensors[number].name
+        return "" if name is None else name.decode()
 
     def _bytes(self, tensor: Any) -> int:
         data = self._model.buffers[tensor.buffer].data
@@ -89,11 +115,6 @@ class _Reader:
         signature = tensor.shapeSignature
         shape = tensor.shape if signature is None or len(signature) == 0 else signature
         return None if shape is None else tuple(map(int, shape))
-
-
-def _name(tensor: Any, unnamed: str) -> str:
-    """Return a tensor's name; those between the operators of a layer have none."""
-    return unnamed if tensor.name is None else tensor.name.decode()
 
 
 def _names(enumeration: Any) -> dict[int, str]:

@@ -137,7 +137,7 @@ class Subgraph:
         scale = np.where(ratio < _LARGEST, scale, scale * (_LARGEST / ratio)).astype(np.float32)
         bias = op.arrays.get("bias", np.zeros(scale.shape, np.int32))
         packed = is_packed(x.grid, kernel, bias)
-        if not packed and (scale == scale[0]).all():  # XNNPACK takes INT4 with channels' scales only
+        if not packed and (scale == scale[0]).all():  # INT4 has a scale for each channel
             scale = scale[:1]
         unit = np.float32(x.grid.scale) * scale
         held = self.constant(kernel, np.int8, scale=scale, axis=axis)

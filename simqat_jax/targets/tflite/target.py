@@ -13,6 +13,7 @@ from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
+from simqat_jax.targets.tflite.listing import list_tflite
 from simqat_jax.targets.tflite.metadata import NAME, metadata_bytes, with_labels
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
 from simqat_jax.targets.tflite.runtime import open_tflite
@@ -97,6 +98,7 @@ TFLITE = Target(
     rounding=XNNPACK,
     dtype=np.dtype(np.int8),
     write=_bytes,
+    listing=list_tflite,
     packages=("ai_edge_litert",),
     open=open_tflite,
     settings=dict,

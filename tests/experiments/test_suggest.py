@@ -1,0 +1,30 @@
+"""Suggested widths are those of the calibrated model, and keep what they promise."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from experiments.suggest import Arguments, Network, check
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
+
+
+def test_budgets_are_met():
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    variables = Net().init(jax.random.key(0), x)
+    labels = np.argmax(Net().apply(variables, x), -1)
+    network = Network(Net(), variables, [x[:32], x[32:]], x, labels)
+    arguments = Arguments(network="net", shares=(0.75,), losses=(12.0,))
+    whole, smaller, noisier = check(network, arguments)
+    assert (whole.budget, whole.nbytes) == ("8 bits", 6 * 8 + 8 * 3)
+    assert smaller.nbytes <= 54 and noisier.nbytes < whole.nbytes
+    assert noisier.promised >= whole.promised - 12
+    for row in (whole, smaller, noisier):
+        assert row.in_model == row.nbytes
+        assert row.kept == pytest.approx(row.promised, abs=0.05)
+    assert whole.accuracy > 0.9

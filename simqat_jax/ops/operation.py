@@ -225,8 +225,8 @@ class LoweredStep:
 
     def grid_of(self, quantizer: Quantizer) -> Grid:
         """Return the grid of a quantizer with a state, in numbers."""
-        lo, hi = self.ranges[quantizer.name]
-        return _concrete_grid(float(lo), float(hi), quantizer.spec)
+        lo, hi = (float(np.asarray(end)) for end in self.ranges[quantizer.name])
+        return _concrete_grid(lo, hi, quantizer.spec)
 
     def in_grid(self, position: int = 0) -> Grid:
         """Return the grid of an input that depends on the data."""
@@ -369,8 +369,8 @@ class LoweredStep:
 @functools.lru_cache(maxsize=4096)
 def _concrete_grid(lo: float, hi: float, spec: QuantSpec) -> Grid:
     """Return the grid on a range of float32 numbers; layers ask for each again and again."""
-    params = jax.device_get(_params(np.float32(lo), np.float32(hi), spec))
-    return concrete(Grid(*params, spec.qmin, spec.qmax))
+    scale, zero_point = _params(np.float32(lo), np.float32(hi), spec)
+    return Grid(float(scale), int(zero_point), spec.qmin, spec.qmax)
 
 
 _params = jax.jit(quant_params, static_argnums=2)

@@ -8,30 +8,29 @@ from experiments.errors import ExperimentError
 
 
 def test_train_step(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        train_step.WORKLOADS,
-        "small",
-        train_step.Workload(lambda: train_step.Chain(1), (4, 4, 1), (2,)),
-    )
+    small = train_step.Workload(lambda: train_step.Chain(1), (4, 4, 1), (2,))
+    monkeypatch.setitem(train_step.WORKLOADS, "small", small)
     history = tmp_path / "history.jsonl"
-    train_step.main(
-        ("small",),
-        folds=("none",),
-        observers=("minmax",),
-        rounds=2,
-        compilations=1,
-        history=history,
-    )
+    train_step.main(("small",), ("none",), rounds=2, compilations=1, history=history)
     assert "training steps on" in capsys.readouterr().out
     records = read(history)
-    assert [r.row.case["step"] for r in records] == [
-        "float",
-        "SimQAT none",
-        "SimQAT one_conv, minmax",
-    ]
+    assert [record.row.case["step"] for record in records] == ["float", "SimQAT none"]
     for name in ("step", "processor", "trace", "compile", "accessed", "temporary"):
         assert records[0].row.figures[f"{name} / float"].median == 1
         assert records[1].row.figures[f"{name} / float"].median > 0
+
+
+def test_every_fold_mode_and_observer_is_a_step_to_compare():
+    workload = train_step.WORKLOADS["resnet20"]
+    assert list(train_step._models(workload, (), ("minmax", "mse"))) == [
+        "float",
+        "SimQAT none",
+        "SimQAT one_conv",
+        "SimQAT two_conv",
+        "SimQAT one_conv, minmax",
+        "SimQAT one_conv, mse",
+    ]
+    assert list(train_step._models(workload, ("two_conv",), ())) == ["float", "SimQAT two_conv"]
 
 
 def test_an_unknown_model_is_refused():

@@ -18,6 +18,8 @@ from experiments.errors import ExperimentError
 
 HISTORY = Path("runs/benchmarks.jsonl")
 """Where benchmarks add what they measure."""
+_WIDTH = 200
+"""Of a table that goes into a file."""
 _PACKAGES = ("jax", "flax", "numpy", "onnxruntime", "ai-edge-litert", "openvino")
 
 
@@ -70,7 +72,9 @@ def report(benchmark: str, title: str, rows: Sequence[Row], history: Path | None
       rows: all with the same keys of `case`.
       history: the file; None: add them nowhere.
     """
-    Console().print(_table(title, rows))
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal else _WIDTH
+    Console(width=width).print(_table(title, rows))
     if history is None:
         return
     origin = {"commit": _commit(), "machine": _machine(), "versions": _versions()}

@@ -5,7 +5,7 @@ OLDEST ?= $(call at-hand,python3.11)
 NEWEST ?= $(call at-hand,python3.14 python3.13 python3.12)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs linkcheck peers
+.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs linkcheck peers peers-torch
 
 venv: .venv/.installed
 
@@ -69,3 +69,7 @@ linkcheck: venv  ## links to other sites, which needs a network
 peers:  ## others' converters, for benchmarks alone, in an environment of their own
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet jax2onnx litert-converter flax ai-edge-quantizer qwix
+
+peers-torch:  ## likewise PyTorch's, for `benchmarks/peers/train_step.py`; OpenVINO comes with them
+	test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch torchao brevitas nncf openvino

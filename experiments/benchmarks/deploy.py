@@ -1,37 +1,44 @@
 """Size, latency and codes of int8 files against float files in the same runtimes.
 
+Ratios are of processor time, round by round: what counts where others use the machine. p50 and p99
+are on the clock. Of several threads, a runtime's waiting for work counts as processor time too.
+
 Example:
   python -m experiments.benchmarks.deploy --model lenet5
-  python -m experiments.benchmarks.deploy --model resnet50
+  python -m experiments.benchmarks.deploy --model resnet50 --threads 1 --rounds 9
   make peers; python -m experiments.benchmarks.deploy --model vit_s --peers .venv-peers/bin/python
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 from flax import serialization
 from jax.typing import ArrayLike
-from rich.console import Console
-from rich.table import Table
 
 import simqat_jax as sq
 from experiments.benchmarks import float_files
-from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.memory import taken
+from experiments.benchmarks.records import HISTORY, Row, report
+from experiments.benchmarks.timing import Figure, latencies
 from experiments.benchmarks.workloads import WORKLOADS, Workload
 from experiments.data import in_batches
+from simqat_jax.numerics.rounding import Backend
 
-T = TypeVar("T")
+Run = Callable[[np.ndarray], np.ndarray]
+"""Runs a file on a batch of images."""
+_BACKENDS: tuple[Backend, ...] = ("tflite", "onnx")
 
 _BATCH = 8
 """Images in a batch where codes are compared."""
@@ -44,9 +51,7 @@ def _images(key: jax.Array, count: int, image: tuple[int, int, int]) -> jax.Arra
     return jax.image.resize(coarse, (count, *image), "linear")
 
 
-def trained(
-    workload: Workload, backend: Literal["tflite", "onnx"]
-) -> tuple[sq.QuantizedModule, Any, jax.Array]:
+def trained(workload: Workload, backend: Backend) -> tuple[sq.QuantizedModule, Any, jax.Array]:
     """Return a quantized model, random variables with ranges of some steps, and 64 images."""
     qmodel = sq.SimQAT(sq.SimQATConfig(backend=backend)).apply(workload.model())
     images = _images(jax.random.key(0), 64, workload.image)
@@ -71,27 +76,16 @@ def trained(
     return qmodel, jax.block_until_ready(variables), images
 
 
-def _peak(function: Callable[[], T]) -> tuple[T, float, int | None]:
-    """Return a call's result, its seconds and the bytes by which memory grew (Linux: else None)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def kilobytes(field: str) -> int:
-        lines = status.read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-    if reset.exists():
-        reset.write_text("5")  # the peak is counted from here
-    before = kilobytes("VmRSS") if reset.exists() else 0
-    start = time.perf_counter()
-    result = function()
-    seconds = time.perf_counter() - start
-    return result, seconds, 1024 * (kilobytes("VmHWM") - before) if reset.exists() else None
-
-
-def _openvino(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+def _openvino(path: Path, threads: int) -> Run:
     openvino = importlib.import_module("openvino")  # Of no extra: used where it is installed.
-    model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.Core().compile_model(str(path), "CPU", settings)
     return lambda x: model([x])[0]
+
+
+def _in_own_runtime(path: Path, threads: int) -> Run:
+    file = sq.open_file(path, threads=threads, isolated=False)
+    return lambda x: file.run([x])[0]
 
 
 def _written_by_peers(python: Path, name: str, variables: Any, folder: Path) -> None:
@@ -102,82 +96,89 @@ def _written_by_peers(python: Path, name: str, variables: Any, folder: Path) -> 
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
 
 
-def _rows(
-    model: str,
-    backend: Literal["tflite", "onnx"],
-    folder: Path,
-    rounds: int,
-    count: int,
-    peers: Path | None,
-) -> tuple[list[list[str]], str]:
-    """Return the table's rows for one runtime, and what writing its file took."""
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of a network for one runtime, and what they should compute.
+
+    Attributes:
+      int8: of this library.
+      real: of the float network.
+      images: some, (N, H, W, C).
+      codes: what evaluation makes of them, real units.
+      note: what making the int8 file took.
+    """
+
+    int8: Path
+    real: Path
+    images: np.ndarray
+    codes: np.ndarray
+    note: str
+
+    def differing(self, run: Callable[[np.ndarray], ArrayLike]) -> int:
+        """Return how many codes differ from evaluation."""
+        return int((in_batches(run, self.images, _BATCH) != self.codes).sum())
+
+
+def _written(
+    model: str, backend: Backend, folder: Path, count: int, peers: Path | None
+) -> tuple[Files, int]:
+    """Write both files; return them, and how many codes of the integer model differ."""
     workload = WORKLOADS[model]
     qmodel, variables, images = trained(workload, backend)
     floats = {k: v for k, v in variables.items() if k != "quant_stats"}
-    float_bytes = sum(a.nbytes for a in jax.tree.leaves(floats))
-    sample = images[:1]
-    convert = functools.partial(sq.convert, qmodel, variables, sample, train=False)
-    integer, convert_seconds, convert_peak = _peak(convert)
+    convert = functools.partial(sq.convert, qmodel, variables, images[:1], train=False)
+    converted = taken(convert)
     suffix, export, write_float = {
         "onnx": ("onnx", sq.export_onnx, float_files.write_onnx),
         "tflite": ("tflite", sq.export_tflite, float_files.write_tflite),
     }[backend]
     int8, real = folder / f"int8.{suffix}", folder / f"float.{suffix}"
-    _, seconds, peak = _peak(lambda: export(integer, int8))
+    exported = taken(lambda: export(converted.result, int8))
     if peers is None:
-        write_float(integer, real)
+        write_float(converted.result, real)
     elif not real.exists():
         _written_by_peers(peers, model, floats, folder)
-
-    images = np.asarray(images[:count])
+    _check_float(_in_own_runtime(real, 1), workload, floats, np.asarray(images[:1]))
     evaluate = jax.jit(functools.partial(qmodel.apply, train=False))
-    want = in_batches(functools.partial(evaluate, variables), images, _BATCH)
-
-    def differing(function: Callable[[np.ndarray], ArrayLike]) -> str:
-        return f"{int((in_batches(function, images, _BATCH) != want).sum()):,} of {want.size:,}"
-
-    def runner(path: Path) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
-        file = sq.open_file(path, threads=1, isolated=False)
-        return file.name, lambda x: file.run([x])[0]
-
-    runtime, run_int8 = runner(int8)
-    _check_float(runner(real)[1], workload, floats, images[:1])
-    ways = {"float": (real, runner(real)[1]), "int8": (int8, run_int8)}
-    if backend == "onnx" and importlib.util.find_spec("openvino"):
-        ways |= {
-            "float, OpenVINO": (real, _openvino(real)),
-            "int8, OpenVINO": (int8, _openvino(int8)),
-        }
-    rows = []
-    for batch, calls in zip(workload.batches, workload.calls, strict=True):
-        x = np.tile(images, (-(-batch // len(images)), 1, 1, 1))[:batch]
-        functions = {name: functools.partial(run, x) for name, (_, run) in ways.items()}
-        times = interleaved(functions, rounds, calls)
-        for name, (path, run) in ways.items():
-            first = "float" if "OpenVINO" not in name else "float, OpenVINO"
-            int8_row = name.startswith("int8")
-            rows.append(
-                [
-                    name if "OpenVINO" in name else f"{name}, {runtime}",
-                    str(batch),
-                    f"{1e6 * times[name]:,.0f}",
-                    f"{times[name] / times[first]:.2f}",
-                    f"{path.stat().st_size / 1000:,.1f}",
-                    differing(run) if int8_row and batch == workload.batches[0] else "",
-                ]
-            )
-    rows[1][5] += f"; JAX {differing(integer)}"
-    note = f"{suffix}: convert {convert_seconds:.1f} s, export {seconds:.1f} s"
-    if peak is not None and convert_peak is not None:
-        grown = (f"{number / 1e6:.0f} MB" for number in (convert_peak, peak))
-        note += "; memory + {} and + {}".format(*grown)
-        note += f" (float parameters: {float_bytes / 1e6:.1f} MB)"
-    return rows, note
+    some = np.asarray(images[:count])
+    codes = in_batches(functools.partial(evaluate, variables), some, _BATCH)
+    note = f"{suffix}: convert {converted.processor:.1f} s, export {exported.processor:.1f} s"
+    files = Files(int8, real, some, codes, f"{note} of the processor")
+    return files, files.differing(converted.result)
 
 
-def _check_float(
-    run: Callable[[np.ndarray], np.ndarray], workload: Workload, floats: Any, x: np.ndarray
-) -> None:
+def _rows(files: Files, model: str, threads: int, rounds: int) -> list[Row]:
+    """Return the table's rows for the runtimes that open the files, on some threads."""
+    openers: dict[str, Callable[[Path, int], Run]]
+    openers = {sq.open_file(files.int8, threads=1, isolated=False).name: _in_own_runtime}
+    if files.int8.suffix == ".onnx" and importlib.util.find_spec("openvino"):
+        openers[f"OpenVINO {metadata.version('openvino')}"] = _openvino
+    rows, workload = [], WORKLOADS[model]
+    for runtime, opened in openers.items():
+        paths = {"float": files.real, "int8": files.int8}
+        runs = {name: opened(path, threads) for name, path in paths.items()}
+        differing = files.differing(runs["int8"])
+        for batch, calls in zip(workload.batches, workload.calls, strict=True):
+            x = np.tile(files.images, (-(-batch // len(files.images)), 1, 1, 1))[:batch]
+            found = latencies({n: functools.partial(r, x) for n, r in runs.items()}, rounds, calls)
+            for name, latency in found.items():
+                of_float = latency.rounds.processor_ratio(found["float"].rounds)
+                figures = {
+                    "p50, µs": Figure.exactly(1e6 * latency.quantile(0.5)),
+                    "p99, µs": Figure.exactly(1e6 * latency.quantile(0.99)),
+                    "processor, µs": Figure.of(latency.rounds.processor).times(1e6),
+                    "processor / float": of_float,
+                    "kB": Figure.exactly(paths[name].stat().st_size / 1000),
+                }
+                if name == "int8":
+                    figures[f"differing of {files.codes.size:,}"] = Figure.exactly(differing)
+                case = {"file": name, "runtime": runtime, "batch": str(batch)}
+                case |= {"model": model, "threads": str(threads)}
+                rows.append(Row(case=case, figures=figures))
+    return rows
+
+
+def _check_float(run: Run, workload: Workload, floats: Any, x: np.ndarray) -> None:
     """Check that the float file is the float network, up to the rounding of its weights.
 
     Raises:
@@ -191,34 +192,35 @@ def _check_float(
 
 def main(
     model: str = "lenet5",
+    threads: tuple[int, ...] = (1, 2),
     rounds: int = 40,
     images: int = 64,
     folder: Path | None = None,
     peers: Path | None = None,
+    history: Path | None = HISTORY,
 ) -> None:
-    """Print size, latency of one thread, ratio to float, and codes that differ from evaluation.
+    """Print size, latency, ratio to float, and codes that differ from evaluation.
 
     Args:
       model: lenet5, resnet20, resnet50 (224x224) or vit_s (224x224, with `peers` alone).
-      rounds: interleaved timings of each file.
+      threads: that runtimes get, one table for each.
+      rounds: interleaved turns of each file.
       images: how many images codes are compared on, up to 64.
       folder: where to leave the files, empty; by default nowhere.
       peers: Python of `make peers`, whose converters write the float files; by default this package
         does, which knows LeNet-5 and ResNets.
+      history: JSON lines to add to; "None": nowhere.
     """
-    title = f"{model}, one thread, jax {jax.__version__}; random weights"
-    table = Table("", "batch", "µs", "ratio", "kB", "codes that differ", title=title)
     with tempfile.TemporaryDirectory() as temporary:
         place = folder or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
-        notes = []
-        for backend in ("tflite", "onnx"):
-            rows, note = _rows(model, backend, place, rounds, images, peers)
-            notes.append(note)
-            for row in rows:
-                table.add_row(*row)
-    table.caption = "\n".join(notes)
-    Console().print(table)
+        made = [_written(model, backend, place, images, peers) for backend in _BACKENDS]
+        rows = [row for count in threads for f, _ in made for row in _rows(f, model, count, rounds)]
+    title = f"{model}, jax {jax.__version__}; random weights"
+    report("deploy", title, rows, history)
+    for files, differing in made:
+        of = f"{differing:,} of {files.codes.size:,} codes"
+        print(f"{files.note}; of the integer model {of} differ")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,54 @@
-"""Time of SimQAT training steps against the float one.
+"""Time of SimQAT training steps against the float one: running, tracing, compiling, and memory.
+
+"step" and "trace", "compile" are ratios round by round, of wall time and of processor time, which
+is what counts where others use the machine. Bytes are those that XLA counts.
 
 Example:
-  python -m experiments.benchmarks.train_step --model lenet5
-  python -m experiments.benchmarks.train_step --model resnet20
-  python -m experiments.benchmarks.train_step --model vit
+  python -m experiments.benchmarks.train_step --models lenet5
+  python -m experiments.benchmarks.train_step --models resnet20 resnet50 mobilenetv2 vit
+  python -m experiments.benchmarks.train_step --models depth10 depth20 depth40 depth80 --rounds 5
+  python -m experiments.benchmarks.train_step --models resnet20 --observers minmax mse percentile
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import optax
+import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 import simqat_jax as sq
-from experiments.benchmarks.timing import interleaved
-from experiments.models import LeNet5, ResNet20, VisionTransformer
+from experiments.benchmarks.records import HISTORY, Row, report
+from experiments.benchmarks.timing import Figure, Times, timed
+from experiments.benchmarks.trainer import Trainer
+from experiments.errors import ExperimentError, run_or_exit
+from experiments.models import LeNet5, MobileNetV2, ResNet20, ResNet50, VisionTransformer
+from simqat_jax.numerics.spec import ObserverName
 
-State = tuple[Any, dict[str, Any], optax.OptState]
-"""Parameters, other collections and the optimizer's state."""
-Batch = tuple[jax.Array, jax.Array]
-"""Images and labels."""
+Fold = Literal["none", "one_conv", "two_conv"]
+
+
+class Chain(nn.Module):
+    """Convolutions of 16 features in a row, each with BatchNorm and ReLU.
+
+    Attributes:
+      depth: how many.
+    """
+
+    depth: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Classify images of (N, H, W, C) into 10 classes."""
+        for _ in range(self.depth):
+            x = nn.Conv(16, (3, 3), use_bias=False)(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,110 +60,146 @@ class Workload:
       image: shape of one image.
       batch_sizes: images in a step.
       bn_folds: the modes of BatchNorm folding to compare; without BatchNorm all are the same.
+      calls: steps in one timing.
     """
 
     model: Callable[[], nn.Module]
     image: tuple[int, int, int]
     batch_sizes: tuple[int, ...]
-    bn_folds: tuple[Literal["none", "one_conv", "two_conv"], ...]
+    bn_folds: tuple[Fold, ...] = ("none", "one_conv", "two_conv")
+    calls: int = 1
 
 
+_CIFAR = (32, 32, 3)
 WORKLOADS = {
-    "lenet5": Workload(LeNet5, (32, 32, 1), (32, 128), ("one_conv",)),
-    "resnet20": Workload(ResNet20, (32, 32, 3), (64,), ("none", "one_conv", "two_conv")),
+    "lenet5": Workload(LeNet5, (32, 32, 1), (32, 128), ("one_conv",), 5),
+    "resnet20": Workload(ResNet20, _CIFAR, (64,)),
+    "resnet50": Workload(ResNet50, _CIFAR, (8,)),
+    "mobilenetv2": Workload(MobileNetV2, _CIFAR, (32,)),
     "vit": Workload(
         functools.partial(VisionTransformer, num_classes=10, patch=4, layers=4, width=128, heads=4),
-        (32, 32, 3),
+        _CIFAR,
         (32,),
         ("one_conv",),
     ),
+    **{
+        f"depth{depth}": Workload(functools.partial(Chain, depth), _CIFAR, (8,), ("one_conv",))
+        for depth in (10, 20, 40, 80)
+    },
 }
 
 
-class Trainer:
-    """A model with momentum SGD, whose compiled step is called again and again."""
-
-    def __init__(self, model: nn.Module, image: tuple[int, int, int], batch_size: int):
-        self.model = model
-        keys = jax.random.split(jax.random.key(0), 3)
-        self.batch = (
-            jax.random.normal(keys[0], (batch_size, *image)),
-            jax.random.randint(keys[1], (batch_size,), 0, 10),
-        )
-        variables = dict(jax.jit(model.init)(keys[2], self.batch[0]))
-        params = variables.pop("params")
-        self.optimizer = optax.sgd(0.01, momentum=0.9)
-        self.state: State = (params, variables, self.optimizer.init(params))
-
-    def step(self, state: State, batch: Batch) -> tuple[State, jax.Array]:
-        """Take one optimizer step on a batch; return the new state and the loss."""
-        params, collections, opt_state = state
-        images, labels = batch
-
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, updates = self.model.apply(
-                {"params": params, **collections}, images, train=True, mutable=list(collections)
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates
-
-        (loss, updates), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        deltas, opt_state = self.optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, deltas), {**collections, **updates}, opt_state), loss
-
-    def compile(self) -> float:
-        """Trace and compile the step; return the seconds it took."""
-        jax.clear_caches()
-        start = time.perf_counter()
-        self.compiled = jax.jit(self.step, donate_argnums=0).lower(self.state, self.batch).compile()
-        return time.perf_counter() - start
-
-    def __call__(self) -> jax.Array:
-        """Run the compiled step once; return the loss, not waited for."""
-        self.state, loss = self.compiled(self.state, self.batch)
-        return loss
+def _models(
+    workload: Workload, folds: Sequence[Fold], observers: Sequence[ObserverName]
+) -> dict[str, nn.Module]:
+    """Return the float model and the quantized ones, by what the table calls them."""
+    models: dict[str, nn.Module] = {"float": workload.model()}
+    for fold in folds or workload.bn_folds:
+        config = sq.SimQATConfig(bn_fold=fold)
+        models[f"SimQAT {fold}"] = sq.SimQAT(config).apply(workload.model())
+    for observer in observers:
+        config = sq.SimQATConfig(activation=sq.QuantSpec(observer=observer))
+        models[f"SimQAT one_conv, {observer}"] = sq.SimQAT(config).apply(workload.model())
+    return models
 
 
-def main(model: str = "lenet5", rounds: int = 40, calls: int = 5, compilations: int = 3) -> None:
-    """Print step times, compile times (the fastest of some) and memory, with ratios.
+def _built(trainers: Mapping[str, Trainer], times: int) -> dict[str, dict[str, Times]]:
+    """Trace and compile each step some times, one after the other; return what each took."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for _ in range(times):
+        for name, trainer in trainers.items():
+            for what, act in (("trace", trainer.trace), ("compile", trainer.compile)):
+                start = time.perf_counter(), time.process_time()
+                act()
+                took = time.perf_counter() - start[0], time.process_time() - start[1]
+                found.setdefault(name, {}).setdefault(what, []).append(took)
+    return {
+        name: {what: Times(*np.asarray(values).T) for what, values in parts.items()}
+        for name, parts in found.items()
+    }
 
-    "compile s" includes tracing; "GB" are accessed in a step, "MB" are temporary.
+
+def measure(
+    workload: Workload,
+    batch_size: int,
+    models: Mapping[str, nn.Module],
+    rounds: int,
+    compilations: int,
+) -> dict[str, dict[str, Figure]]:
+    """Return the figures of each model's step, with ratios to that of the first.
 
     Args:
-      model: lenet5, resnet20 or vit.
+      workload: what is timed.
+      batch_size: images in a step.
+      models: the float one first.
       rounds: interleaved timings of each step.
-      calls: steps in one timing.
       compilations: of each step.
     """
-    workload = WORKLOADS[model]
-    title = f"{model}: training step on {jax.devices()[0]}, jax {jax.__version__}"
-    measures = [column for name in ("ms", "compile s", "GB", "MB") for column in (name, "ratio")]
-    table = Table("batch", "step", *measures, title=title)
-    for batch_size in workload.batch_sizes:
-        models = {"float": workload.model()}
-        for fold in workload.bn_folds:
-            qat = sq.SimQAT(sq.SimQATConfig(bn_fold=fold))
-            models[f"SimQAT {fold}"] = qat.apply(workload.model())
-        trainers = {name: Trainer(m, workload.image, batch_size) for name, m in models.items()}
-        compiling = [{n: t.compile() for n, t in trainers.items()} for _ in range(compilations)]
-        seconds = interleaved(trainers, rounds, calls)
-        for name, trainer in trainers.items():
-            table.add_row(
-                str(batch_size),
-                name,
-                *_with_ratio(seconds[name] * 1e3, seconds["float"] * 1e3),
-                *_with_ratio(*(min(c[n] for c in compiling) for n in (name, "float"))),
-                *_with_ratio(_gigabytes(trainer), _gigabytes(trainers["float"])),
-                *_with_ratio(_temporary(trainer), _temporary(trainers["float"])),
-            )
-    Console().print(table)
+    trainers = {name: Trainer(m, workload.image, batch_size) for name, m in models.items()}
+    built = _built(trainers, compilations)
+    steps = timed(trainers, rounds, workload.calls)
+    first = next(iter(models))
+    figures = {}
+    for name, trainer in trainers.items():
+        step = steps[name]
+        figures[name] = {
+            "step, ms": Figure.of(step.wall).times(1e3),
+            "step / float": step.ratio(steps[first]),
+            "processor / float": step.processor_ratio(steps[first]),
+        }
+        for what, took in built[name].items():
+            figures[name] |= {
+                f"{what}, processor s": Figure.of(took.processor),
+                f"{what} / float": took.processor_ratio(built[first][what]),
+            }
+        for what, (count, of_float) in {
+            "accessed, GB": (_accessed(trainer), _accessed(trainers[first])),
+            "temporary, MB": (_temporary(trainer), _temporary(trainers[first])),
+        }.items():
+            figures[name][what] = Figure.exactly(count)
+            figures[name][f"{what.split(',')[0]} / float"] = Figure.exactly(count / of_float)
+    return figures
 
 
-def _with_ratio(value: float, base: float) -> tuple[str, str]:
-    return f"{value:.2f}", f"{value / base:.3f}"
+def main(
+    models: tuple[str, ...] = ("lenet5",),
+    folds: tuple[Fold, ...] = (),
+    observers: tuple[ObserverName, ...] = (),
+    rounds: int = 40,
+    compilations: int = 3,
+    history: Path | None = HISTORY,
+) -> None:
+    """Print step, trace and compile times, memory, and their ratios to those of float.
+
+    Args:
+      models: lenet5, resnet20, resnet50 (CIFAR stem), mobilenetv2, vit, depth10 to depth80.
+      folds: modes of BatchNorm folding; by default all where there is a BatchNorm.
+      observers: of activations, to compare too; the default one is `ema`.
+      rounds: interleaved timings of each step.
+      compilations: of each step.
+      history: JSON lines to add to; "None": nowhere.
+
+    Raises:
+      ExperimentError: an unknown model.
+    """
+    unknown = [name for name in models if name not in WORKLOADS]
+    if unknown:
+        raise ExperimentError(f"--models {unknown[0]} is none of {', '.join(WORKLOADS)}.")
+    rows = []
+    for name in models:
+        workload = WORKLOADS[name]
+        for batch_size in workload.batch_sizes:
+            compared = _models(workload, folds, observers)
+            found = measure(workload, batch_size, compared, rounds, compilations)
+            rows += [
+                Row(case={"model": name, "batch": str(batch_size), "step": step}, figures=figures)
+                for step, figures in found.items()
+            ]
+    title = f"training steps on {jax.devices()[0]}, jax {jax.__version__}"
+    report("train_step", title, rows, history)
 
 
-def _gigabytes(trainer: Trainer) -> float:
+def _accessed(trainer: Trainer) -> float:
     analysis: Any = trainer.compiled.cost_analysis()
     return analysis["bytes accessed"] / 1e9
 
@@ -152,4 +210,4 @@ def _temporary(trainer: Trainer) -> float:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_or_exit(lambda: tyro.cli(main))

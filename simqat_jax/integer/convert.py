@@ -13,7 +13,7 @@ from jax.core import Tracer
 from simqat_jax.capture import Capture
 from simqat_jax.config import SimQATConfig
 from simqat_jax.integer.batch_size import other_size, same_graphs, same_programs, same_values
-from simqat_jax.integer.lower import NOT_EVALUATION, Compiled, lower
+from simqat_jax.integer.lower import NOT_EVALUATION, lower
 from simqat_jax.integer.model import KEYWORDS, IntegerModel
 from simqat_jax.integer.refusals import refuse_float_parts
 from simqat_jax.ir.graph import Graph
@@ -23,6 +23,7 @@ from simqat_jax.ir.program_builder import BATCH, FixedBatchError, ProgramBuilder
 from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.rounding import Backend
+from simqat_jax.ops.shared import SharedLayers
 from simqat_jax.training.arguments import check_method, check_variables
 from simqat_jax.training.module import Method, QuantizedModule, trace
 from simqat_jax.training.planner import place_quantizers
@@ -75,7 +76,7 @@ def convert(
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
     stats = ranges_and_steps(variables)
-    lowered = partial(_lowered, config, _metadata(config, call), Compiled())
+    lowered = partial(_lowered, config, _metadata(config, call), SharedLayers())
     sample = call.sample()
     builder, program = lowered(sample, stats, free_batch=False)
     if config.float_parts == "refuse":
@@ -104,7 +105,7 @@ def _metadata(config: SimQATConfig, call: "_Call") -> dict[str, object]:
 def _lowered(
     config: SimQATConfig,
     metadata: Mapping[str, object],
-    compiled: Compiled,
+    shared: SharedLayers,
     captured: Capture,
     stats: tuple[Stats, ...],
     *,
@@ -116,7 +117,7 @@ def _lowered(
     _check_per_tensor(placement)
     ranges = _ranges(placement, *stats)
     builder = ProgramBuilder(captured.graph, captured.inputs, free_batch, examples)
-    program = lower(placement, ranges, builder, captured.returned, compiled, metadata)
+    program = lower(placement, ranges, builder, captured.returned, shared, metadata)
     return builder, program
 
 

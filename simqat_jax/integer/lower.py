@@ -1,6 +1,6 @@
 """Lower a planned model to a program on integers."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,13 @@ from simqat_jax.numerics.observers import Range
 from simqat_jax.ops.floats import emit_float
 from simqat_jax.ops.operation import LoweredStep, concrete
 from simqat_jax.ops.registry import operation_of
+from simqat_jax.ops.shared import SharedLayers
 
 NOT_EVALUATION = (
     "{path}: convert takes the model in evaluation, and here it drops out values or uses batch "
     "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
     "use_running_average=True."
 )
-Compiled = dict[Hashable, Callable[..., dict[str, jax.Array]]]
-"""Functions that layers which are alike share."""
 
 
 class _Index(int):
@@ -34,7 +33,7 @@ def lower(
     ranges: Mapping[str, Range],
     builder: ProgramBuilder,
     returned: Callable[[Sequence[Any]], PyTree],
-    compiled: Compiled,
+    shared: SharedLayers,
     metadata: Mapping[str, object],
 ) -> Program:
     """Make the program of a planned model, one step of the plan after the other.
@@ -44,7 +43,7 @@ def lower(
       ranges: the range of each quantizer with a state, by name.
       builder: an empty program of the same graph.
       returned: makes what the model returns of its outputs.
-      compiled: functions that layers which are alike share, of this or another lowering.
+      shared: computes the arrays of layers, for this or another lowering.
       metadata: for the program.
 
     Raises:
@@ -61,7 +60,7 @@ def lower(
             inputs.append(builder.tensor(name or f"input_{len(inputs)}", v, grid))
     for step in placement.steps:
         if step.node.data_inputs(graph.data):
-            _lower(LoweredStep(step, placement, builder, ranges, compiled))
+            _lower(LoweredStep(step, placement, builder, ranges, shared))
         else:
             for node in step.nodes:
                 builder.compute(node)

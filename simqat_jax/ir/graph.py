@@ -274,7 +274,7 @@ class BatchNorm(Node):
         axes = (self.module.axis,) if isinstance(self.module.axis, int) else self.module.axis
         return tuple(axis % self._rank for axis in axes)
 
-    def is_variance(self, var: jax.Array) -> jax.Array:
+    def is_variance(self, var: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         """Tell of each channel whether its variance has a standard deviation."""
         return var + self.module.epsilon > 0
 

@@ -1,7 +1,8 @@
 """The interface of an operation: all that must agree about it, in one object."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ from simqat_jax.ir.graph import BatchNorm, Graph, Node
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.ir.program import Context, Need, Op, Shape
 from simqat_jax.ir.program_builder import ProgramBuilder
-from simqat_jax.numerics.affine import along_channel, quantize
+from simqat_jax.numerics.affine import along_channel, quant_params, quantize
 from simqat_jax.numerics.grid import Codes, Grid, grid_of_range
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.requantize import FREE, Bounds, clamped, code_bounds, scaled
 from simqat_jax.numerics.rounding import Rounding
+from simqat_jax.numerics.spec import QuantSpec
+from simqat_jax.ops.shared import SharedLayers
 
 Clamp = tuple[int, int]
 """The lowest and highest code of an operation's output."""
@@ -198,14 +201,14 @@ class LoweredStep:
       placement: the planned model.
       builder: the program.
       ranges: the range of each quantizer with a state, by name.
-      compiled: functions that layers which are alike share: most of the time goes into compiling.
+      shared: computes the arrays of layers.
     """
 
     step: Step
     placement: Placement
     builder: ProgramBuilder
     ranges: Mapping[str, Range]
-    compiled: dict[Hashable, Callable[..., dict[str, jax.Array]]]
+    shared: SharedLayers
 
     @property
     def node(self) -> Node:
@@ -222,7 +225,8 @@ class LoweredStep:
 
     def grid_of(self, quantizer: Quantizer) -> Grid:
         """Return the grid of a quantizer with a state, in numbers."""
-        return concrete(grid_of_range(*self.ranges[quantizer.name], quantizer.spec))
+        lo, hi = (float(np.asarray(end)) for end in self.ranges[quantizer.name])
+        return _concrete_grid(lo, hi, quantizer.spec)
 
     def in_grid(self, position: int = 0) -> Grid:
         """Return the grid of an input that depends on the data."""
@@ -280,14 +284,21 @@ class LoweredStep:
         """
         return [self._layer_values(node) for node in self.step.nodes if node.layer is not None]
 
+    def layer_operands(self) -> list[dict[str, ArrayLike]]:
+        """Return what `layer_values` checks, as the model holds it."""
+        value = self.builder.value
+        nodes = [(node, node.layer) for node in self.step.nodes if node.layer is not None]
+        return [layer.named(list(map(value, node.inputs[1:]))) for node, layer in nodes]
+
     def _layer_values(self, node: Node) -> dict[str, jax.Array]:
         assert node.layer is not None
         values = node.layer.named([jnp.asarray(self.builder.value(v)) for v in node.inputs[1:]])
         for name, value in values.items():
             below = " or values below zero" if name == "var" else ""
+            numbers = np.asarray(value)
             if below and isinstance(node, BatchNorm):
-                value = jnp.where(node.is_variance(value), value, jnp.nan)
-            if not np.all(np.isfinite(np.asarray(value, np.float32))):
+                numbers = np.where(node.is_variance(numbers), numbers, np.nan)
+            if not np.all(np.isfinite(np.asarray(numbers, np.float32))):
                 raise ValueError(
                     f"{'/'.join(node.path)}: its {name} holds NaN or Inf{below}. Train again from "
                     "a checkpoint without."
@@ -353,6 +364,16 @@ class LoweredStep:
     def shape_of(self, number: int) -> Shape:
         """Return the shape of a tensor of the program."""
         return self.builder.tensors[number].shape
+
+
+@functools.lru_cache(maxsize=4096)
+def _concrete_grid(lo: float, hi: float, spec: QuantSpec) -> Grid:
+    """Return the grid on a range of float32 numbers; layers ask for each again and again."""
+    scale, zero_point = _params(np.float32(lo), np.float32(hi), spec)
+    return Grid(float(scale), int(zero_point), spec.qmin, spec.qmax)
+
+
+_params = jax.jit(quant_params, static_argnums=2)
 
 
 def concrete(grid: Grid) -> Grid:

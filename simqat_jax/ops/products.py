@@ -188,12 +188,15 @@ def _arrays(at: LoweredStep, node: Product) -> dict[str, np.ndarray]:
     """Return kernel codes, and for each channel scale, bias and multiplier."""
     quantizer, norm = at.placement.weights[node], at.step.norm
     epsilon = norm and norm.module.epsilon
-    key = (node.features, quantizer.spec, quantizer.num_channels, at.step.fold, epsilon)
-    if key not in at.compiled:
-        at.compiled[key] = jax.jit(partial(deployed_arrays, at.step, quantizer))
     kernel_range = at.ranges[quantizer.name] if quantizer.has_state else None
     scales = at.in_grid().params.scale, at.out_grid.params.scale
-    arrays = jax.device_get(at.compiled[key](at.layer_values(), kernel_range, *scales))
+    arrays = at.shared.arrays(
+        (node.features, quantizer.spec, quantizer.num_channels, at.step.fold, epsilon),
+        partial(deployed_arrays, at.step, quantizer),
+        at.layer_operands(),
+        (*(kernel_range or ()), *scales),
+        lambda: (at.layer_values(), kernel_range, *scales),
+    )
     at.check_unit(at.in_grid().scale, arrays["scale"])
     return arrays
 
@@ -201,7 +204,8 @@ def _arrays(at: LoweredStep, node: Product) -> dict[str, np.ndarray]:
 def _check_sums(at: LoweredStep, arrays: Mapping[str, np.ndarray]) -> None:
     kernel, bias = arrays["kernel"], arrays["bias"]
     grid = at.in_grid()
-    sums = np.abs(kernel.astype(np.int64)).reshape(-1, kernel.shape[-1]).sum(axis=0)
+    rows = np.abs(kernel, dtype=np.int32).reshape(-1, kernel.shape[-1])
+    sums = rows.sum(axis=0, dtype=np.int64)
     largest = int(np.max(sums * grid.largest + np.abs(bias.astype(np.int64))))
     if largest > MOST:
         raise ValueError(

@@ -6,7 +6,8 @@ Convolutions: a block of neighbouring columns is therefore taken as channels, in
 the output: the bytes stay where they are, only the view changes. The kernel is repeated for every
 column of an output block, each at its place, with zeros around it. All sums stay as they were.
 
-Max pooling: rows are pooled first, with all columns of a row as channels, then columns.
+Max pooling: rows are pooled first, with all columns of a row as channels, then columns. Reshapes
+that follow each other are one.
 """
 
 import dataclasses
@@ -38,6 +39,28 @@ def pooling_rows_first(program: Program, channels: int) -> Program:
       channels: from how many channels on nothing changes.
     """
     return rewritten(program, lambda op, tensors: _rows_first(op, tensors, channels))
+
+
+def reshaping_once(program: Program) -> Program:
+    """Return a program with the same codes that reshapes nothing it has just reshaped.
+
+    Args:
+      program: the program, which stays as it is.
+    """
+    before = {op.outputs[0]: op.inputs[0] for op in program.ops if isinstance(op, Reshape)}
+
+    def straight(op: Op) -> Op:
+        source = op.inputs[0] if isinstance(op, Reshape) else None
+        if source not in before:
+            return op
+        while source in before:
+            source = before[source]
+        return dataclasses.replace(op, inputs=(source,))
+
+    ops = list(map(straight, program.ops))
+    read = {*program.outputs, *(i for op in ops for i in op.inputs)}
+    kept = (op for op in ops if not isinstance(op, Reshape) or op.outputs[0] in read)
+    return dataclasses.replace(program, ops=tuple(kept))
 
 
 def rewritten(program: Program, rewrite: Callable[[Op, list[Tensor]], list[Op] | None]) -> Program:

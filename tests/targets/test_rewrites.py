@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import simqat_jax as sq
-from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first
+from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first, reshaping_once
 
 
 def converted(module, shape):
@@ -112,3 +112,28 @@ def test_files_hold_blocks(suffix, export, tmp_path):
     images = jax.random.normal(jax.random.key(2), (7, 32, 32, 1))
     assert sq.verify(model, tmp_path / f"m.{suffix}", images).differing == 0
     assert b"/blocks" in (tmp_path / f"m.{suffix}").read_bytes()
+
+
+class _Reshapes(nn.Module):
+    """Reshapes in a row; `both` returns what is between as well."""
+
+    both: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(6)(x)
+        between = x.reshape(len(x), 3, 2)
+        last = between.reshape(len(x), 1, 6)
+        return (between, last) if self.both else last
+
+
+@pytest.mark.parametrize("both, left", [(False, 1), (True, 2)])
+def test_reshapes_in_a_row_are_one(both, left):
+    model, codes = converted(_Reshapes(both), (4,))
+    assert [op.kind for op in model.ops] == ["dense", "reshape", "reshape"]
+    program = reshaping_once(model.program)
+    program.validate()
+    assert [op.kind for op in program.ops] == ["dense"] + left * ["reshape"]
+    before, after = (jax.tree.leaves(m.run_codes(codes)) for m in (model, sq.IntegerModel(program)))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)

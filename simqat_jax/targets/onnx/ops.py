@@ -166,11 +166,7 @@ def _conv(w: Writer, op: Conv) -> None:
 
 def _dense(w: Writer, op: Dense) -> None:
     tensor, output = (w.model.tensors[i] for i in (op.inputs[0], op.outputs[0]))
-    kernel, names = op.arrays["kernel"], w.layouts(op.inputs[0])
-    flat = next((layout for layout in names if isinstance(layout, tuple)), None)
-    if flat is not None:  # flattened with channels first: the kernel's rows are moved along
-        kernel = np.moveaxis(kernel.reshape(*flat, -1), -2, 0).reshape(kernel.shape)
-    x = w.get(op.inputs[0], flat or LAST)
+    kernel, x = op.arrays["kernel"], w.get(op.inputs[0])
     rows = len(tensor.shape) != 2
     if rows:
         x = w.node("Reshape", [x, w.ints([-1, tensor.shape[-1]], op.path)], op.path)
@@ -358,22 +354,12 @@ def _reshape_target(op: Op, shape: Sequence[int]) -> list[int]:
 
 def _reshape(w: Writer, op: Reshape) -> None:
     source, target = (w.model.tensors[i].shape for i in (op.inputs[0], op.outputs[0]))
-    names = w.layouts(op.inputs[0])
     if source == target:
-        w.written[op.outputs[0]] = dict(names)
+        w.written[op.outputs[0]] = dict(w.layouts(op.inputs[0]))
         return
+    # Channels last, as the runtime's own operators in front compute: it drops the transposition.
     shape = w.ints(_reshape_target(op, target), op.path)
-    flattens = len(source) > 2 and target == (source[0], math.prod(source[1:]))
-    if flattens and FIRST in names and _only_dense(w, op.outputs[0]):
-        name = w.node("Reshape", [names[FIRST], shape], op.path)
-        w.put(op.outputs[0], name, tuple(source[1:]))
-        return
     w.put(op.outputs[0], w.node("Reshape", [w.get(op.inputs[0]), shape], op.path))
-
-
-def _only_dense(w: Writer, i: int) -> bool:
-    readers = [op for op in w.model.ops if i in op.inputs]
-    return i not in w.model.outputs and all(isinstance(op, Dense) for op in readers)
 
 
 def _transpose(w: Writer, op: Transpose) -> None:

@@ -21,8 +21,8 @@ _DEFAULTS = {"pads": 0, "strides": 1, "dilations": 1, "group": 1}
 _FEW = 16
 """Constants of so few numbers bear the name of what they belong to."""
 LAST, FIRST = "channels last", "channels first"
-Layout = str | tuple[int, ...]
-"""Where channels are; a shape: flattened from it with channels first."""
+Layout = str
+"""Where channels are."""
 
 
 class Writer:

@@ -171,8 +171,16 @@ def _chain_bounds(jaxpr: core.Jaxpr) -> Bounds | None:
 
 
 def _scalar_value(operand: Operand | None) -> float | None:
-    value = operand.value if isinstance(operand, Constant) else None
-    return None if value is None or np.size(value) != 1 else float(np.asarray(value).item())
+    """Return a constant that is one real number, or None: complex numbers have no order."""
+    if not isinstance(operand, Constant) or np.size(operand.value) != 1:
+        return None
+    return float(np.asarray(operand.value).item()) if is_real(operand.value) else None
+
+
+def is_real(value: object) -> bool:
+    """Whether a constant holds real or whole numbers, or truth values: nothing complex, no key."""
+    dtype = jnp.result_type(value)
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
 
 
 # Functions and names -----------------------------------------------------------------------------

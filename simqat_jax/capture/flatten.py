@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
 from jax.extend import core
@@ -40,6 +41,7 @@ from simqat_jax.capture.unroll import (
     stacked,
     steps_of,
     vanishes,
+    wrapped,
     zeros,
 )
 from simqat_jax.ir.graph import (
@@ -150,7 +152,8 @@ class Flattener:
     ) -> tuple[Operand, ...]:
         """Append the nodes of `jaxpr` called on `inputs`; return its outputs."""
         env: dict[core.Var, Operand] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
+        values = (self.constant(value, where) for value in consts)
+        env.update(zip(jaxpr.constvars, values, strict=True))
 
         def read(v: core.Var | core.Literal) -> Operand:
             return Constant(v.val) if isinstance(v, core.Literal) else env[v]
@@ -161,6 +164,14 @@ class Flattener:
             outputs = self._apply_rules(_Equation(eqn, tuple(map(read, eqn.invars)), at))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return tuple(map(read, jaxpr.outvars))
+
+    def constant(self, value: ArrayLike, where: Where) -> Operand:
+        """Return a constant as an operand; a random key is made of numbers, as arrays are."""
+        if not jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
+            return Constant(value)
+        numbers, closed = wrapped(value)
+        (key,) = self.inline(closed.jaxpr, closed.consts, (Constant(numbers),), where)
+        return key
 
     def emit(self, at: _Equation, make: MakeNode, op: str, run: _Run) -> tuple[int, ...]:
         """Append a node for an equation; return its outputs."""

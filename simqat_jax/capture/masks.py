@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from simqat_jax.capture.classify import is_real
 from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
@@ -166,9 +167,8 @@ def _unit(draft: Draft, v: Operand, known: _Units) -> float | None:
         if isinstance(v, int):
             node = maker(draft, v)
             known[v] = None if node is None else _unit_behind(draft, node, known)
-        else:  # of what is traced, values are not known
-            traces = isinstance(v.value, Tracer)
-            known[v] = None if traces else _common(_distinct(np.asarray(v.value).ravel()))
+        elif is_real(v.value) and not isinstance(v.value, Tracer):  # of those, values are not known
+            known[v] = _common(_distinct(np.asarray(v.value).ravel()))
         unit, whole = known[v], not jnp.issubdtype(draft.aval(v).dtype, jnp.inexact)
         if whole and (unit is None or unit % 1):  # ids, lengths, truth values; what is cut to them
             known[v] = 1.0

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from simqat_jax.capture.classify import function_name, inner_equations
+from simqat_jax.capture.classify import function_name, inner_equations, is_real
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.passes import chain
 from simqat_jax.ir.graph import Clamp, Node, Operand, as_kind
@@ -162,7 +162,7 @@ def unwrapped(draft: Draft, v: Operand, *others: str) -> Operand:
 def number(draft: Draft, v: Operand) -> float | None:
     """Return the number that a tensor consists of; None: it is none, or not known."""
     v = unwrapped(draft, v, "convert_element_type")
-    if isinstance(v, int) or np.size(v.value) != 1:
+    if isinstance(v, int) or np.size(v.value) != 1 or not is_real(v.value):
         return None
     return float(np.asarray(v.value))
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.ir.graph import (
+    Add,
     Clamp,
     Constant,
     Elementwise,
@@ -267,18 +268,20 @@ def name_random(graph: Graph) -> Graph:
     """Name operations with random numbers apart: dropout, stochastic depth, noise.
 
     Only training computes them, and evaluation numbers its operations without them. What scales by
-    a constant next to one belongs to it.
+    a constant next to one belongs to it, but not to a sum: that is scaled without noise as well.
     """
     readers = graph.readers()
     given = (v for v in graph.arguments if v not in graph.keys)
     drawn = graph.data - dependent(graph.nodes, given)
     random = {n for n in graph.nodes if not drawn.isdisjoint(n.data_inputs(graph.data))}
-    made = {v for n in random for v in n.outputs}
+    masks = {n for n in random if not isinstance(n, Add)}
+    made = {v for n in masks for v in n.outputs}
     for node in graph.nodes:
         only = readers[node.outputs[0]] if node.outputs[0] not in graph.outputs else []
         follows = not made.isdisjoint(node.inputs)
-        if _scales(node) and (follows or (len(only) == 1 and only[0] in random)):
+        if _scales(node) and (follows or (len(only) == 1 and only[0] in masks)):
             random.add(node)
+            masks.add(node)
             made.update(node.outputs)
     nodes = [
         dataclasses.replace(n, op=f"random_{n.op}") if n in random and n.layer is None else n

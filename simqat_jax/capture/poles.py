@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.extend import core
 
+from simqat_jax.capture.classify import is_real
 from simqat_jax.capture.passes import dependent
 from simqat_jax.ir.graph import (
     Add,
@@ -120,6 +121,8 @@ class _PoleError(Exception):
 
 
 def _literal(value: object) -> _Interval:
+    if not is_real(value):
+        return _Interval(varies=False)
     array = np.asarray(value, np.float64)
     return _Interval(float(array.min()), float(array.max()), False) if array.size else _Interval()
 

@@ -48,15 +48,10 @@ def find_products(graph: Graph, recorder: Recorder) -> Graph:
         float.
     """
     finder = _Finder(graph, recorder)
-    missed = []
     for node in graph.nodes:
-        if not isinstance(node, Contraction) or not finder.has_kernel(node):
-            continue
-        if node.convolves and not finder.is_plain(node):
-            missed.append(Unquantizable(node.path, "its kernel is what the data slides over"))
-        else:
+        if isinstance(node, Contraction) and finder.has_kernel(node):
             finder.add(node)
-    unquantizable = (*graph.unquantizable, *missed)
+    unquantizable = (*graph.unquantizable, *finder.missed)
     return dataclasses.replace(finder.draft.finished(), unquantizable=unquantizable)
 
 
@@ -98,24 +93,34 @@ class _Finder:
         self.draft = Draft(graph)
         self.fed = dependent(graph.nodes, graph.arguments)
         self.parameters = _parameters(graph)
+        self.missed: list[Unquantizable] = []
 
     def is_fed(self, v: Operand) -> bool:
         return isinstance(v, int) and v in self.fed
 
     def has_kernel(self, node: Contraction) -> bool:
-        """Whether it multiplies data by what is none, both real numbers."""
-        dtypes = (shape_of(v).dtype for v in (*node.eqn.invars, *node.eqn.outvars))
-        one = [self.is_fed(v) for v in node.inputs].count(True) == 1
-        return one and all(map(_is_float, dtypes))
+        """Whether it multiplies data by what is none: real numbers, or parameters of any type."""
+        kernels = [v for v in node.inputs if not self.is_fed(v)]
+        if len(kernels) != 1:
+            return False
+        trained = isinstance(kernels[0], int) and kernels[0] in self.parameters
+        return trained or not _unreal(node)
 
-    def is_plain(self, node: Contraction) -> bool:
-        """Whether a convolution slides its kernel over data, as gradients may not."""
-        return self.is_fed(node.inputs[0]) and node.eqn.params["batch_group_count"] == 1
+    def obstacle(self, node: Contraction) -> str | None:
+        """Say why a product cannot be quantized; None: it can.
+
+        A convolution slides its kernel over data, unless it is a gradient, for instance.
+        """
+        unreal = _unreal(node)
+        if unreal:
+            return f"it multiplies numbers of type {unreal[0]}"
+        slides = self.is_fed(node.inputs[0]) and node.eqn.params.get("batch_group_count", 1) == 1
+        return None if slides or not node.convolves else "its kernel is what the data slides over"
 
     # One product ------------------------------------------------------------------------------
 
     def add(self, node: Contraction) -> None:
-        """Put a product in the place of a contraction and of what belongs to it."""
+        """Put a product in the place of a contraction and of what belongs to it, where it can."""
         swapped = self.is_fed(node.inputs[1])
         x, kernel = reversed(node.inputs) if swapped else node.inputs
         assert isinstance(x, int)
@@ -124,6 +129,10 @@ class _Finder:
         place = left_out(self.recorder.rules, name.path, _kind(node))
         if place is not None:
             self.draft.instead[node] = [as_kind(Float, node, excluded_by=place)]
+            return
+        obstacle = self.obstacle(node)
+        if obstacle is not None:
+            self.missed.append(Unquantizable(name.path, obstacle))
             return
         form = form_of(node.eqn, swapped)
         self.draft.instead[node] = []
@@ -350,6 +359,12 @@ def _kind(node: Contraction) -> str:
 
 def _is_float(dtype: DTypeLike) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _unreal(node: Contraction) -> list[DTypeLike]:
+    """Return the types of what a contraction reads and makes that are no real numbers."""
+    dtypes = (shape_of(v).dtype for v in (*node.eqn.invars, *node.eqn.outvars))
+    return [dtype for dtype in dtypes if not _is_float(dtype)]
 
 
 def _parameters(graph: Graph) -> dict[int, frozenset[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simqat_jax.capture.passes import leading_to
+from simqat_jax.capture.passes import dependent, leading_to
 from simqat_jax.ir.graph import BatchNorm, Constant, Contraction, Graph, Node, Operand
 
 
@@ -59,21 +59,28 @@ def _statistics(graph: Graph, nodes: Sequence[Node]) -> frozenset[int]:
     batch = graph.batch
     if batch is None:
         return frozenset()
+    fed = dependent(graph.nodes, graph.arguments)
 
     def is_statistic(node: Node) -> bool:
-        layer = node.layer is not None or isinstance(node, Contraction)
+        layer = node.layer is not None or _has_kernel(node, fed)
         plain = not layer and node.data_inputs(graph.data) and not node.effects
         return bool(plain) and all(batch not in graph.avals[v].shape for v in node.outputs)
 
     return frozenset(v for node in nodes if is_statistic(node) for v in node.outputs)
 
 
+def _has_kernel(node: Node, fed: frozenset[int]) -> bool:
+    """Whether it multiplies data by what is none, or may do so: not data by data."""
+    return isinstance(node, Contraction) and not fed.issuperset(node.inputs)
+
+
 def stored(graph: Graph) -> list[int]:
     """Return the outputs that are computed beside the activations: what the model stores.
 
     The others are returned, running statistics of a BatchNorm layer, which its fold computes, and
-    what a product leads to that is there for nothing else: no product leaves the plan.
+    what a product with a kernel leads to that is there for nothing else: none leaves the plan.
     """
+    fed = dependent(graph.nodes, graph.arguments)
     makers = {v: node for node in graph.nodes for v in node.outputs}
     shown = leading_to(graph, graph.outputs[: graph.returned])
 
@@ -81,7 +88,7 @@ def stored(graph: Graph) -> list[int]:
         maker = makers.get(v) if isinstance(v, int) else None
         if isinstance(maker, BatchNorm) and v in maker.outputs[1:]:
             return True
-        return any(isinstance(n, Contraction) for n in leading_to(graph, [v]) - shown)
+        return any(_has_kernel(node, fed) for node in leading_to(graph, [v]) - shown)
 
     others = range(graph.returned, len(graph.outputs))
     return [n for n in others if not is_planned(graph.outputs[n])]

@@ -167,6 +167,14 @@ def zeros(aval: jax.ShapeDtypeStruct) -> core.ClosedJaxpr:
     return jax.make_jaxpr(lambda: lax.full(aval.shape, 0, aval.dtype))()
 
 
+def wrapped(key: jax.Array) -> tuple[np.ndarray, core.ClosedJaxpr]:
+    """Return the numbers of a random key, and the function that makes it of them."""
+    with jax.ensure_compile_time_eval():
+        numbers = np.asarray(jax.random.key_data(key))
+    impl = jax.random.key_impl(key)
+    return numbers, jax.make_jaxpr(lambda x: jax.random.wrap_key_data(x, impl=impl))(numbers)
+
+
 def known_integer(eqn: core.JaxprEqn, inputs: Sequence[Operand]) -> Constant | None:
     """Return the result of an operation on integers that are known: of a counter, for instance."""
     values = [np.asarray(v.value) for v in inputs if isinstance(v, Constant)]

@@ -8,6 +8,8 @@ between the two but for that length depends on the batch size.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -113,9 +115,15 @@ def _same_value(a: ArrayLike | None, b: ArrayLike | None) -> bool:
         return True
     if a is None or b is None:
         return False
-    a, b = np.asarray(a), np.asarray(b)
+    a, b = map(_numbers, (a, b))
     if a.dtype != b.dtype or a.ndim != b.ndim:
         return False
     if any(n not in (1, m) for n, m in zip(b.shape, a.shape, strict=True)):
         return False
     return a.tobytes() == np.broadcast_to(b, a.shape).tobytes()
+
+
+def _numbers(x: ArrayLike) -> np.ndarray:
+    """Return an array of numbers: of a random key those that it is made of."""
+    is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(jnp.asarray(x)) if is_key else x)

@@ -91,10 +91,10 @@ def _check_operands(at: LoweredStep) -> None:
         if node.layer is not None:  # `layer_values` names the parameter
             continue
         for v in node.inputs:
-            value = None if at.builder.is_data(v) else np.asarray(at.builder.value(v))
-            if value is None or not jnp.issubdtype(value.dtype, jnp.floating):
+            value = None if at.builder.is_data(v) else at.builder.value(v)
+            if value is None or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 continue
-            if np.isnan(value.astype(np.float32)).any():
+            if np.isnan(np.asarray(value, np.float32)).any():
                 raise ValueError(
                     f"{node.where}: a parameter of {node.op} holds NaN. Train again from a "
                     "checkpoint without."

@@ -38,10 +38,10 @@ class MatMulOperation(Operation):
     fuses_clamp = True
 
     def demand(self, data: Sequence[int], *, needed: bool, wanted: bool) -> Demand:
-        return Demand(needed=data)
+        return Demand(needed=data if wanted else ())
 
     def is_quantized(self, node: Node, situation: Situation) -> bool:
-        return situation.on_grid
+        return situation.on_grid and (situation.needed or situation.wanted)
 
     def codes(self, at: ExactStep) -> jax.Array | None:
         a, b, *_ = at.inputs

@@ -219,6 +219,10 @@ def by_place(x):
 by_place.defjvp(lambda primals, tangents: (by_place(*primals), by_place(*tangents)))
 
 
+A_KEY = jax.random.key(11)
+"""A constant of models."""
+
+
 @jax.custom_vjp
 def reverse_gradient(x):
     return x
@@ -245,6 +249,9 @@ reverse_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
         lambda x: checkpoint_name(nn.relu(x), "div"),
         lambda x: jnp.sort(x, axis=-1),
         lambda x: jax.lax.stop_gradient(nn.relu(x)),
+        lambda x: jnp.abs(jnp.exp(1j * x) + (0.3 + 1j) * x),
+        lambda x: jnp.fft.irfft(jnp.fft.rfft(x) * 0.5j, 6),
+        lambda x: x + jax.random.normal(A_KEY, (1, 6)),
     ],
 )
 def test_functions_compute_what_they_compute(function):

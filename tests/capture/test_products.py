@@ -287,9 +287,27 @@ def test_a_convolution_of_a_kernel_with_data_is_named():
         y = lax.conv(kernel.transpose(0, 3, 1, 2), x.transpose(0, 3, 1, 2)[:, :4], (1, 1), "SAME")
         return x.mean((1, 2)) + y.mean()
 
-    with pytest.raises(ValueError, match=r"the model: its kernel is what the data slides over"):
+    with pytest.raises(ValueError, match=r"  k: its kernel is what the data slides over"):
         initialized(Written(body), IMAGES)
+    initialized(Written(body), IMAGES, exclude=("k",))
     initialized(Written(body), IMAGES, strict=False)
+
+
+def in_fourier_space(x, param):
+    """What a Fourier neural operator does: complex kernels, of pairs of real numbers here."""
+    w = lax.complex(param("real", 4, 6, 3), param("imaginary", 4, 6, 3))
+    return jnp.fft.irfft(jnp.einsum("bkc,kcd->bkd", jnp.fft.rfft(x, 6, 1), w), 6, 1)
+
+
+def test_a_product_of_complex_numbers_is_named():
+    with pytest.raises(ValueError, match="matmul: it multiplies numbers of type complex64") as error:
+        initialized(Written(in_fourier_space), SEQUENCES)
+    assert "exclude=('matmul',)" in str(error.value)
+    _, variables, y = observed(
+        Written(in_fourier_space), SEQUENCES, config=sq.SimQATConfig(exclude=("matmul",))
+    )
+    floats = Written(in_fourier_space).apply({"params": variables["params"]}, SEQUENCES)
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
 
 
 def test_a_product_is_excluded_by_the_name_in_the_plan():

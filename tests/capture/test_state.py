@@ -174,3 +174,40 @@ def test_what_only_the_state_needs_changes_no_plan():
     qmodel, variables = initialized(Watched(), X)
     plans = [qmodel.plan(variables, X, train=train) for train in (False, True)]
     assert list(plans[0].quantizers) == list(plans[1].quantizers)
+
+
+class Covariance(nn.Module):
+    """Keeps the covariance of what it returns, and makes a loss of it."""
+
+    read: bool = False
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        y = nn.Dense(5)(x)
+        z = y - y.mean(0, keepdims=True)
+        covariance = z.T @ z / x.shape[0]
+        kept = self.variable("kept", "covariance", jnp.eye, 5)
+        if train and not self.is_initializing():
+            kept.value = covariance
+        loss = jnp.square(covariance).sum()
+        return (y, loss, y @ covariance) if self.read else (y, loss)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_product_over_the_batch_is_a_statistic(read):
+    """What only state and losses need is on no grid, and state is not where activations need it."""
+    qmodel, variables = initialized(Covariance(read), X)
+    plans = [qmodel.plan(variables, X, train=train) for train in (False, True)]
+    assert list(plans[0].quantizers) == list(plans[1].quantizers)
+    assert ("dot_general/output" in plans[0].quantizers) == read
+    collections = ["kept", "quant_stats"]
+    (y, loss, *_), updates = qmodel.apply(variables, X, train=True, mutable=collections)
+    kept = updates["kept"]["covariance"]
+    if read:
+        lo, hi, _ = updates["quant_stats"]["dot_general/output"]
+        steps = np.asarray(kept * 255 / (hi - lo))
+        assert np.abs(steps - np.round(steps)).max() > 0.1
+    else:
+        z = np.asarray(y - y.mean(0, keepdims=True))
+        np.testing.assert_allclose(kept, z.T @ z / len(z), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(loss, np.square(kept).sum(), rtol=1e-4)

@@ -457,6 +457,8 @@ class OwnNoise(nn.Module):
         x = nn.Dense(8)(x)
         if train and self.where == "noise":
             x = x + 0.1 * jax.random.normal(self.make_rng("dropout"), x.shape)
+        if self.where == "scaled last":
+            x = (x + jax.random.gumbel(self.make_rng("dropout"), x.shape) if train else x) / 0.5
         if train and self.where == "dropout":
             x = x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape) * 2.0
         if train and self.where == "scaled first":
@@ -470,7 +472,7 @@ class OwnNoise(nn.Module):
         return nn.Dense(3)(y * x + y)
 
 
-@pytest.mark.parametrize("where", ["noise", "dropout", "scaled first", "selected"])
+@pytest.mark.parametrize("where", ["noise", "scaled last", "dropout", "scaled first", "selected"])
 def test_names_do_not_depend_on_what_only_training_computes(where):
     qmodel = sq.SimQAT().apply(OwnNoise(where))
     x = jax.random.normal(KEY, (4, 6))

@@ -25,7 +25,7 @@ import pytest
 import simqat_jax
 from simqat_jax.config import RECIPE_VERSION
 from simqat_jax.integer import file
-from simqat_jax.targets.onnx import writer
+from simqat_jax.targets.onnx import message
 from simqat_jax.training.plan_table import Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -180,7 +180,7 @@ def test_the_stability_page_gives_the_versions_of_files():
     (integer,) = written(r"^\| integer model.*\| (format .*?) \| formats (.*?) \|", "stability.md")
     assert integer == (f"format {file.FORMAT}", " and ".join(map(str, file._READ)))
     assert written(r"^\| recipe.*\| version (\d+) \|", "stability.md") == [str(RECIPE_VERSION)]
-    onnx = (str(writer._OPSET), str(writer._IR_VERSION))
+    onnx = (str(message._OPSET), str(message._IR_VERSION))
     assert written(r"opset (\d+), IR version (\d+)", "stability.md") == [onnx]
 
 

@@ -267,7 +267,7 @@ def test_deployed_files_compute_what_evaluation_shows(finished: Path, tmp_path: 
     assert (report["phase"], report["images"], len(report["rows"])) == ("qat_finetune", 200, 8)
     shown = io.StringIO()
     comparison.show(rows, str(run), Console(file=shown, width=200))
-    assert "against the row \"SimQAT's parameters in float, JAX\"" in shown.getvalue()
+    assert 'against the row "SimQAT\'s parameters in float, JAX"' in shown.getvalue()
 
 
 def test_the_baseline_of_a_deployment_is_the_float_phase(finished: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def read_recipe(path: Path) -> sq.SimQATConfig:
     try:
         content = json.loads(text)
         run = content.get("settings", content) if isinstance(content, dict) else {}
-        if isinstance(run.get("quant"), dict):
+        if isinstance(run, dict) and isinstance(run.get("quant"), dict):
             return sq.SimQATConfig.from_dict(run["quant"])
         return sq.SimQATConfig.from_json(text)
     except (TypeError, ValueError) as error:

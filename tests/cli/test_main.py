@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     for backend, export in (("tflite", sq.export_tflite), ("onnx", sq.export_onnx)):
         model = sq.convert(qmodel, variables, X, Z, backend=backend)
         model.save(path / f"{backend}.integer")
-        export(model, path / f"net.{backend}")
+        export(model, path / f"net.{backend}", metadata=sq.FileMetadata(name="Of both inputs"))
     sq.analyze(qmodel, variables, [(X, Z)], progress=False).save(path / "analysis.json")
     qmodel, variables, _ = observed(Cumulative(), X, Z)
     sq.export_tflite(sq.convert(qmodel, variables, X, Z), path / "other.tflite")
@@ -79,8 +79,14 @@ def simqat(folder, monkeypatch, capsys):
     ("file", "parts"),
     [
         ("tflite.integer", ["Conv_0 ", "4 bits", "0 of them in float; ", "rounding as in tflite"]),
-        ("net.tflite", ["CONV_2D", "int4 (10, 4)", "int8 (10, 5)", "FULLY_CONNECTED"]),
-        ("net.onnx", ["Conv ", "uint8", "int8 (4, 10)", "0 of them on real numbers"]),
+        (
+            "net.tflite",
+            ["Of both inputs", "CONV_2D", "int4 (10, 4)", "int8 (10, 5)", "FULLY_CONNECTED"],
+        ),
+        (
+            "net.onnx",
+            ["Of both inputs", "Conv ", "uint8", "int8 (4, 10)", "0 of them on real numbers"],
+        ),
         ("other.tflite", ["CUMSUM", "float32", "cumsum"]),
     ],
 )

@@ -21,6 +21,7 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
     for text, message in (
         ("{", "no JSON|Expecting property"),
         ("[3]", '"version": 1'),
+        ('{"settings": 3}', '"version": 1'),
         ('{"version": 1, "weight": 3}', "QuantSpec"),
         ('{"settings": {"quant": {"weights": 3}}}', "'weight' may be meant"),
     ):

@@ -189,23 +189,19 @@ def file_ends(
         )
 
     def end(name: str, tensor: Tensor) -> End:
-        about = metadata.tensors.get(name, TensorMetadata())
-        grid = tensor.grid
+        about, grid = metadata.tensors.get(name, TensorMetadata()), tensor.grid
         if grid is None:
             counts = np.issubdtype(np.dtype(tensor.dtype), np.integer)
-            return End(name, about, tensor.dtype, None, 0, "", counts)
-        codes = inside if io is None else io
-        zero = int(grid.zero_point) + grid.offset_in(codes)
-        kind = "float32" if io is None else codes.name
-        return End(name, about, kind, float(grid.scale), zero, codes.name, False)
+            found = End(name, about, tensor.dtype, None, 0, "", counts)
+        else:
+            codes = inside if io is None else io
+            zero = int(grid.zero_point) + grid.offset_in(codes)
+            kind = "float32" if io is None else codes.name
+            found = End(name, about, kind, float(grid.scale), zero, codes.name, False)
+        _check_fits(found, tensor)
+        return found
 
-    found = [
-        [end(name, tensor) for name, tensor in zip(names, tensors, strict=True)]
-        for names, tensors in zip(names, (inputs, outputs), strict=True)
-    ]
-    for tensor, one in zip((*inputs, *outputs), (*found[0], *found[1]), strict=True):
-        _check_fits(one, tensor)
-    return found[0], found[1]
+    return list(map(end, names[0], inputs)), list(map(end, names[1], outputs))
 
 
 def notes(metadata: FileMetadata, ends: Sequence[tuple[str, TensorMetadata]]) -> Iterator[str]:

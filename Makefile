@@ -70,6 +70,9 @@ peers:  ## others' converters, for benchmarks alone, in an environment of their 
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet jax2onnx litert-converter flax ai-edge-quantizer qwix
 
-peers-torch:  ## likewise PyTorch's, for `benchmarks/peers/train_step.py`; OpenVINO comes with them
+# Name a build for the CPU here where there is one: others are several GB.
+TORCH ?= torch
+
+peers-torch:  ## likewise PyTorch's tools, for `benchmarks/peers/train_step.py`
 	test -x .venv-torch/bin/python || $(PYTHON) -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet torch torchao brevitas nncf openvino
+	.venv-torch/bin/python -m pip install --quiet $(TORCH) torchao brevitas nncf openvino

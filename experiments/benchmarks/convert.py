@@ -119,7 +119,7 @@ def main(
     for name in models:
         command = [sys.executable, "-m", "experiments.benchmarks.convert", "--alone"]
         process = subprocess.run([*command, "--models", name], stdout=subprocess.PIPE, check=True)
-        rows.append(_row(name, json.loads(process.stdout)))
+        rows.append(_row(name, json.loads(process.stdout.splitlines()[-1])))
     title = f"from a float model to its files, processor seconds, jax {jax.__version__}"
     report("convert", title, rows, history)
 

@@ -15,7 +15,14 @@ Batch = tuple[jax.Array, jax.Array]
 class Trainer:
     """A model with momentum SGD, whose compiled step is called again and again."""
 
-    def __init__(self, model: nn.Module, image: tuple[int, int, int], batch_size: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        image: tuple[int, int, int],
+        batch_size: int,
+        *,
+        init_compiled: bool = True,
+    ):
         self.model = model
         keys = jax.random.split(jax.random.key(0), 3)
         self.batch = (
@@ -23,7 +30,7 @@ class Trainer:
             jax.random.randint(keys[1], (batch_size,), 0, 10),
         )
         self.optimizer = optax.sgd(0.01, momentum=0.9)
-        self._init = jax.jit(model.init)
+        self._init = jax.jit(model.init) if init_compiled else model.init
         self._key = keys[2]
         self.state = self.first()
 

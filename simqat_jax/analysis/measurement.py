@@ -57,6 +57,15 @@ def _check_number(field: str, value: object, most: float) -> None:
         raise ValueError(text)
 
 
+def check_measurements(given: object) -> None:
+    """Raise TypeError unless it is a list of measurements."""
+    if not isinstance(given, list | tuple) or not all(isinstance(m, Measurement) for m in given):
+        raise TypeError(
+            f"measurements must be a list of Measurement, got {shown(given)}. Write "
+            "measurements=[Measurement(name='float', accuracy=0.97)], for example."
+        )
+
+
 def write_measurements(measurements: Sequence[Measurement], path: Path) -> None:
     """Write measurements as JSON, a list of objects."""
     with atomic_file(path) as file:

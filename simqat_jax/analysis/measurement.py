@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from simqat_jax.analysis.plain import plain, restored
 from simqat_jax.files import atomic_file
@@ -48,7 +49,7 @@ class Measurement:
                 _check_number(field, value, most=1 if field == "accuracy" else math.inf)
 
 
-def _check_number(field: str, value: object, most: float) -> None:
+def _check_number(field: str, value: Any, most: float) -> None:
     about = "a share from 0 to 1 (97.5 % is 0.975)" if most == 1 else "0 or more"
     text = f"Measurement.{field} must be a number, {about}, or None, got {shown(value)}."
     if isinstance(value, bool) or not hasattr(value, "__float__"):

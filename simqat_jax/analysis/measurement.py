@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from simqat_jax.analysis.plain import plain, restored
 from simqat_jax.files import atomic_file
@@ -48,13 +49,22 @@ class Measurement:
                 _check_number(field, value, most=1 if field == "accuracy" else math.inf)
 
 
-def _check_number(field: str, value: object, most: float) -> None:
+def _check_number(field: str, value: Any, most: float) -> None:
     about = "a share from 0 to 1 (97.5 % is 0.975)" if most == 1 else "0 or more"
     text = f"Measurement.{field} must be a number, {about}, or None, got {shown(value)}."
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(text)
     if not 0 <= float(value) <= most or math.isinf(float(value)):
         raise ValueError(text)
+
+
+def check_measurements(given: object) -> None:
+    """Raise TypeError unless it is a list of measurements."""
+    if not isinstance(given, list | tuple) or not all(isinstance(m, Measurement) for m in given):
+        raise TypeError(
+            f"measurements must be a list of Measurement, got {shown(given)}. Write "
+            "measurements=[Measurement(name='float', accuracy=0.97)], for example."
+        )
 
 
 def write_measurements(measurements: Sequence[Measurement], path: Path) -> None:

@@ -7,11 +7,11 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from simqat_jax.analysis.drawings import write_pngs
-from simqat_jax.analysis.measurement import Measurement
+from simqat_jax.analysis.measurement import Measurement, check_measurements
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
 from simqat_jax.analysis.table import decibels
 from simqat_jax.files import as_path, atomic_file, import_extra
-from simqat_jax.numerics.arguments import check_kind, check_mapping, shown
+from simqat_jax.numerics.arguments import check_kind, check_mapping
 
 _WIDTH, _HEIGHT = 64, 24
 """Of a drawing, in its own units."""
@@ -50,12 +50,7 @@ def report(
     check_kind("analysis", analysis, Analysis, "analyze(...) returns one.")
     facts = {} if facts is None else facts
     check_mapping("facts", facts, "Write facts={'data': '1,000 digits'}, for example.")
-    listed = isinstance(measurements, list | tuple)
-    if not listed or not all(isinstance(m, Measurement) for m in measurements):
-        raise TypeError(
-            f"measurements must be a list of Measurement, got {shown(measurements)}. Write "
-            "measurements=[Measurement(name='float', accuracy=0.97)], for example."
-        )
+    check_measurements(measurements)
     target = as_path(path)
     jinja2 = import_extra("jinja2", "report")
     source = files("simqat_jax.analysis").joinpath("report.html").read_text(encoding="utf-8")

@@ -198,7 +198,8 @@ class Analysis:
           most: how many layers, those that hurt most first.
 
         Returns:
-          A `matplotlib.figure.Figure`: save it with `savefig`; notebooks show it.
+          A `matplotlib.figure.Figure`: save it with `savefig`; a notebook shows it behind
+          `%matplotlib inline`.
 
         Raises:
           ImportError: the extra `report` is not installed.

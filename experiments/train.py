@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -20,10 +20,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import simqat_jax as sq
-from experiments import checkpoints, configs, data, phases, runs, training
+from experiments import (
+    checkpoints,
+    configs,
+    data,
+    mesh,
+    phases,
+    preemption,
+    processes,
+    runs,
+    training,
+)
 from experiments.configs import BatchNormFold, Dtype, Experiment
 from experiments.data import ImageData
 from experiments.errors import ExperimentError, run_or_exit
+from experiments.mesh import Layout
 from experiments.optimization import Schedule
 from experiments.phases import Phase
 from experiments.training import Report
@@ -55,6 +66,11 @@ _Path = Annotated[
     tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: this run's float phase)"),
 ]
 _Steps = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: none)")]
+_Mesh = Annotated[
+    str | None,
+    tyro.conf.arg(metavar="STR", help_behavior_hint="(default: all devices on the axis data)"),
+]
+_NoText = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: none)")]
 _Name = Annotated[
     str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: CONFIG-DATA-seedSEED)")
 ]
@@ -105,6 +121,20 @@ class Arguments:
     """Seed of the first parameters, the order of the images and their augmentation."""
     steps_per_dispatch: _Int = None
     """Training steps in one compiled loop; 1 is fastest on CPU."""
+    accumulate: _Int = None
+    """Parts that a batch is computed in, for less memory."""
+    mesh: _Mesh = None
+    """Devices: data=8, or data=4,model=2."""
+    distributed: bool = False
+    """Train with the other processes that Slurm, Open MPI, Kubernetes or a TPU pod has started."""
+    coordinator: _NoText = None
+    """HOST:PORT of process 0, where nothing else names it."""
+    num_processes: _Steps = None
+    """Number of processes, with --coordinator."""
+    process_id: _Steps = None
+    """Number of this process, from 0, with --coordinator."""
+    connect_timeout: int = 300
+    """Seconds in which all processes must have come."""
     workers: int = 0
     """Processes that decode a streamed data set (imagenet2012); 0: this one."""
     name: _Name = None
@@ -127,7 +157,11 @@ def main() -> None:
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    run_experiment(arguments, Console())
+    if (stated := _connection(arguments)) is None:
+        run_experiment(arguments, Console())
+        return
+    with processes.connected(stated):
+        run_experiment(arguments, Console(quiet=jax.process_index() > 0))
 
 
 def run_experiment(arguments: Arguments, console: Console) -> Results:
@@ -136,7 +170,38 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
     Raises:
       ExperimentError: what experiments.runs, experiments.training or experiments.data refuse.
     """
+    job = processes.together(lambda: _prepare(arguments))
+    processes.check_agreement(_facts(job, arguments))
+    with _open(job, arguments) as run:
+        results = _train_phases(job, console)
+        path = run / "results.json"
+        processes.together(lambda: _write(job, run, results))
+    console.print(_table(job.experiment, results))
+    console.print(f"results: {path}", soft_wrap=True)
+    return results
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be trained."""
+
+    experiment: Experiment
+    layout: Layout
+    dataset: ImageData
+    name: str
+    chosen: list[Phase]
+    start: FloatStart | None
+
+
+def _prepare(arguments: Arguments) -> _Job:
+    """Return what is to be trained; each process does so by itself.
+
+    Raises:
+      ExperimentError: a wrong option, data set or start.
+    """
     experiment = _experiment(arguments)
+    layout = mesh.parse(arguments.mesh)
+    _check_division(experiment, layout)
     dataset = data.load(experiment.data, experiment.image_size, arguments.workers)
     _check_batch(experiment, dataset)
     name = arguments.name
@@ -144,17 +209,70 @@ def run_experiment(arguments: Arguments, console: Console) -> Results:
         name = f"{experiment.config}-{experiment.data}-seed{experiment.seed}"
     options = {"keep": arguments.keep, "checkpoint_every": arguments.checkpoint_every}
     built = {
-        phase: phases.build(phase, experiment, dataset, arguments.runs_dir / name, **options)
+        phase: phases.build(
+            phase, experiment, dataset, arguments.runs_dir / name, layout=layout, **options
+        )
         for phase in phases.NAMES
     }
-    chosen = _chosen(arguments, built)
-    start = _float_start(experiment, built["float"])
-    with runs.open_run(arguments.runs_dir, name, experiment, arguments.resume) as run:
-        results = _train_phases(chosen, start, console)
-        path = runs.write_results(run, experiment, results)
-    console.print(_table(experiment, results))
-    console.print(f"results: {path}", soft_wrap=True)
-    return results
+    return _Job(
+        experiment=experiment,
+        layout=layout,
+        dataset=dataset,
+        name=name,
+        chosen=_chosen(arguments, built),
+        start=_float_start(experiment, built["float"]),
+    )
+
+
+def _facts(job: _Job, arguments: Arguments) -> dict[str, Any]:
+    """Return what all processes must have in common."""
+    if jax.process_count() == 1:
+        return {}
+    saved = {phase.name: checkpoints.latest(phase.directory) for phase in job.chosen}
+    return {
+        **job.experiment.settings(),
+        **{name: getattr(arguments, name) for name in ("resume", "checkpoint_every", "keep")},
+        **{"mesh": str(job.layout), "name": job.name, "checkpoints": saved},
+        **{"contents of the data": job.dataset.digest(), **processes.code()},
+    }
+
+
+@contextlib.contextmanager
+def _open(job: _Job, arguments: Arguments) -> Iterator[Path]:
+    """Open the run's directory in process 0, and see that the others see it."""
+    run = arguments.runs_dir / job.name
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            if jax.process_index() == 0:
+                opened = runs.open_run(
+                    arguments.runs_dir, job.name, job.experiment, arguments.resume
+                )
+                stack.enter_context(opened)
+
+        processes.together(enter)
+        processes.together(lambda: runs.check_shared(run, job.experiment))
+        yield run
+
+
+def _write(job: _Job, run: Path, results: Results) -> None:
+    if jax.process_index() == 0:
+        runs.write_results(run, job.experiment, results, str(job.layout))
+
+
+def _connection(arguments: Arguments) -> processes.Connection | None:
+    """Return how to find the other processes, None where there are none.
+
+    Raises:
+      ExperimentError: half of what is needed.
+    """
+    by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed and by_hand == (None, None, None):
+        return None
+    coordinator, count, index = by_hand
+    return processes.Connection(
+        coordinator=coordinator, count=count, index=index, timeout=arguments.connect_timeout
+    )
 
 
 def _experiment(arguments: Arguments) -> Experiment:
@@ -171,6 +289,30 @@ def _experiment(arguments: Arguments) -> Experiment:
     overrides = {f: getattr(arguments, f) for f in configs.OVERRIDABLE if f != "quant"}
     quant = None if arguments.recipe is None else configs.read_recipe(arguments.recipe)
     return configs.get(arguments.config, quant=quant, **overrides)
+
+
+def _check_division(experiment: Experiment, layout: Layout) -> None:
+    """Check that a batch can be divided over the devices.
+
+    Raises:
+      ExperimentError: it cannot; names sizes that can.
+    """
+    size, unit = experiment.batch_size, layout.shards * experiment.accumulate
+    if size % unit == 0:
+        return
+    below, above = size // unit * unit, (size // unit + 1) * unit
+    sizes = f"{below} or {above}" if below else str(above)
+    parts = f" times --accumulate {experiment.accumulate}" if experiment.accumulate > 1 else ""
+    fewer = (
+        max(n for n in range(1, layout.shards + 1) if size % (n * experiment.accumulate) == 0)
+        if size % experiment.accumulate == 0
+        else None
+    )
+    mesh_remedy = f", or --mesh data={fewer}" if fewer else ""
+    raise ExperimentError(
+        f"--batch-size {size} is not divisible by the {layout.shards} devices of the axis data"
+        f"{parts}: give --batch-size {sizes}{mesh_remedy}."
+    )
 
 
 def _check_batch(experiment: Experiment, dataset: ImageData) -> None:
@@ -224,22 +366,22 @@ def _float_start(experiment: Experiment, phase: Phase) -> FloatStart | None:
     return trained, progress
 
 
-def _train_phases(chosen: list[Phase], start: FloatStart | None, console: Console) -> Results:
+def _train_phases(job: _Job, console: Console) -> Results:
     results: Results = {}
     float_state = None
-    if start is not None:
-        float_state, progress = start
+    if job.start is not None:
+        float_state, progress = job.start
         if progress.history:
             results["float"] = progress
-    for phase in chosen:
+    for phase in job.chosen:
         state = phases.init_state(phase)
         if phase.name != "float" and not results.keys() & {"qat", "qat_finetune"}:
             console.print(_plan(phase, state), highlight=False, markup=False, soft_wrap=True)
         if phase.name == "qat_finetune":
             assert float_state is not None, "checked before"
             state = phases.start_from(state, float_state)
-        with _reporting(phase, console) as report:
-            state, results[phase.name] = training.train(phase, state, report)
+        with _reporting(phase, console) as report, preemption.noticed() as notice:
+            state, results[phase.name] = training.train(phase, state, report, notice)
         if phase.name == "float":
             float_state = state
     return results

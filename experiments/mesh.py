@@ -1,8 +1,8 @@
 """Devices as a mesh: where the rows of a batch and the parts of a training state lie.
 
-Batches are divided over the axis `data`, kernels over the axis `model`, all else is on every device.
-A step compiled for such arrays is the function of one device: XLA adds the communication, so that
-ranges and BatchNorm's statistics are those of the whole batch.
+Batches are divided over the axis `data`, kernels over the axis `model`, and all else is everywhere.
+The step is the function of one device: XLA adds the communication, so that ranges and BatchNorm's
+statistics are those of the whole batch.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ class Layout:
         """Return which rows of a batch of `size` the devices of this process hold, ascending."""
         if jax.process_count() == 1:
             return ALL
-        indices = self._batch(0).addressable_devices_indices_map((size,)).values()
-        held = {row for (part,) in indices for row in range(size)[part]}
+        places = self._batch(0).addressable_devices_indices_map((size,)).values()
+        held = {row for place in places if place is not None for row in range(size)[place[0]]}
         return np.array(sorted(held))
 
     def put(self, batch: tuple[np.ndarray, ...], size: int, axis: int = 0) -> tuple[Any, ...]:
@@ -81,7 +81,8 @@ class Layout:
         def array(part: np.ndarray) -> jax.Array:
             shape = (*part.shape[:axis], size, *part.shape[axis + 1 :])
 
-            def shard(index: tuple[slice, ...]) -> np.ndarray:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None, "each shard has a place"
                 start, stop, _ = index[axis].indices(size)
                 first = int(np.searchsorted(held, start))
                 return part[(*index[:axis], slice(first, first + stop - start))]
@@ -96,9 +97,9 @@ class Layout:
             return state
 
         def array(path: tuple, leaf: Any) -> jax.Array:
-            whole = np.asarray(leaf)
+            host = np.asarray(leaf)
             sharding = self._sharding(path, leaf)
-            return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
         return jax.tree_util.tree_map_with_path(array, state)
 
@@ -199,7 +200,7 @@ def _sizes(text: str) -> dict[str, int]:
     return {DATA: 1, **sizes}
 
 
-def _layout(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Layout:
+def _layout(sizes: dict[str, int], devices: Sequence[Any]) -> Layout:
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     count = math.prod(sizes.values())
     return Layout(

@@ -66,8 +66,8 @@ class Connection:
 def connected(connection: Connection | None) -> Iterator[None]:
     """Connect the processes of a run, and end them together.
 
-    What every process raises (CommonError, Preempted) ends all of them in order, and process 0 tells
-    it. What one process meets alone ends it at once: waiting for the others, who wait for it, would
+    What every process raises (CommonError, Preempted) ends all of them in order, and process 0
+    tells it. What one meets alone ends it at once: to wait for the others, who wait for it, would
     not end. They learn of it by their connections, or by its heartbeat.
 
     Args:

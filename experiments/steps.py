@@ -90,9 +90,10 @@ def _accumulate(differentiate: Differentiate, state: TrainState, parts: int) -> 
 
         def add(carry: Any, part: Any) -> tuple[Any, None]:
             before, sums = carry
-            index, *batch = part
+            index, images, labels = part
             part_key = jax.random.fold_in(key, index)
-            (loss, updates), grads = differentiate(_counting(before, collections), *batch, part_key)
+            now = _counting(before, collections)
+            (loss, updates), grads = differentiate(now, images, labels, part_key)
             return ({**before, **updates}, jax.tree.map(jnp.add, sums, (loss, grads))), None
 
         zeros = jax.tree.map(jnp.zeros_like, (state.params, state.quant_params))

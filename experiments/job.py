@@ -41,7 +41,7 @@ def prepare(arguments: Arguments) -> Job:
     """
     experiment = _experiment(arguments)
     layout = mesh.parse(arguments.mesh)
-    _check_division(experiment, layout)
+    check_division(experiment, layout)
     dataset = data.load(experiment.data, experiment.image_size, arguments.workers)
     _check_batch(experiment, dataset)
     name = arguments.name
@@ -117,7 +117,7 @@ def _experiment(arguments: Arguments) -> Experiment:
     return configs.get(arguments.config, quant=quant, **overrides)
 
 
-def _check_division(experiment: Experiment, layout: Layout) -> None:
+def check_division(experiment: Experiment, layout: Layout) -> None:
     """Check that a batch can be divided over the devices.
 
     Raises:

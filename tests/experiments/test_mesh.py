@@ -75,8 +75,8 @@ def _one_step(phase: phases.Phase) -> tuple[phases.TrainState, jax.Array]:
 
 
 def check_a_step_is_that_of_one_device(directory: Path) -> None:
-    """Ranges, BatchNorm's statistics, parameters and momentum; also of parts of a batch."""
-    for options in ({}, {"accumulate": 2}, {"dtype": "bfloat16"}):
+    """Ranges, BatchNorm's statistics, parameters and momentum, of a batch in two parts."""
+    for options in ({"accumulate": 2}, {"dtype": "bfloat16"}):
         one, *others = (_one_step(_phase(directory, text, **options)) for text in MESHES)
         exact = options.get("dtype") != "bfloat16"  # whose sums differ in the 8th bit
         for state, loss in others:
@@ -118,7 +118,7 @@ def check_a_run_goes_on_anywhere(directory: Path) -> None:
     written = _phase(directory / "whole" / MESHES[2])
     (step, _), last = sorted((int(p.name), p) for p in written.directory.iterdir())
     state, progress = checkpoints.restore(written.directory, step, phases.init_state(written))
-    for text in MESHES:
+    for text in MESHES[::2]:
         phase = _phase(directory / "moved" / text, text)
         placed = phase.layout.place(state)
         checkpoints.save(phase.directory, step, placed, progress, keep=2)

@@ -46,7 +46,10 @@ def test_parts_have_the_gradient_of_the_whole() -> None:
 def test_delays_count_steps_of_the_optimizer() -> None:
     """Two steps in float and not one part more."""
     _, expected = _steps("float", 3, accumulate=4)
-    quant = sq.SimQATConfig(quant_delay=2)
+    delayed = {"quant_delay": 2}
+    quant = sq.SimQATConfig(
+        weight=sq.QuantSpec.weight(**delayed), activation=sq.QuantSpec.activation(**delayed)
+    )
     state, losses = _steps("qat", 3, accumulate=4, quant=quant)
     assert int(state.collections["quant_stats"]["step"]) == 3
     np.testing.assert_allclose(losses[:2], expected[:2], rtol=1e-6)

@@ -3,8 +3,8 @@
 Examples:
   python -m experiments.benchmarks.scaling  # 1, 2, 4 and 8 devices, 1 and 2 processes
 
-On two cores this shows what dividing a step costs, not what it brings. Wall time is that of process 0,
-processor time the sum of all processes; both are medians over rounds, without compilation.
+On two cores this shows what dividing a step costs, not what it brings. Wall time is that of process
+0, processor time the sum of all processes; both are medians over rounds, without compilation.
 """
 
 import dataclasses
@@ -99,10 +99,10 @@ def _start(devices: int, count: int) -> list[Times]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
     }
+    command = [sys.executable, "-m", "experiments.benchmarks.scaling", *sys.argv[1:]]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "experiments.benchmarks.scaling", *sys.argv[1:], "--worker"]
-            + [str(port), str(count), str(index)],
+            [*command, "--worker", str(port), str(count), str(index)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from pathlib import Path
 
 import killing
@@ -35,10 +34,8 @@ def test_processes_ended_on_the_way_train_to_the_same_bits(whole: Path, tmp_path
     run = killing.start(tmp_path / "run", "--resume", count=2)
     run.wait_for(30)
     run.processes[0].send_signal(signal.SIGKILL)
-    lost = time.monotonic()
     statuses, _ = run.end(killing.ENDED_WITHIN)
-    assert time.monotonic() - lost < killing.ENDED_WITHIN
-    assert statuses[0] == -signal.SIGKILL and statuses[1] != 0
+    assert statuses[0] == -signal.SIGKILL and statuses[1] not in (0, -signal.SIGKILL)
     assert not (run.directory / "results.json").exists()
 
     statuses, said = killing.start(tmp_path / "run", "--resume", devices=2).end()

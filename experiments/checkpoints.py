@@ -64,8 +64,9 @@ def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) 
         with _unlogged(), ocp.CheckpointManager(directory.absolute(), options=options) as manager:
             manager.save(step, args=arguments, force=True)
     except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
-        for part in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+        if jax.process_index() == 0:  # Others still write: theirs would be another error.
+            for part in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
         raise ExperimentError(
             f"cannot write checkpoint {directory / str(step)}: {_reason(error)}. Earlier "
             "checkpoints are kept; make room or put the cause right, and continue with --resume."

@@ -74,7 +74,11 @@ def test_batches_that_cannot_be_divided(size: int, accumulate: int, message: str
     experiment = dataclasses.replace(tiny_run.experiment(), batch_size=size, accumulate=accumulate)
 
     class Eight(mesh.Layout):
-        shards = 8  # pyright: ignore[reportAssignmentType]
+        """As if of eight devices."""
+
+        @property
+        def shards(self) -> int:
+            return 8
 
     with pytest.raises(ExperimentError, match=message):
         job.check_division(experiment, Eight(mesh.one_device().mesh))

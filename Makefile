@@ -5,7 +5,7 @@ OLDEST ?= $(call at-hand,python3.11)
 NEWEST ?= $(call at-hand,python3.14 python3.13 python3.12)
 RUN := .venv/bin/python
 
-.PHONY: venv quickstart test test-versions test-oldest test-newest notebooks lint docs linkcheck peers peers-torch
+.PHONY: venv quickstart test test-faults test-versions test-oldest test-newest notebooks lint docs linkcheck peers peers-torch
 
 venv: .venv/.installed
 
@@ -27,6 +27,10 @@ quickly = $(shell XLA_FLAGS=$(QUICKLY) $(RUN) -c 'import jax; jax.devices()' >/d
 test: venv
 	XLA_FLAGS=$(quickly) $(RUN) -m pytest -n 2 -m 'not nightly and not optimized'
 	$(RUN) -m pytest -n 2 -m 'optimized and not nightly'
+
+ROUNDS ?= 10
+test-faults: venv  ## end runs of 1, 2 and 4 processes on the way, and compare what they come to
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN) tests/killing.py --rounds $(ROUNDS)
 
 test-versions:  ## the tests marked so, with the oldest and the newest that pyproject.toml admits
 	$(if $(OLDEST),$(MAKE) test-oldest,@echo "SKIPPED: the oldest versions; there is no python3.11.")

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from experiments.errors import ExperimentError
+from experiments.mesh import whole
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,6 +49,8 @@ class Progress:
 def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) -> None:
     """Write checkpoint `step`, wait for it, and remove all but the newest `keep`.
 
+    Of several processes each writes what it holds, and all must call this.
+
     Raises:
       ExperimentError: the directory cannot be written.
     """
@@ -60,8 +64,9 @@ def save(directory: Path, step: int, state: Any, progress: Progress, keep: int) 
         with _unlogged(), ocp.CheckpointManager(directory.absolute(), options=options) as manager:
             manager.save(step, args=arguments, force=True)
     except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
-        for part in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+        if jax.process_index() == 0:  # Others still write: theirs would be another error.
+            for part in directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(part, ignore_errors=True)
         raise ExperimentError(
             f"cannot write checkpoint {directory / str(step)}: {_reason(error)}. Earlier "
             "checkpoints are kept; make room or put the cause right, and continue with --resume."
@@ -121,10 +126,15 @@ def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
             target = _stored(path)
         else:
             check_tree(leaf_shapes(target), leaf_shapes(_stored(path)), str(path))
-        with ocp.StandardCheckpointer() as checkpointer:
-            state = checkpointer.restore(path.absolute() / "state", target)
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            record: dict[str, Any] = dict(checkpointer.restore(path.absolute() / "progress"))
+        # Handlers, not checkpointers, which wait for other processes: each process reads the whole
+        # state, whatever mesh wrote it, and verifies it before it is laid out.
+        arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target)
+        state = ocp.StandardCheckpointHandler().restore(
+            epath.Path(path.absolute() / "state"), args=ocp.args.StandardRestore(arrays)
+        )
+        record: dict[str, Any] = dict(
+            ocp.JsonCheckpointHandler().restore(epath.Path(path.absolute() / "progress"))
+        )
         digest, written = record.pop("digest"), record.pop("record_digest", None)
         intact = written in (None, _record_digest(record))  # None: by an earlier version
         record["history"] = tuple(record["history"])
@@ -137,7 +147,7 @@ def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
         raise ExperimentError(_corrupt(path, "its progress is not what was written"))
     if digest != _digest(state):
         raise ExperimentError(_corrupt(path, "its arrays are not those that were written"))
-    return state, progress
+    return jax.tree.map(jnp.array, state), progress
 
 
 def check_tree(expected: Shapes, found: Shapes, source: str) -> None:
@@ -185,7 +195,7 @@ def _digest(state: Any) -> str:
     leaves = {_key(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     sha = hashlib.sha256()
     for key in sorted(leaves):
-        sha.update(key.encode() + np.ascontiguousarray(leaves[key]).tobytes())
+        sha.update(key.encode() + np.ascontiguousarray(whole(leaves[key])).tobytes())
     return sha.hexdigest()
 
 

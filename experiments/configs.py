@@ -76,6 +76,9 @@ class Experiment:
     steps_per_dispatch: int = 1
     """Training steps compiled into one `lax.scan`. On CPU one is fastest by far: XLA runs
     convolutions inside a loop without its multi-threaded kernels."""
+    accumulate: int = 1
+    """Parts of a batch that go through the model one after the other, before one step of the
+    optimizer: less memory. BatchNorm's statistics and ranges are those of each part in turn."""
     test_batch_size: int = 500
     quant: sq.SimQATConfig = dataclasses.field(default_factory=sq.SimQATConfig)
     freeze_bn_epoch: int | None = None
@@ -86,7 +89,13 @@ class Experiment:
 
     def __post_init__(self) -> None:
         data.check_name(self.data)
-        for field in ("batch_size", "epochs", "steps_per_dispatch", "test_batch_size"):
+        for field in (
+            "batch_size",
+            "epochs",
+            "steps_per_dispatch",
+            "accumulate",
+            "test_batch_size",
+        ):
             _require(self, field, getattr(self, field) >= 1, "1 or more")
         for field in ("finetune_epochs", "image_size"):
             value = getattr(self, field)
@@ -359,7 +368,7 @@ CONFIGS: dict[str, Callable[[], Experiment]] = {
 OVERRIDABLE = (
     *("data", "epochs", "finetune_epochs", "batch_size", "learning_rate"),
     *("finetune_learning_rate", "step_learning_rate", "schedule", "warmup_epochs", "weight_decay"),
-    *("label_smoothing", "dtype", "seed", "steps_per_dispatch", "quant", "bn_fold"),
+    *("label_smoothing", "dtype", "seed", "steps_per_dispatch", "accumulate", "quant", "bn_fold"),
     *("freeze_bn_epoch", "float_checkpoint"),
 )
 """Fields that the command line may replace; `bn_fold` is one of `quant`."""

@@ -16,6 +16,7 @@ from experiments.checkpoints import Progress
 from experiments.configs import Experiment
 from experiments.data import ImageData
 from experiments.errors import ExperimentError
+from experiments.mesh import Layout, one_device
 
 STEPS = "quant_params"
 """The collection of learned steps."""
@@ -57,6 +58,8 @@ class Phase:
     """Number of checkpoints kept."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, besides the one after every epoch."""
+    layout: Layout = dataclasses.field(default_factory=one_device)
+    """Where batches and state lie."""
 
     @property
     def steps_per_epoch(self) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from experiments.configs import Experiment
 from experiments.errors import ExperimentError
 from simqat_jax.files import atomic_file
 
+PLAN = "plan.txt"
+"""In a run's directory."""
 _LEFT_BEHIND = ("config.json.tmp", ".*.part")
 """What a process that was killed while it wrote a file of the run leaves behind."""
 
@@ -72,7 +75,24 @@ def load_experiment(run: Path) -> Experiment:
     return experiment
 
 
-def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]) -> Path:
+def check_shared(run: Path, experiment: Experiment) -> None:
+    """Check that this process sees the run that process 0 has opened.
+
+    Raises:
+      ExperimentError: it does not.
+    """
+    with contextlib.suppress(ExperimentError):
+        if not _differences(_read_settings(run), experiment.settings()):
+            return
+    raise ExperimentError(
+        f"{run} on {socket.gethostname()} is not the directory that process 0 has opened: give "
+        "all processes a --runs-dir on a file system that they share."
+    )
+
+
+def write_results(
+    run: Path, experiment: Experiment, phases: dict[str, Progress], mesh: str = "data=1"
+) -> Path:
     """Write results.json: figures of every phase, settings, versions, history of every epoch.
 
     Raises:
@@ -87,6 +107,7 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     results["settings"] = experiment.settings()
     results |= {f: results["settings"][f] for f in ("config", "data", "seed", "epochs")}
     results["batch_size"] = experiment.batch_size
+    results["mesh"], results["processes"] = mesh, jax.process_count()
     results["device"] = f"{jax.default_backend()}: {jax.devices()[0].device_kind}"
     results["versions"] = {
         "python": platform.python_version(),
@@ -106,13 +127,13 @@ def write_results(run: Path, experiment: Experiment, phases: dict[str, Progress]
     return path
 
 
-def write_plan(run: Path, text: str) -> Path:
+def write_plan(run: Path, text: str) -> None:
     """Write plan.txt: what the SimQAT phases quantize.
 
     Raises:
       ExperimentError: it cannot be written.
     """
-    path = run / "plan.txt"
+    path = run / PLAN
     try:
         with atomic_file(path) as file:
             file.write(text.encode())
@@ -121,7 +142,6 @@ def write_plan(run: Path, text: str) -> Path:
             f"cannot write {path}: {error.strerror or error}. Put the cause right, and continue "
             "with --resume."
         ) from error
-    return path
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """One training loop for float and quantized models: the same code, other collections."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -8,14 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import simqat_jax as sq
-from experiments import checkpoints, optimization
+from experiments import checkpoints, processes
 from experiments.checkpoints import Progress
 from experiments.data import Batch, MaskedBatch
-from experiments.errors import ExperimentError
+from experiments.errors import CommonError, Preempted
 from experiments.phases import STEPS, Phase, TrainState
+from experiments.preemption import Notice
+from experiments.steps import make_train_step
 
 Report = Callable[[Progress, TrainState], None]
 """What is told while a phase is trained; the state is consumed by the step that follows."""
@@ -31,58 +33,6 @@ class Metrics(NamedTuple):
     """Top-1: the label has the highest logit."""
     top5_accuracy: float
     """The label is among the five highest; 1 where there are no more than five classes."""
-
-
-def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """Return the compiled `(state, (images, labels)) -> (state, loss)`; it consumes `state`.
-
-    With `steps_per_dispatch` above 1 images, labels and losses have a leading axis of steps.
-    """
-    optimizer = phase.optimizer()
-    key = jax.random.key(phase.experiment.seed + 1)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        images, labels = (jnp.asarray(part) for part in batch)
-        # The step decides what is random: a continued run draws what the whole one would have.
-        step_key = jax.random.fold_in(key, state.step)
-        images = phase.dataset.transform(images, jax.random.fold_in(step_key, 1))
-
-        def loss_fn(params: Any, steps: Any) -> tuple[jax.Array, dict]:
-            logits, updates = phase.model.apply(
-                dataclasses.replace(state, params=params, quant_params=steps).variables,
-                images,
-                train=True,
-                mutable=list(state.collections),
-                rngs={"dropout": step_key},
-            )
-            smoothing = phase.experiment.label_smoothing
-            return optimization.cross_entropy(logits, labels, smoothing), dict(updates)
-
-        differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
-        (loss, updates), (grads, steps_grads) = differentiate(state.params, state.quant_params)
-        deltas, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, deltas),
-            opt_state=opt_state,
-            collections={**state.collections, **updates},
-        )
-        return _with_steps(phase, new, steps_grads), loss
-
-    if phase.experiment.steps_per_dispatch == 1:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
-
-
-def _with_steps(phase: Phase, state: TrainState, grads: Any) -> TrainState:
-    """Return the state after an update of its learned steps, if there are any."""
-    if not state.quant_params:
-        return state
-    optimizer = phase.steps_optimizer()
-    deltas, opt_state = optimizer.update(grads, state.steps_opt_state, state.quant_params)
-    steps = optax.apply_updates(state.quant_params, deltas)
-    return dataclasses.replace(state, quant_params=steps, steps_opt_state=opt_state)
 
 
 def set_steps(phase: Phase, state: TrainState) -> TrainState:
@@ -116,12 +66,15 @@ def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:
             train=False,
         )
         top = in_top(logits, labels, 1), in_top(logits, labels, 5)
-        return jnp.sum(top[0] & mask), jnp.sum(top[1] & mask)
+        return layout.constrain((jnp.sum(top[0] & mask), jnp.sum(top[1] & mask)))
+
+    layout = phase.layout
+    size = math.ceil(phase.experiment.test_batch_size / layout.shards) * layout.shards
 
     def evaluate(state: TrainState) -> Metrics:
         correct, correct5 = 0, 0
-        for batch in phase.dataset.test_batches(phase.experiment.test_batch_size):
-            first, five = count(state, batch)
+        for batch in phase.dataset.test_batches(size, layout.rows(size)):
+            first, five = count(state, layout.put(batch, size))
             correct, correct5 = correct + int(first), correct5 + int(five)
         total = phase.dataset.test_size
         return Metrics(accuracy=correct / total, top5_accuracy=correct5 / total)
@@ -144,43 +97,56 @@ def in_top(logits: jax.Array, labels: jax.Array | np.ndarray, k: int) -> jax.Arr
     return jnp.any(indices == jnp.asarray(labels)[:, None], axis=-1)
 
 
-def train(phase: Phase, state: TrainState, report: Report) -> tuple[TrainState, Progress]:
+def train(
+    phase: Phase, state: TrainState, report: Report, notice: Notice | None = None
+) -> tuple[TrainState, Progress]:
     """Train a phase to its end, from its newest checkpoint if it has one.
 
     Args:
       phase: what to train.
-      state: the first state; consumed.
+      state: the first state, whole on one device of each process; consumed.
       report: called with progress and state every few steps and after every epoch.
+      notice: asked after every step whether to save and end.
 
     Returns:
-      the last state and the progress with the history of all epochs.
+      the last state, laid out as the first one, and the progress with the history of all epochs.
 
     Raises:
       ExperimentError: a loss that is NaN or Inf; a corrupt or other model's checkpoint.
+      Preempted: a notice came, and a checkpoint has been written.
     """
+    notice = notice or Notice()
     progress = Progress(seed=phase.experiment.seed)
     newest = checkpoints.latest(phase.directory)
     if newest is not None:
-        state, progress = checkpoints.restore(phase.directory, newest, state)
+        read = processes.together(lambda: checkpoints.restore(phase.directory, newest, state))
+        state, progress = read
     else:
         state = set_steps(phase, state)
     report(progress, state)
     if progress.epoch == phase.epochs:
         return state, progress
+    state = phase.layout.place(state)
     train_step, evaluate = make_train_step(phase), make_evaluation(phase)
     compile_seconds = _warm_up(phase, train_step, state)
     if progress.compile_seconds is None:
         progress = dataclasses.replace(progress, compile_seconds=compile_seconds)
     while progress.epoch < phase.epochs:
-        state, progress = _train_epoch(phase, train_step, state, progress, report)
+        state, progress = _train_epoch(phase, train_step, state, progress, report, notice)
         progress = _close_epoch(phase, progress, evaluate(state))
         _save(phase, state, progress)
         report(progress, state)
-    return state, progress
+        _end_if(notice, phase, state)
+    return phase.layout.local(state), progress
 
 
 def _train_epoch(
-    phase: Phase, train_step: Callable, state: TrainState, progress: Progress, report: Report
+    phase: Phase,
+    train_step: Callable,
+    state: TrainState,
+    progress: Progress,
+    report: Report,
+    notice: Notice,
 ) -> tuple[TrainState, Progress]:
     """Train from where `progress` stands to the end of the epoch."""
     losses: list[jax.Array] = []
@@ -193,7 +159,7 @@ def _train_epoch(
         steps += loss.size
         since_save += loss.size
         ended = steps == phase.steps_per_epoch
-        due = phase.checkpoint_every is not None and since_save >= phase.checkpoint_every
+        due = notice.after_step() or since_save >= (phase.checkpoint_every or math.inf)
         if not (ended or due or len(losses) * loss.size >= SYNC_STEPS):
             continue
         values = np.concatenate([np.atleast_1d(np.asarray(one)) for one in losses])
@@ -211,31 +177,45 @@ def _train_epoch(
         if due and not ended:
             _save(phase, state, progress)
             since_save = 0
+            _end_if(notice, phase, state)
         report(progress, state)
         start = time.perf_counter()
     return state, progress
 
 
+def _end_if(notice: Notice, phase: Phase, state: TrainState) -> None:
+    """End the run where a notice came; the state has been saved.
+
+    Raises:
+      Preempted: one came.
+    """
+    if notice.reached:
+        saved = phase.directory / str(int(state.step))
+        raise Preempted(f"ended by SIGTERM, with checkpoint {saved}.")
+
+
 def _dispatches(phase: Phase, epoch: int, start: int) -> Iterator[Batch]:
     """Yield what one call of the compiled step takes: a batch, or a stack of batches."""
-    experiment = phase.experiment
-    batches = phase.dataset.train_batches(experiment.batch_size, experiment.seed, epoch, start)
-    count = experiment.steps_per_dispatch
+    experiment, layout = phase.experiment, phase.layout
+    size, count = experiment.batch_size, experiment.steps_per_dispatch
+    read = phase.dataset.train_batches(size, experiment.seed, epoch, start, layout.rows(size))
     if count == 1:
-        yield from batches
+        yield from (layout.put(batch, size) for batch in read)
         return
-    while len(stack := [batch for _, batch in zip(range(count), batches, strict=False)]) == count:
+    while len(stack := [batch for _, batch in zip(range(count), read, strict=False)]) == count:
         images, labels = zip(*stack, strict=True)
-        yield np.stack(images), np.stack(labels)
+        yield layout.put((np.stack(images), np.stack(labels)), size, axis=1)
 
 
 def _warm_up(phase: Phase, train_step: Callable, state: TrainState) -> float:
     """Compile the step by running it on a copy of the state; return the seconds it took."""
     experiment = phase.experiment
     stack = () if experiment.steps_per_dispatch == 1 else (experiment.steps_per_dispatch,)
-    labels = np.zeros((*stack, experiment.batch_size), np.int32)
+    size = experiment.batch_size
+    labels = np.zeros((*stack, size), np.int32)[..., phase.layout.rows(size)]
     image = phase.dataset.sample()[0]
-    batch = np.broadcast_to(image, (*labels.shape, *image.shape)).copy(), labels
+    images = np.broadcast_to(image, (*labels.shape, *image.shape)).copy()
+    batch = phase.layout.put((images, labels), size, axis=len(stack))
     start = time.perf_counter()
     jax.block_until_ready(train_step(jax.tree.map(jnp.copy, state), batch))
     return time.perf_counter() - start
@@ -265,7 +245,7 @@ def _check_finite(phase: Phase, state: TrainState, progress: Progress, losses: n
     """Refuse a loss that is NaN or Inf.
 
     Raises:
-      ExperimentError: one is; names the first, and the tensors that held NaN or Inf.
+      CommonError: one is; names the first, and the tensors that held NaN or Inf.
     """
     bad = np.flatnonzero(~np.isfinite(losses))
     if not bad.size:
@@ -282,4 +262,4 @@ def _check_finite(phase: Phase, state: TrainState, progress: Progress, losses: n
         ranges = sq.nonfinite_ranges(state.collections["quant_stats"])
         listed = "\n".join(f"  {name}: {count} batches" for name, count in ranges.items())
         message += "\nTensors that held NaN or Inf:\n" + (listed or "  none")
-    raise ExperimentError(message)
+    raise CommonError(message)

@@ -16,6 +16,10 @@ Batch = tuple[np.ndarray, np.ndarray]
 """Images, shape (batch, H, W, C), and labels, int32, shape (batch,)."""
 MaskedBatch = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Images, labels, and mask, bool, shape (batch,): False where a batch is only filled up."""
+Rows = np.ndarray | slice
+"""Which rows of each batch to read: indices, ascending."""
+ALL = slice(None)
+"""Every row."""
 Transform = Callable[[jax.Array, jax.Array | None], jax.Array]
 """`(images, key)` to the model's input, inside the compiled step; key None in evaluation."""
 
@@ -61,7 +65,7 @@ class ImageData(Protocol):
         ...
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, rows: Rows = ALL
     ) -> Iterator[Batch]:
         """Yield one epoch's training batches, shuffled.
 
@@ -73,11 +77,16 @@ class ImageData(Protocol):
           seed: of the run.
           epoch: number of the epoch, from 0.
           start: number of batches to leave out at the beginning (those trained on already).
+          rows: of each batch, those to read and to yield: what a process of several has.
         """
         ...
 
-    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
+    def test_batches(self, batch_size: int, rows: Rows = ALL) -> Iterator[MaskedBatch]:
         """Yield every test image once, in order; the last batch is filled up."""
+        ...
+
+    def digest(self) -> str:
+        """Return a hash that other data do not have."""
         ...
 
 

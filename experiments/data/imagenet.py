@@ -5,6 +5,7 @@ number of workers, and not on where a run was stopped.
 """
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import math
@@ -18,9 +19,11 @@ from PIL import Image
 
 from experiments.data import augmentation
 from experiments.data.batches import (
+    ALL,
     Batch,
     Examples,
     MaskedBatch,
+    Rows,
     Transform,
     epoch_order,
     prepared_source,
@@ -78,13 +81,14 @@ class ImageNet:
         return np.zeros((1, self.image_size, self.image_size, 3), np.float32)
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, rows: Rows = ALL
     ) -> Iterator[Batch]:
         """Yield one epoch's batches, see ImageData."""
         sampler = BatchSampler(
             order=epoch_order(self.train_size, seed, epoch),
             seed=(seed, epoch),
             batch_size=batch_size,
+            rows=np.arange(batch_size)[rows],
             start=start,
             stop=self.train_size // batch_size,
             workers=self.workers,
@@ -92,13 +96,14 @@ class ImageNet:
         for batch in _load(self.train, sampler, RandomResizedCrop(self.image_size)):
             yield batch["image"], batch["label"]
 
-    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
+    def test_batches(self, batch_size: int, rows: Rows = ALL) -> Iterator[MaskedBatch]:
         """Yield every test image once, see ImageData; the last batch is filled up with others."""
         total = self.test_size
         sampler = BatchSampler(
             order=np.arange(total),
             seed=(0, 0),
             batch_size=batch_size,
+            rows=np.arange(batch_size)[rows],
             start=0,
             stop=math.ceil(total / batch_size),
             workers=self.workers,
@@ -106,7 +111,17 @@ class ImageNet:
         batches = _load(self.test, sampler, CenterCrop(self.image_size))
         for index, batch in enumerate(batches):
             mask = np.arange(batch_size) < total - index * batch_size
-            yield batch["image"], batch["label"], mask
+            yield batch["image"], batch["label"], mask[rows]
+
+    def digest(self) -> str:
+        """Return a hash of the sizes and of 16 records of each split: reading all takes an hour."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.test):
+            digest.update(str(len(split)).encode())
+            for index in np.linspace(0, len(split) - 1, 16).astype(int).tolist():
+                example = split[index]
+                digest.update(bytes(example["image"]) + str(int(example["label"])).encode())
+        return digest.hexdigest()[:16]
 
 
 def load(image_size: int = 224, workers: int = 0) -> ImageNet:
@@ -140,6 +155,7 @@ class BatchSampler:
       order: records of the epoch.
       seed: with the place in the epoch, seed of a record's augmentation.
       batch_size: records in a batch.
+      rows: of each batch, those that are read here.
       start: first batch of the epoch to yield.
       stop: batch of the epoch to end before. So that all workers have the same number, up to
         `workers - 1` more follow, which the reader leaves out.
@@ -149,20 +165,21 @@ class BatchSampler:
     order: np.ndarray
     seed: tuple[int, int]
     batch_size: int
+    rows: np.ndarray
     start: int
     stop: int
     workers: int
 
     def __len__(self) -> int:
         workers = max(self.workers, 1)
-        return math.ceil((self.stop - self.start) / workers) * workers * self.batch_size
+        return math.ceil((self.stop - self.start) / workers) * workers * len(self.rows)
 
     def __getitem__(self, index: int) -> grain.RecordMetadata:
         if index >= len(self):
             raise IndexError(index)
         turn, worker = divmod(index, max(self.workers, 1))
-        batch = turn // self.batch_size * max(self.workers, 1) + worker
-        place = (self.start + batch) * self.batch_size + turn % self.batch_size
+        batch = turn // len(self.rows) * max(self.workers, 1) + worker
+        place = (self.start + batch) * self.batch_size + int(self.rows[turn % len(self.rows)])
         return grain.RecordMetadata(
             index=index,
             record_key=int(self.order[place % len(self.order)]),
@@ -250,7 +267,7 @@ def _load(
     loader = grain.DataLoader(
         data_source=source,
         sampler=sampler,
-        operations=[transform, grain.Batch(sampler.batch_size, drop_remainder=True)],
+        operations=[transform, grain.Batch(len(sampler.rows), drop_remainder=True)],
         worker_count=sampler.workers,
         worker_buffer_size=2,
         shard_options=grain.NoSharding(),

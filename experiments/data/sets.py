@@ -4,6 +4,7 @@ The cache directory is SIMQAT_CACHE_DIR, by default ~/.cache/simqat_jax.
 """
 
 import dataclasses
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ import numpy as np
 
 from experiments.data import augmentation
 from experiments.data.batches import (
+    ALL,
     Arrays,
     Batch,
     ImageData,
     MaskedBatch,
+    Rows,
     Transform,
     epoch_order,
     prepared_source,
@@ -52,22 +55,30 @@ class Dataset:
         return self.train_images[:1]
 
     def train_batches(
-        self, batch_size: int, seed: int, epoch: int, start: int = 0
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, rows: Rows = ALL
     ) -> Iterator[Batch]:
         """Yield one epoch's batches, see ImageData."""
         order = epoch_order(self.train_size, seed, epoch)
         for step in range(start, len(order) // batch_size):
-            chosen = order[step * batch_size : (step + 1) * batch_size]
+            chosen = order[step * batch_size : (step + 1) * batch_size][rows]
             yield self.train_images[chosen], self.train_labels[chosen]
 
-    def test_batches(self, batch_size: int) -> Iterator[MaskedBatch]:
+    def test_batches(self, batch_size: int, rows: Rows = ALL) -> Iterator[MaskedBatch]:
         """Yield every test image once, see ImageData; the last batch is filled up with zeros."""
         for start in range(0, self.test_size, batch_size):
             stop = min(start + batch_size, self.test_size)
             fill = batch_size - (stop - start)
             images = np.pad(self.test_images[start:stop], [(0, fill), (0, 0), (0, 0), (0, 0)])
             labels = np.pad(self.test_labels[start:stop], (0, fill))
-            yield images, labels, np.arange(batch_size) < stop - start
+            mask = np.arange(batch_size) < stop - start
+            yield images[rows], labels[rows], mask[rows]
+
+    def digest(self) -> str:
+        """Return a hash of all images and labels."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:16]
 
 
 def load(name: str, image_size: int | None = None, workers: int = 0) -> ImageData:

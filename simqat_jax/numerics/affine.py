@@ -206,7 +206,9 @@ def _packed(mask: jax.Array) -> jax.Array:
     whole = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
     bits = whole.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
     bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, bits.ndim - 1)
-    return lax.reduce(bits, np.uint8(0), lax.bitwise_or, (bits.ndim - 1,))
+    # The sum of bits that are apart is their union, and one that backends also take over devices,
+    # where the last axis is divided among them: on CPUs XLA has no union there.
+    return lax.reduce(bits, np.uint8(0), lax.add, (bits.ndim - 1,))
 
 
 def _unpacked(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:

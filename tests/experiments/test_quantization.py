@@ -7,7 +7,7 @@ import pytest
 import tyro
 
 import simqat_jax as sq
-from experiments import configs, quantization, runs, train
+from experiments import configs, job, quantization, runs, train
 from experiments.errors import ExperimentError
 
 CONFIG = sq.SimQATConfig(weight_bits=4, rules=[sq.Rule(path="stem", quantize=False)])
@@ -115,6 +115,6 @@ def test_the_command_line_takes_them_in_this_order(tmp_path: Path) -> None:
         ],
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    assert train.chosen_quantization(arguments) == sq.SimQATConfig(
+    assert job.chosen_quantization(arguments) == sq.SimQATConfig(
         weight_bits=3, freeze_bn=9, rules=[sq.Rule(path="head", weight=sq.QuantSpec(num_bits=8))]
     )

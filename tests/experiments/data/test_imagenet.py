@@ -1,5 +1,6 @@
 """The ImageNet stream on a few images of the same schema, written here."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -71,12 +72,38 @@ def test_worker_processes_yield_the_same(dataset: data.ImageData) -> None:
     _assert_same(list(dataset.train_batches(4, 0, 0, 2)), list(parallel.train_batches(4, 0, 0, 2)))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_read_parts_of_the_same_batches(dataset: data.ImageData, workers: int) -> None:
+    """Each example once in an epoch, augmented the same, for any number of processes."""
+    part = data.load("imagenet2012", SIZE, workers)
+    for read, whole in (
+        (lambda rows: part.train_batches(4, 0, 0, 1, rows), dataset.train_batches(4, 0, 0, 1)),
+        (lambda rows: part.test_batches(4, rows), dataset.test_batches(4)),
+    ):
+        batches = list(whole)
+        for rows in (np.array([0, 1]), np.array([1, 3])):
+            expected = [tuple(array[rows] for array in batch) for batch in batches]
+            _assert_same(expected, list(read(rows)))
+
+
+def test_other_data_have_another_digest(dataset: data.ImageData) -> None:
+    assert isinstance(dataset, imagenet.ImageNet)
+    assert dataset.digest() == dataclasses.replace(dataset).digest()
+    assert dataset.digest() != dataclasses.replace(dataset, train=dataset.test).digest()
+
+
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 7])
 def test_sampler_gives_each_worker_whole_batches(workers: int) -> None:
     """A model of grain's reading: worker w reads every W-th index and batches what it reads."""
     order = np.random.default_rng(0).permutation(53)
     sampler = imagenet.BatchSampler(
-        order=order, seed=(0, 0), batch_size=5, start=3, stop=10, workers=workers
+        order=order,
+        seed=(0, 0),
+        batch_size=5,
+        rows=np.arange(5),
+        start=3,
+        stop=10,
+        workers=workers,
     )
     count = max(workers, 1)
     read = [

@@ -1,5 +1,6 @@
 """Data sets, their cache and their batches."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -130,6 +131,23 @@ def test_test_batches_cover_every_image_once() -> None:
     assert [images.shape for images, _, _ in batches] == [(3, 2, 2, 1)] * 2
     seen = np.concatenate([labels[mask] for _, labels, mask in batches])
     np.testing.assert_array_equal(seen, np.arange(5))
+
+
+def test_processes_read_parts_of_the_same_batches() -> None:
+    tiny, rows = _tiny(test=5), np.array([0, 2])
+    for whole, parts in (
+        (tiny.train_batches(3, 0, 0, 1), tiny.train_batches(3, 0, 0, 1, rows)),
+        (tiny.test_batches(3), tiny.test_batches(3, rows)),
+    ):
+        for batch, part in zip(whole, parts, strict=True):
+            for array, read in zip(batch, part, strict=True):
+                np.testing.assert_array_equal(array[rows], read)
+
+
+def test_other_data_have_another_digest() -> None:
+    assert _tiny().digest() == _tiny().digest()
+    changed = dataclasses.replace(_tiny(), test_labels=_tiny().test_labels + 1)
+    assert changed.digest() != _tiny().digest()
 
 
 def test_damaged_cache_is_rebuilt(cache: Path, capsys: pytest.CaptureFixture) -> None:

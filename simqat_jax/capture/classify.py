@@ -203,13 +203,13 @@ def inner_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
 def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
     """Whether an equation calls a function of this name that computes these, in this order.
 
-    What repeats values, stops gradients or is of mesh axes alone, counts for nothing.
+    What repeats values, stops gradients, changes types or is of mesh axes alone counts for nothing.
     """
     if function_name(eqn) != name:
         return False
     found = [inner.primitive.name for inner in inner_equations(eqn)]
-    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient", "pvary")]
-    return computing == primitives.split()
+    aside = ("broadcast_in_dim", "stop_gradient", "convert_element_type", "pvary")
+    return [n for n in found if n not in aside] == primitives.split()
 
 
 def is_float_function(eqn: core.JaxprEqn) -> bool:

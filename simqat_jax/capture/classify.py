@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import (
     Add,
@@ -177,7 +178,7 @@ def _scalar_value(operand: Operand | None) -> float | None:
     return float(np.asarray(operand.value).item()) if is_real(operand.value) else None
 
 
-def is_real(value: object) -> bool:
+def is_real(value: ArrayLike) -> bool:
     """Whether a constant holds real or whole numbers, or truth values: nothing complex, no key."""
     dtype = jnp.result_type(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.ir.graph import (
     Add,
@@ -177,7 +178,7 @@ def _scalar_value(operand: Operand | None) -> float | None:
     return float(np.asarray(operand.value).item()) if is_real(operand.value) else None
 
 
-def is_real(value: object) -> bool:
+def is_real(value: ArrayLike) -> bool:
     """Whether a constant holds real or whole numbers, or truth values: nothing complex, no key."""
     dtype = jnp.result_type(value)
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
@@ -203,13 +204,13 @@ def inner_equations(eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
 def calls(eqn: core.JaxprEqn, name: str, primitives: str) -> bool:
     """Whether an equation calls a function of this name that computes these, in this order.
 
-    What repeats values, stops gradients or is of mesh axes alone, counts for nothing.
+    What repeats values, stops gradients, changes types or is of mesh axes alone counts for nothing.
     """
     if function_name(eqn) != name:
         return False
     found = [inner.primitive.name for inner in inner_equations(eqn)]
-    computing = [n for n in found if n not in ("broadcast_in_dim", "stop_gradient", "pvary")]
-    return computing == primitives.split()
+    aside = ("broadcast_in_dim", "stop_gradient", "convert_element_type", "pvary")
+    return [n for n in found if n not in aside] == primitives.split()
 
 
 def is_float_function(eqn: core.JaxprEqn) -> bool:

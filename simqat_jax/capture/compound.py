@@ -51,7 +51,7 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
     parts = Parts(draft, division)
     exp = parts.made_by(division.inputs[0], "exp", Elementwise)
     total = parts.made_by(parts.behind(division.inputs[1]), "reduce_sum", Mean)
-    if exp is None or total is None or total.inputs[0] != exp.outputs[0]:
+    if exp is None or total is None or parts.unconverted(total.inputs[0]) != exp.outputs[0]:
         return
     parts.add(exp, total)
     axes, x = total.eqn.params["axes"], exp.inputs[0]

@@ -169,6 +169,7 @@ class Flattener:
         """Return a constant as an operand; a random key is made of numbers, as arrays are."""
         if not jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key):
             return Constant(value)
+        assert isinstance(value, jax.Array)
         numbers, closed = wrapped(value)
         (key,) = self.inline(closed.jaxpr, closed.consts, (Constant(numbers),), where)
         return key

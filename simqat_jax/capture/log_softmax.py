@@ -68,8 +68,10 @@ def _sum_of_exponentials(parts: Parts, v: Operand) -> tuple[tuple[int, ...], Ope
         parts.add(magnitude)
         v = parts.behind(magnitude.inputs[0])
     total = parts.made_by(v, "reduce_sum", Mean)
-    exp = None if total is None else parts.made_by(total.inputs[0], "exp", Elementwise)
-    if total is None or exp is None:
+    if total is None:
+        return None
+    exp = parts.made_by(parts.unconverted(total.inputs[0]), "exp", Elementwise)
+    if exp is None:
         return None
     parts.add(log, total, exp)
     return reduced_axes(total), exp.inputs[0]

@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from simqat_jax.capture.classify import function_name, inner_equations, is_real
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.passes import chain
-from simqat_jax.ir.graph import Clamp, Node, Operand, as_kind
+from simqat_jax.ir.graph import Clamp, Node, Operand, as_kind, shape_of
 from simqat_jax.numerics.requantize import FREE, Bounds
 
 SAME = frozenset("broadcast_in_dim reshape expand_dims squeeze stop_gradient copy".split())
@@ -29,13 +30,17 @@ class Parts:
     def behind(self, v: Operand, bounds: Iterable[Bounds] = (FREE,)) -> Operand:
         """Step over what keeps values, which becomes parts; return what it reads.
 
+        A change between real types keeps them: half-precision models add up in float32.
+
         Args:
           v: an operand.
           bounds: of clamps that keep the values at hand.
         """
         node = maker(self.draft, v)
         while node is not None and (
-            node.primitive in SAME or (isinstance(node, Clamp) and node.bounds in bounds)
+            node.primitive in SAME
+            or (isinstance(node, Clamp) and node.bounds in bounds)
+            or _changes_precision(node)
         ):
             source = next((x for x in node.inputs if isinstance(x, int)), None)
             if source is None:  # constants alone
@@ -43,6 +48,14 @@ class Parts:
             self.add(node)
             v, node = source, maker(self.draft, source)
         return v
+
+    def unconverted(self, v: Operand) -> Operand:
+        """Step over a change between real types, which becomes a part; return what it reads."""
+        node = maker(self.draft, v)
+        if node is None or not _changes_precision(node):
+            return v
+        self.add(node)
+        return node.inputs[0]
 
     def made_by(self, v: Operand, primitive: str, kind: type[Node] = Node) -> Node | None:
         """Return the node of this kind that makes a tensor."""
@@ -142,6 +155,13 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
     inner = inner_equations(node.eqn)
     sums = [eqn.params["axes"] for eqn in inner if eqn.primitive.name == "reduce_sum"]
     return tuple(map(int, sums[-1])) if sums else ()
+
+
+def _changes_precision(node: Node) -> bool:
+    """Whether a node converts real numbers to another type of real numbers."""
+    ends = (*node.eqn.invars, *node.eqn.outvars)
+    real = all(jnp.issubdtype(shape_of(v).dtype, jnp.floating) for v in ends)
+    return node.primitive == "convert_element_type" and real
 
 
 def maker(draft: Draft, v: Operand) -> Node | None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.extend import core
+from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import is_real
 from simqat_jax.capture.passes import dependent
@@ -120,7 +121,7 @@ class _PoleError(Exception):
     """A function has a pole."""
 
 
-def _literal(value: object) -> _Interval:
+def _literal(value: ArrayLike) -> _Interval:
     if not is_real(value):
         return _Interval(varies=False)
     array = np.asarray(value, np.float64)

@@ -106,17 +106,6 @@ class _Finder:
         trained = isinstance(kernels[0], int) and kernels[0] in self.parameters
         return trained or not _unreal(node)
 
-    def obstacle(self, node: Contraction) -> str | None:
-        """Say why a product cannot be quantized; None: it can.
-
-        A convolution slides its kernel over data, unless it is a gradient, for instance.
-        """
-        unreal = _unreal(node)
-        if unreal:
-            return f"it multiplies numbers of type {unreal[0]}"
-        slides = self.is_fed(node.inputs[0]) and node.eqn.params.get("batch_group_count", 1) == 1
-        return None if slides or not node.convolves else "its kernel is what the data slides over"
-
     # One product ------------------------------------------------------------------------------
 
     def add(self, node: Contraction) -> None:
@@ -130,7 +119,7 @@ class _Finder:
         if place is not None:
             self.draft.instead[node] = [as_kind(Float, node, excluded_by=place)]
             return
-        obstacle = self.obstacle(node)
+        obstacle = _obstacle(node, self.fed)
         if obstacle is not None:
             self.missed.append(Unquantizable(name.path, obstacle))
             return
@@ -359,6 +348,18 @@ def _kind(node: Contraction) -> str:
 
 def _is_float(dtype: DTypeLike) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def _obstacle(node: Contraction, fed: frozenset[int]) -> str | None:
+    """Say why a product cannot be quantized; None: it can.
+
+    A convolution slides its kernel over data, unless it is a gradient, for instance.
+    """
+    unreal = _unreal(node)
+    if unreal:
+        return f"it multiplies numbers of type {unreal[0]}"
+    slides = node.inputs[0] in fed and node.eqn.params.get("batch_group_count", 1) == 1
+    return None if slides or not node.convolves else "its kernel is what the data slides over"
 
 
 def _unreal(node: Contraction) -> list[DTypeLike]:

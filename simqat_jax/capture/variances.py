@@ -152,10 +152,11 @@ def _mean(parts: Parts, v: Operand) -> _Mean | None:
 def _sum(parts: Parts, v: Operand) -> _Mean | None:
     """Return what a tensor is the sum of, over which axes."""
     total = parts.made_by(v, "reduce_sum", Mean)
-    if total is None or not isinstance(total.inputs[0], int):
+    x = None if total is None else parts.unconverted(total.inputs[0])
+    if total is None or not isinstance(x, int):
         return None
     parts.add(total)
-    x, axes = total.inputs[0], reduced_axes(total)
+    axes = reduced_axes(total)
     return _Mean(x, axes, _terms(parts.draft, x, axes))
 
 

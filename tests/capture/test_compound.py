@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from models import EXPORTS, observed
 from zoo import Model
 
@@ -63,6 +64,29 @@ def exp_over_sum(x):
 def test_a_softmax_is_one_node(function):
     found = [row.kind for row in rows(Model(lambda x: function(nn.Dense(4)(x))), X)]
     assert found[1:] == ["softmax"]
+
+
+def rms(x):
+    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [
+        (nn.softmax, "softmax"),
+        (exp_over_sum, "softmax"),
+        (nn.log_softmax, "log_softmax"),
+        (lambda x: x - jax.nn.logsumexp(x, -1, keepdims=True), "log_softmax"),
+        (rms, "norm"),
+        (nn.standardize, "norm"),
+    ],
+)
+def test_sums_in_float32_between_half_precision(function, kind, dtype):
+    def body(x):
+        return nn.Dense(3, dtype=dtype)(function(nn.Dense(4, dtype=dtype)(x)))
+
+    assert [row.kind for row in rows(Model(body), X)] == ["dense", kind, "dense"]
 
 
 def test_a_sum_along_another_axis_makes_no_softmax():

@@ -300,7 +300,7 @@ def in_fourier_space(x, param):
 
 
 def test_a_product_of_complex_numbers_is_named():
-    with pytest.raises(ValueError, match="multiplies numbers of type complex64") as error:
+    with pytest.raises(ValueError, match="matmul: it multiplies numbers of type complex") as error:
         initialized(Written(in_fourier_space), SEQUENCES)
     assert "exclude=('matmul',)" in str(error.value)
     _, variables, y = observed(

@@ -8,7 +8,7 @@ from jax import lax
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.log_softmax import find_log_softmax
-from simqat_jax.capture.masks import joined, take_masks
+from simqat_jax.capture.masks import hides_no_mask, joined, take_masks
 from simqat_jax.capture.norms import find_norms, find_spreads
 from simqat_jax.capture.own_batch_norm import find_own_batch_norms
 from simqat_jax.capture.parts import Parts, maker, reduced_axes, repeated, unwrapped
@@ -79,7 +79,8 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
 
 def _is_biased(draft: Draft, v: Operand) -> bool:
     """Whether numbers are added to scores that may be a mask, beside which grids have no digits."""
-    return isinstance(maker(draft, unwrapped(draft, v)), Add)
+    node = maker(draft, unwrapped(draft, v))
+    return isinstance(node, Add) and not all(hides_no_mask(draft, x) for x in node.inputs)
 
 
 # Products of two tensors -------------------------------------------------------------------------

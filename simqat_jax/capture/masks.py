@@ -10,13 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from simqat_jax.capture.classify import is_real
 from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, Parts, maker, number
-from simqat_jax.ir.graph import Add, Float, Node, Operand, as_kind, shape_of
+from simqat_jax.ir.graph import (
+    Add,
+    Constant,
+    Contraction,
+    Float,
+    Node,
+    Operand,
+    Product,
+    as_kind,
+    shape_of,
+)
+from simqat_jax.ir.replay import constants
 
 _FAR = 1e3
 """Real units: farther apart than scores are. A grid of 8 bits would reach it with steps of 4 alone,
@@ -142,6 +154,51 @@ def _added(draft: Draft, node: Add) -> tuple[int, Mask] | None:
         if aligned and _is_far(draft, added, known) and not _is_far(draft, x, known):
             return x, Added(added, node.subtracts)
     return None
+
+
+def hides_no_mask(draft: Draft, v: Operand) -> bool:
+    """Whether a summand of scores is a product, or learned: biases of relative positions."""
+    if not (isinstance(v, int) and v in draft.graph.data):
+        made_of = _near_sources(draft, v)
+        return bool(made_of and made_of.intersection(draft.graph.parameters))
+    node = draft.producers.get(v)
+    while node is not None and _is_moved_or_scaled(draft, node):
+        node = draft.producers.get(node.data_inputs(draft.graph.data)[0])
+    if isinstance(node, Add):
+        return all(hides_no_mask(draft, x) for x in node.inputs)
+    return isinstance(node, Contraction | Product)
+
+
+def _is_moved_or_scaled(draft: Draft, node: Node) -> bool:
+    if node.primitive in (*SAME, "transpose"):
+        return True
+    data = draft.graph.data
+    if node.primitive not in ("mul", "div") or node.parts or len(node.data_inputs(data)) != 1:
+        return False
+    (factor,) = (x for x in node.inputs if x not in data)
+    known = number(draft, factor)
+    return _near_sources(draft, factor) is not None and (known is None or abs(known) > 1 / _FAR)
+
+
+def _near_sources(draft: Draft, v: Operand) -> set[Operand] | None:
+    """Return what a tensor without data is made of; None: of constants as masks have them."""
+    known, waiting = {v}, [v]
+    while waiting:
+        v = waiting.pop()
+        node = draft.producers.get(v) if isinstance(v, int) else None
+        held = [v.value] if isinstance(v, Constant) else constants(node) if node else []
+        if len(known) > _MOST_TENSORS or any(map(_reaches_far, held)):
+            return None
+        new = set(node.inputs) - known if node is not None else set()
+        known.update(new)
+        waiting.extend(new)
+    return known
+
+
+def _reaches_far(value: ArrayLike) -> bool:
+    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return False  # indices
+    return isinstance(value, Tracer) or bool(np.any(np.abs(np.asarray(value)) >= _FAR))
 
 
 # What a tensor may hold --------------------------------------------------------------------------

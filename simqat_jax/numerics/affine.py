@@ -114,6 +114,11 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
         raise ValueError(
             f"lo and hi must both be scalars or both of shape (C,), got {lo.shape} and {hi.shape}."
         )
+    return _placed(lo, hi, spec, starts_at_zero)
+
+
+@partial(jax.jit, static_argnums=(2, 3))  # traced once for all quantizers that are alike
+def _placed(lo: jax.Array, hi: jax.Array, spec: QuantSpec, starts_at_zero: bool) -> QuantParams:
     lo, hi = lax.min(lo, lax.full_like(lo, 0)), lax.max(hi, lax.full_like(hi, 0))
     if spec.symmetric:
         span, steps = lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
@@ -174,6 +179,13 @@ def dequantize(
 def _fake_quant(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
 ) -> jax.Array:
+    return _nearest(x, scale, zero_point, bounds)
+
+
+@partial(jax.jit, static_argnums=3)
+def _nearest(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
+) -> jax.Array:
     return _rounded(x, scale, zero_point, bounds)[0]
 
 
@@ -181,17 +193,19 @@ def _rounded(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
     """Return values on the grid, and whether each was inside of the range."""
-    codes = _codes(x.astype(jnp.float32), scale, zero_point)
-    inside = (codes >= bounds[0]) & (codes <= bounds[1])
-    codes = lax.clamp(jnp.float32(bounds[0]), codes, jnp.float32(bounds[1]))
-    return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype), inside
+    free = _codes(x.astype(jnp.float32), scale, zero_point)
+    codes = lax.clamp(jnp.float32(bounds[0]), free, jnp.float32(bounds[1]))
+    y = ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
+    return y, lax.eq(codes, free)
 
 
+@partial(jax.jit, static_argnums=3)
 def _fake_quant_fwd(x, scale, zero_point, bounds):
     y, inside = _rounded(x, scale, zero_point, bounds)
     return y, _packed(inside)
 
 
+@partial(jax.jit, static_argnums=0)
 def _fake_quant_bwd(bounds, packed, g):
     return lax.select(_unpacked(packed, g.shape), g, lax.full_like(g, 0)), None, None
 

@@ -1,14 +1,24 @@
 """Training: observe ranges, and simulate quantization with them."""
 
+import math
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
+from simqat_jax.ir.graph import Extremum
 from simqat_jax.ir.plan import Placement, Quantizer, Step
-from simqat_jax.numerics.observers import Learned, Range
+from simqat_jax.numerics.observers import Learned, Observer, Range, State
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.ops.operation import bounds_of
 from simqat_jax.training.ranges import Stats
 from simqat_jax.training.values import Observation, Run, Seen, Value, Values
+
+_NO_BOUND = {"max": -math.inf, "min": math.inf}
+"""By operation the infinity that takes no value's place."""
 
 
 class Simulation(Run):
@@ -32,6 +42,13 @@ class Simulation(Run):
 
     def put_on_grid(self, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
         return self.observed(quantizer, x, seen, x, FREE)
+
+    def constant(self, step: Step, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
+        bound = _NO_BOUND.get(step.node.primitive) if isinstance(step.node, Extremum) else None
+        if bound is None:
+            return super().constant(step, quantizer, x, seen)
+        # What bounds nothing is the first or last code of any range; every range holds zero.
+        return self.observed(quantizer, x, seen, jnp.where(x == bound, 0, x), FREE)
 
     def observed(
         self, quantizer: Quantizer, x: jax.Array, seen: Seen, unclamped: jax.Array, bounds: Bounds
@@ -59,17 +76,36 @@ class Simulation(Run):
     ) -> Range:
         """Take a tensor into its range, and return the range that it trains on."""
         observer, name = quantizer.observer, quantizer.name
+        values = lax.stop_gradient(x)
         if not quantizer.has_state:
-            return observer.present_range(x)
-        measured = observer.measure(x, bounds)
+            return _present_range(observer, values)
+        measured = _measured(observer, values, bounds)
         if self.placement.axis_name is not None:
             measured = observer.reduce(measured, self.placement.axis_name)
         if name in seen:  # tensors that share a range widen each other's
             measured = observer.merge(measured, seen[name].measured)
-        state = observer.update(self.stats[name], measured)
+        state = _updated(observer, self.stats[name], measured)
         seen[name] = Observation(measured, state)
         before = self.stats[name] if name in self.shared else None
         return observer.training_range(state, before)
 
     def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
         return self.observe(quantizer, flat, seen)
+
+
+# Traced once for all quantizers that are alike: a model may have hundreds.
+
+
+@partial(jax.jit, static_argnums=0)
+def _present_range(observer: Observer, x: jax.Array) -> Range:
+    return observer.present_range(x)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _measured(observer: Observer, x: jax.Array, bounds: Bounds) -> Any:
+    return observer.measure(x, bounds)
+
+
+@partial(jax.jit, static_argnums=0)
+def _updated(observer: Observer, state: State, measured: Any) -> State:
+    return observer.update(state, measured)

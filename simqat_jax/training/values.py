@@ -76,6 +76,11 @@ class Run:
         """Quantize a tensor as it is: a model input, a constant."""
         raise NotImplementedError
 
+    def constant(self, step: Step, quantizer: Quantizer, x: jax.Array, seen: Seen) -> Value:
+        """Quantize a constant that a step reads."""
+        del step
+        return self.put_on_grid(quantizer, x, seen)
+
     def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
         """Return the range of a kernel, viewed as (inputs, output channels)."""
         raise NotImplementedError
@@ -131,7 +136,7 @@ class Run:
             value = read(v, env)
             quantizer = self.placement.constants.get(Slot(step, position))
             if quantizer is not None:
-                value = self.put_on_grid(quantizer, jnp.asarray(value.real), seen)
+                value = self.constant(step, quantizer, jnp.asarray(value.real), seen)
             values.append(value)
         return values
 

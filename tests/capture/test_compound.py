@@ -118,6 +118,14 @@ def from_ids(*masked):
     return Model(call)
 
 
+DISTANCES = np.arange(6)[:, None] - np.arange(6) + 5
+
+
+def learned():
+    """Biases of relative positions, from a table."""
+    return nn.Embed(11, 1)(DISTANCES)[None, ..., 0]
+
+
 ADDED = {
     "of whole numbers": lambda w, m: w + (1.0 - m.astype(w.dtype)) * -10000.0,
     "subtracted": lambda w, m: w - 1e9 * (1.0 - m),
@@ -150,12 +158,58 @@ def test_numbers_far_apart_are_a_mask(name):
         lambda w, m: w - 1e9 * jnp.exp(1.0 * m),
         lambda w, m: w + 1e9 * (m * jnp.tanh(w)),
         lambda w, m: w + (1e6 * jnp.sin(1.0 * m)).astype(jnp.int32),
+        lambda w, m: w - 1e9 * (m.swapaxes(1, 2) * 1.0) @ (m * 1.0),
+        lambda w, m: w + (learned() + FUTURE),
+        lambda w, m: w + jnp.where(CAUSAL, learned(), -1e9),
+        lambda w, m: jnp.where(m == 0, -1e9, w) + learned(),
     ],
-    ids=["of one", "near", "of 500", "distances", "an exponential", "of scores", "cut to integers"],
+    ids=[
+        "of one",
+        "near",
+        "of 500",
+        "distances",
+        "an exponential",
+        "of scores",
+        "cut to integers",
+        "a product",
+        "beside learned ones",
+        "in learned ones",
+        "below learned ones",
+    ],
 )
 def test_other_numbers_are_none(biased):
     found = [row.kind for row in rows(from_ids(biased), TOKENS)]
     assert "softmax" not in found
+
+
+LEARNED = {
+    "of a table": lambda w: w + learned(),
+    "of rows of a table": lambda w: w + nn.Embed(11, 1)(DISTANCES.ravel()).reshape(1, 6, 6),
+    "scaled scores": lambda w: learned() + w / 3.0,
+    "behind a mask": lambda w: jnp.where(CAUSAL, w + learned(), -1e9),
+    "two": lambda w: w + learned() + nn.Dense(6)(w),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_biases_are_added_to_codes(name):
+    found = [row.kind for row in rows(attention(LEARNED[name]), X)]
+    assert found.count("softmax") == 1
+    assert "add" in found
+    assert "float" not in found
+
+
+@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
+def test_learned_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
+    config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))
+    qmodel, variables, _ = observed(attention(LEARNED["behind a mask"]), X, config=config)
+    y = jax.jit(qmodel.apply)(variables, X)
+    integer = sq.convert(qmodel, variables, X)
+    assert not integer.program.float_ops
+    np.testing.assert_array_equal(integer(X), y)
+    path = tmp_path / f"model.{backend}"
+    EXPORTS[backend](integer, path)
+    assert sq.verify(integer, path, X).differing == 0
 
 
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])

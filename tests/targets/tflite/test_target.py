@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from models import converted
+from models import converted, observed
 from single_operations import random_codes, single
-from zoo import CASES, Case
+from zoo import CASES, Case, Model
 
 import simqat_jax as sq
 from simqat_jax.ir.program import grid_of
@@ -260,3 +260,16 @@ def test_an_interrupted_export_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         monkeypatch.undo()
         sq.export_tflite(model, tmp_path / "missing" / "m.tflite")
+
+
+def test_a_kernel_that_is_read_again_is_held_once(tmp_path):
+    def call(x):
+        dense = nn.Dense(256, use_bias=False)
+        return dense(dense(x))
+
+    x = jax.random.normal(jax.random.key(0), (2, 256))
+    qmodel, variables, _ = observed(Model(call), x, config=CONFIG)
+    model = sq.convert(qmodel, variables, x)
+    sq.export_tflite(model, tmp_path / "m.tflite")
+    assert 256**2 < (tmp_path / "m.tflite").stat().st_size < 1.5 * 256**2
+    assert sq.verify(model, tmp_path / "m.tflite", x).differing == 0

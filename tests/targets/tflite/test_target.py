@@ -127,8 +127,8 @@ def test_a_kernel_of_one_range_has_one_scale(tmp_path):
     runtime.allocate_tensors()
     assert [op["op_name"] for op in runtime._get_ops_details()][-1] == "DELEGATE"
     assert differences(model, runtime, random_codes(model, 20)) == 0
-    (graph,) = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0).subgraphs or ()
-    quantized = [t.quantization for t in graph.tensors or () if t.quantization]
+    graphs = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0).subgraphs or []
+    quantized = [t.quantization for t in graphs[0].tensors or () if t.quantization]
     assert {len(q.scale) for q in quantized if q.scale is not None} == {1}
     without = converted(Case(Residual(), (x,), 0, 0), CONFIG)
     sq.export_tflite(without, tmp_path / "channels.tflite", integer_io=True)

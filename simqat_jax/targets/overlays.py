@@ -66,7 +66,7 @@ def write_overlays(
 
     Args:
       analysis: what `analyze` returned, or `Analysis.load`.
-      file: *.onnx or *.tflite, written from the model that was analyzed.
+      file: `*.onnx` or `*.tflite`, written from the model that was analyzed.
       folder: where to write "net.sqnr.json" and the others for a file "net.tflite".
 
     Returns:

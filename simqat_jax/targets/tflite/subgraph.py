@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from types import ModuleType
 from typing import Any
 
@@ -152,17 +151,6 @@ class Subgraph:
         tensor.type = self.schema.TensorType.INT4
         self.buffers[tensor.buffer].data = pack(kernel, _INT4_WIDTH)
         self.needed["FULLY_CONNECTED"] = _INT4_VERSION
-
-    def share_buffers(self) -> None:
-        """Hold once what is the same: the kernel of a cell that runs in every step of a scan."""
-        kept, places = [self.buffers[0]], dict[bytes, int]()
-        for tensor in self.tensors:
-            if tensor.buffer:
-                buffer = self.buffers[tensor.buffer]
-                tensor.buffer = places.setdefault(sha256(buffer.data).digest(), len(kept))
-                if tensor.buffer == len(kept):
-                    kept.append(buffer)
-        self.buffers = kept
 
     # Operators -------------------------------------------------------------------------------
 

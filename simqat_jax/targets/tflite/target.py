@@ -37,7 +37,7 @@ def export_tflite(
 
     Args:
       model: what `convert(..., backend="tflite")` returned.
-      path: the file, as a rule "*.tflite"; it appears only once it is whole.
+      path: the file, as a rule `*.tflite`; it appears only once it is whole.
       integer_io: take and return codes, as int8 (True, "int8") or with 128 added to them as uint8
         ("uint8"); by default float32 values. What is on no grid has the model's own type: token
         ids, masks, probabilities.

@@ -123,7 +123,6 @@ class Writer(Subgraph):
     def packed(self, inputs: list[int], outputs: list[int]) -> SchemaObject:
         """Return the model of one subgraph, with a signature that names inputs and outputs."""
         s = self.schema
-        self.share_buffers()
         subgraph, signature, model = s.SubGraphT(), s.SignatureDefT(), s.ModelT()
         subgraph.tensors, subgraph.operators = self.tensors, self.operators
         subgraph.inputs, subgraph.outputs = inputs, outputs

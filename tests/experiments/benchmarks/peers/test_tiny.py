@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import simqat_jax as sq
 from experiments.benchmarks.peers import tiny
 from experiments.errors import ExperimentError
 from experiments.mlperf_tiny import Published
@@ -46,9 +47,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         model=Small(), shape=(8,), weights="weights.h5", real="int8.tflite", int8="int8.tflite"
     )
     x = rng.uniform(-1, 1, (70, 8)).astype(np.float32)
-    rows = tiny.compare(
-        network, tmp_path, tiny.Inputs(x[:60], x[60:]), tmp_path, "ranges", rounds=1
-    )
+    way = tiny.Way(recipe="ranges", config=sq.SimQATConfig())
+    rows = tiny.compare(network, tmp_path, tiny.Inputs(x[:60], x[60:]), tmp_path, way, rounds=1)
     real, theirs, ours = rows
     assert real.sqnr_db == theirs.sqnr_db == ours.sqnr_db > 25
     assert theirs.agreement == ours.agreement == 1

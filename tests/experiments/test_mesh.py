@@ -112,7 +112,9 @@ def check_a_run_goes_on_anywhere(directory: Path) -> None:
     ends = []
     for text in MESHES:
         phase = _phase(directory / "whole" / text, text)
-        ends.append(training.train(phase, phases.init_state(phase), lambda progress: None)[0])
+        ends.append(
+            training.train(phase, phases.init_state(phase), lambda progress, state: None)[0]
+        )
     for end in ends[1:]:
         _assert_close(ends[0].params, end.params, 1e-3, 1e-4)
     written = _phase(directory / "whole" / MESHES[2])
@@ -124,7 +126,7 @@ def check_a_run_goes_on_anywhere(directory: Path) -> None:
         checkpoints.save(phase.directory, step, placed, progress, keep=2)
         again, _ = checkpoints.restore(phase.directory, step, phases.init_state(phase))
         jax.tree.map(np.testing.assert_array_equal, again, state)
-        end, _ = training.train(phase, phases.init_state(phase), lambda progress: None)
+        end, _ = training.train(phase, phases.init_state(phase), lambda progress, state: None)
         _assert_close(ends[2].params, end.params, 1e-3, 1e-4)
         if text == MESHES[2]:
             jax.tree.map(np.testing.assert_array_equal, ends[2], end)

@@ -18,7 +18,7 @@ def _phase(directory: Path) -> phases.Phase:
     return phases.build("qat", tiny_run.experiment(), tiny_run.dataset(), directory)
 
 
-def _train(phase: phases.Phase, report: Any = lambda progress: None) -> phases.TrainState:
+def _train(phase: phases.Phase, report: Any = lambda progress, state: None) -> phases.TrainState:
     with preemption.noticed() as notice:
         return training.train(phase, phases.init_state(phase), report, notice)[0]
 
@@ -28,7 +28,8 @@ def test_sigterm_saves_at_the_next_step(tmp_path: Path, epoch: int) -> None:
     whole = _train(_phase(tmp_path / "whole"))
     phase = _phase(tmp_path / "stopped")
 
-    def terminate(progress: checkpoints.Progress) -> None:
+    def terminate(progress: checkpoints.Progress, state: phases.TrainState) -> None:
+        del state
         if progress.epoch == epoch:
             os.kill(os.getpid(), signal.SIGTERM)
 

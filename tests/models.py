@@ -1,12 +1,14 @@
 """Quantized models that have observed one batch, and their integer models."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from zoo import Case
+import pytest
+from zoo import ALIKE, Case
 
 import simqat_jax as sq
 
@@ -72,6 +74,20 @@ def converted(
 def export(model: sq.IntegerModel, path: Path, **options: Any) -> None:
     """Write the file of the runtime whose rounding the model mirrors."""
     EXPORTS[model.backend](model, path, **options)
+
+
+def by_night(names: Iterable[str]) -> list[Any]:
+    """Names of cases; those that are like others are left to the night."""
+    return [pytest.param(n, marks=pytest.mark.nightly if n in ALIKE else ()) for n in names]
+
+
+def by_turns(names: Iterable[str]) -> list[Any]:
+    """Each name with one of the backends, the next with the other; the other pairs at night."""
+    return [
+        pytest.param(name, backend, marks=pytest.mark.nightly if (n + turn) % 2 else ())
+        for n, name in enumerate(names)
+        for turn, backend in enumerate(EXPORTS)
+    ]
 
 
 def assert_same(got: Any, want: Any) -> None:

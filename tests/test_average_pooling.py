@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import EXPORTS, assert_same, observed
+from models import EXPORTS, assert_same, by_turns, observed
 
 import simqat_jax as sq
 
@@ -48,8 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", EXPORTS)
+@pytest.mark.parametrize(("name", "backend"), by_turns(CASES))
 def test_every_form_has_the_same_codes(name, backend, tmp_path):
     model, x = CASES[name]
     qmodel, variables, _ = observed(model, x, config=sq.SimQATConfig(backend=backend))

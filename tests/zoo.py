@@ -295,3 +295,12 @@ CASES: dict[str, Case] = {
         2,
     ),
 }
+
+ALIKE = (
+    *("nested", "two inputs", "masked", "no bias", "padding VALID", "maximum", "learned scalar"),
+    *("tanh", "silu", "gelu", "hard_sigmoid", "elu", "hard_swish", "own swish", "own where"),
+    *("exact gelu", "prelu", "leaky_relu", "scaled", "dropout eval", "remat", "jit", "setup"),
+    *("weight norm", "pre-activation", "concat with itself", "relu", "flatten"),
+    *("strided", "dilated", "padding int", "padding pairs", "subtract", "multiply"),
+)
+"""Cases whose operations other cases hold, in models alike, or tests of single operations."""

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import assert_same, export, trained
+from models import assert_same, by_turns, export, trained
 from zoo import case
 
 import simqat_jax as sq
@@ -154,8 +154,7 @@ def test_a_model_that_depends_on_its_batch_size_keeps_it(name, backend, tmp_path
         assert sq.verify(model, path, x).differing == 0
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tflite"])
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize(("name", "backend"), by_turns(FREE))
 def test_every_other_model_takes_any(name, backend, tmp_path):
     evaluate, model, x = converted(*FREE[name], backend)
     assert model.tensors[model.inputs[0]].shape == (-1, *x.shape[1:])

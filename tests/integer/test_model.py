@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import assert_same, converted, observed, trained
+from models import assert_same, by_night, converted, observed, trained
 from zoo import CASES, Model, batch_norm, case
 
 import simqat_jax as sq
@@ -22,7 +22,7 @@ IN_FLOAT = ("preprocessing",)
 """All others come out whole."""
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in TRAINING])
+@pytest.mark.parametrize("name", by_night(name for name in CASES if name not in TRAINING))
 def test_every_construct(name, tmp_path):
     """Evaluation, the integer model and the model read from its file agree in every code.
 

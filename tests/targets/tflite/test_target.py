@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from models import converted, observed
+from models import by_night, converted, observed
 from single_operations import random_codes, single
 from zoo import CASES, Case, Model
 
@@ -23,14 +23,6 @@ REFUSED = {
 }
 FLOAT_PARTS = ("preprocessing",)
 TRAINING = ("batch norm train", "dropout train")
-# Cases whose operations other cases hold, in models alike, or tests of single operations.
-SAME = (
-    *("nested", "two inputs", "masked", "no bias", "padding VALID", "maximum", "learned scalar"),
-    *("tanh", "silu", "gelu", "hard_sigmoid", "elu", "hard_swish", "own swish", "own where"),
-    *("exact gelu", "prelu", "leaky_relu", "scaled", "dropout eval", "remat", "jit", "setup"),
-    *("weight norm", "pre-activation", "concat with itself", "relu", "flatten"),
-    *("strided", "dilated", "padding int", "padding pairs", "subtract", "multiply"),
-)
 
 
 def interpreter(path):
@@ -65,10 +57,10 @@ def differences(model, runtime, codes):
     return sum(int((signed(a, g) != b).sum()) for a, b, g in zip(want, got, grids, strict=True))
 
 
-OTHERS = (*TRAINING, *REFUSED, *FLOAT_PARTS, *SAME)
+OTHERS = (*TRAINING, *REFUSED, *FLOAT_PARTS)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in OTHERS])
+@pytest.mark.parametrize("name", by_night(n for n in CASES if n not in OTHERS))
 def test_every_construct(name, tmp_path):
     model = converted(CASES[name], CONFIG)
     sq.export_tflite(model, tmp_path / "m.tflite", integer_io=True)

@@ -117,13 +117,9 @@ def write_results(
     }
     results["history"] = {name: list(progress.history) for name, progress in phases.items()}
     path = run / "results.json"
-    try:
+    remedy = "The checkpoints are complete: put the cause right and write it with --resume."
+    with _in_one_line(path, remedy):
         write_json(path, results)
-    except OSError as error:
-        raise ExperimentError(
-            f"cannot write {path}: {error.strerror or error}. The checkpoints are complete: put "
-            "the cause right and write it with --resume."
-        ) from error
     return path
 
 
@@ -134,13 +130,19 @@ def write_plan(run: Path, text: str) -> None:
       ExperimentError: it cannot be written.
     """
     path = run / PLAN
+    remedy = "Put the cause right, and continue with --resume."
+    with _in_one_line(path, remedy), atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _in_one_line(path: Path, remedy: str) -> Iterator[None]:
+    """Let what a file system says of a file that cannot be written be an ExperimentError."""
     try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
+        yield
     except OSError as error:
         raise ExperimentError(
-            f"cannot write {path}: {error.strerror or error}. Put the cause right, and continue "
-            "with --resume."
+            f"cannot write {path}: {error.strerror or error}. {remedy}"
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simqat_jax.analysis.plain import plain, restored
+from simqat_jax.analysis.plain import plain, read_json, restored
 from simqat_jax.files import atomic_file
 from simqat_jax.numerics.arguments import shown
 
@@ -80,13 +80,7 @@ def read_measurements(path: Path) -> tuple[Measurement, ...]:
       FileNotFoundError: no such file.
       ValueError: something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file at {path}.")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:  # no text, or no JSON
-        raise ValueError(f"{path} is no JSON: {error}.") from error
-    return restored(tuple[Measurement, ...], found, str(path))
+    return restored(tuple[Measurement, ...], read_json(path), str(path))
 
 
 def merged(measurements: Sequence[Measurement]) -> tuple[Measurement, ...]:

@@ -1,10 +1,12 @@
 """Dataclasses as what JSON holds, and back; what is not finite as text, as ProtoJSON writes it."""
 
 import dataclasses
+import json
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +25,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return value
+
+
+def read_json(path: Path, remedy: str = "") -> Any:
+    """Return what a file of JSON holds.
+
+    Args:
+      path: the file.
+      remedy: a sentence to end the message with where it is no JSON.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: no JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}.")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # no text, or no JSON
+        raise ValueError(f"{path} is no JSON: {error}. {remedy}".rstrip()) from error
 
 
 def restored(kind: type[T], value: Any, where: str) -> T:

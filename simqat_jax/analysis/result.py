@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from simqat_jax.analysis.plain import plain, restored
+from simqat_jax.analysis.plain import plain, read_json, restored
 from simqat_jax.analysis.study import Study
 from simqat_jax.analysis.table import decibels, table
 from simqat_jax.files import as_path, atomic_file, import_extra
@@ -181,12 +181,7 @@ class Analysis:
           ValueError: no analysis, or one of another version.
         """
         source = as_path(path)
-        if not source.is_file():
-            raise FileNotFoundError(f"no file at {source}.")
-        try:
-            figures = json.loads(source.read_bytes())
-        except ValueError as error:  # no text, or no JSON
-            raise ValueError(f"{source} is no JSON: {error}. {_WRITTEN}") from error
+        figures = read_json(source, _WRITTEN)
         if not isinstance(figures, dict) or figures.pop("version", None) != _VERSION:
             raise ValueError(f'{source} has no "version": {_VERSION}. {_WRITTEN}')
         return restored(cls, figures, f"{source}: analysis")

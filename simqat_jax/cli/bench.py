@@ -10,7 +10,7 @@ import numpy as np
 from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.ir.sheet import Column, Line, Sheet
 from simqat_jax.numerics.arguments import check_whole
-from simqat_jax.targets.listing import FileInput
+from simqat_jax.targets.listing import FileEnd
 from simqat_jax.targets.open_file import open_file, target_of
 
 _WARM_UP = 10
@@ -97,9 +97,9 @@ def _call(path: Path, threads: int, batch: int) -> tuple[Callable[[], object], s
     return lambda: here.run(arrays), here.name
 
 
-def _random(given: FileInput, batch: int, rng: np.random.Generator) -> np.ndarray:
+def _random(given: FileEnd, batch: int, rng: np.random.Generator) -> np.ndarray:
     """Return values for an input: small real numbers, any codes, of other integers zeros."""
-    shape = tuple(batch if d < 0 else d for d in given.shape)
+    shape = tuple(batch if d < 0 else d for d in given.shape or ())
     dtype = np.dtype(given.dtype)
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)

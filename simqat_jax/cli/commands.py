@@ -32,15 +32,16 @@ class Inspect:
     file: Positional[Path]
     """An integer model (IntegerModel.save), *.onnx or *.tflite, of any origin."""
     details: bool = False
-    """Show all that is known of each layer."""
+    """Show all that is known of each layer, and all that a file says of itself."""
 
     def run(self) -> int:
         """Print a table."""
         if not self.file.is_file():
             raise FileNotFoundError(f"no file at {self.file}.")
         if self.file.suffix in TARGETS:
-            sheet = sheet_of(TARGETS[self.file.suffix].listing(self.file), self.file)
-            print(sheet.details(sheet.lines) if self.details else sheet.text())
+            listing = TARGETS[self.file.suffix].listing(self.file)
+            sheet = sheet_of(listing, self.file, whole=self.details)
+            print(sheet.whole() if self.details else sheet.text())
             return 0
         model = IntegerModel.load(self.file)
         print(model.details() if self.details else model)

@@ -77,6 +77,12 @@ class Sheet:
         blocks = ([line.cells[0], *_wrapped(line.more, width, "  ")] for line in lines)
         return "\n".join(itertools.chain.from_iterable(blocks))
 
+    def whole(self, width: int | None = None) -> str:
+        """Return all that is known of all lines, with what is said above and below them."""
+        width = terminal_width() if width is None else width
+        above, below = (list(_wrapped(said, width)) for said in (self.head, self.foot))
+        return "\n".join([*above, self.details(self.lines, width), *below])
+
     def html(self) -> str:
         """Return a table for notebooks: by module, details folded, float operations in colour."""
         groups = itertools.groupby(self.lines, lambda line: line.module)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from simqat_jax.ir.sheet import Column, Line, Sheet, some
-from simqat_jax.targets.metadata import Described, notes
+from simqat_jax.targets.metadata import Codes, Described, FileMetadata, kind_text, notes
 
 _COLUMNS = (
     Column("layer", "end"),
@@ -18,18 +18,21 @@ _COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class FileInput:
-    """An input of a file.
+class FileEnd:
+    """An input or output of a file.
 
     Attributes:
       name: as the file has it.
-      shape: its lengths, -1 where any will do.
+      shape: its lengths, -1 where any will do; None where the file does not say.
       dtype: of NumPy, by name.
+      codes: what its codes stand for, or those that are made of it first, or it is made of last;
+        None: it lies on no grid, or has several.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtype: str
+    codes: Codes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,56 +81,63 @@ class Listing:
 
     Attributes:
       inputs: what it takes.
+      outputs: what it returns.
       ops: its operators, in order, but for those that quantize and dequantize.
       conversions: how many operators quantize or dequantize.
       nodes: all operators that can be told from others.
-      notes: what it says of itself, in lines.
+      said: what it says of itself; None: nothing.
     """
 
-    inputs: tuple[FileInput, ...]
+    inputs: tuple[FileEnd, ...]
+    outputs: tuple[FileEnd, ...]
     ops: tuple[FileOp, ...]
     conversions: int
     nodes: tuple[FileNode, ...]
-    notes: tuple[str, ...] = ()
+    said: Described | None = None
+
+    def notes(self, *, whole: bool = False) -> tuple[str, ...]:
+        """Return what it says of itself, in lines; `whole`: with all labels."""
+        return () if self.said is None else tuple(notes(*self.said, whole=whole))
 
 
-def sheet_of(listing: Listing, path: Path) -> Sheet:
-    """Return a listing as a table to print."""
-    lines = [_line(i.name, "input", i.shape, i.dtype) for i in listing.inputs]
+def sheet_of(listing: Listing, path: Path, *, whole: bool = False) -> Sheet:
+    """Return a listing as a table to print; `whole`: with all labels above it."""
+    lines = [_of_end(end, "input") for end in listing.inputs]
     lines += [_of_op(op) for op in listing.ops]
+    lines += [_of_end(end, "output") for end in listing.outputs]
     floats = [op.name for op in listing.ops if op.is_float]
     foot = [
         f"{len(listing.ops)} operators, {len(floats)} of them on real numbers, and "
         f"{listing.conversions} that quantize or dequantize; {path.stat().st_size:,} bytes."
     ]
     foot += [f"float: {some(floats)}."] if floats else []
-    return Sheet(listing.notes, _COLUMNS, tuple(lines), tuple(foot))
+    return Sheet(listing.notes(whole=whole), _COLUMNS, tuple(lines), tuple(foot))
 
 
-def notes_of(read: Callable[[], Described]) -> tuple[str, ...]:
-    """Return what a file says of itself, in lines; where that cannot be read, why."""
+def said_by(read: Callable[[], Described]) -> Described:
+    """Return what a file says of itself; where that cannot be read, why."""
     try:
-        return tuple(notes(*read()))
+        return read()
     except Exception as error:  # metadata may be of any origin, and damaged
-        return (f"Its metadata cannot be read: {' '.join(str(error).split())}",)
+        reason = " ".join(str(error).split())
+        return FileMetadata(description=f"Its metadata cannot be read: {reason}"), []
+
+
+def _of_end(end: FileEnd, kind: str) -> Line:
+    shape = _shape_text(end.shape)
+    more = (f"{kind} {shape}", kind_text(end.dtype, end.codes))
+    return Line((end.name, kind, shape, end.dtype, "", ""), more)
 
 
 def _of_op(op: FileOp) -> Line:
-    size = f"{op.nbytes:,}" if op.nbytes else ""
+    shape, size = _shape_text(op.shape), f"{op.nbytes:,}" if op.nbytes else ""
     widest = max(op.weights, key=len, default="")
-    line = _line(op.name, op.kind, op.shape, op.dtype, widest, size)
-    return dataclasses.replace(line, more=op.weights, is_float=op.is_float)
+    more = (f"{op.kind} {shape} {op.dtype}", *(f"weights: {text}" for text in op.weights))
+    return Line((op.name, op.kind, shape, op.dtype, widest, size), more, op.is_float)
 
 
-def _line(
-    name: str,
-    kind: str,
-    shape: Sequence[int] | None,
-    dtype: str,
-    weights: str = "",
-    size: str = "",
-) -> Line:
-    return Line((name, kind, "" if shape is None else shape_text(shape), dtype, weights, size))
+def _shape_text(shape: Sequence[int] | None) -> str:
+    return "" if shape is None else shape_text(shape)
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -125,6 +125,21 @@ def check_metadata(value: object) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Codes:
+    """What the codes of an input or output stand for: `real = scale * (code - zero_point)`.
+
+    Attributes:
+      dtype: their type: that of the file's tensor, or where that is float32 the one inside.
+      scale: real units per code.
+      zero_point: the code of real zero, as the file holds codes.
+    """
+
+    dtype: str
+    scale: float
+    zero_point: int
+
+
+@dataclasses.dataclass(frozen=True)
 class End:
     """An input or output of a file, with what is said of it.
 
@@ -132,36 +147,39 @@ class End:
       name: its name.
       about: what was given.
       dtype: what it has in the file.
-      scale: real units per code; None: it lies on no grid.
-      zero_point: the code of real zero, as the file holds codes.
-      codes: the type of these codes: `dtype`, or where that is float32 that inside the file.
+      codes: what its codes stand for; None: it lies on no grid.
       counts: whether it is whole numbers, which labels are those of.
     """
 
     name: str
     about: TensorMetadata
     dtype: str
-    scale: float | None
-    zero_point: int
-    codes: str
+    codes: Codes | None
     counts: bool
 
     @property
     def text(self) -> str:
         """Return what it is: what was given, then type, scale and zero point."""
-        if self.scale is None:
-            return _sentences(self.about.description, self.dtype)
-        sign = "-" if self.zero_point >= 0 else "+"
-        kind = f"{self.codes} codes: real = {self.scale:.9g} * (code {sign} {abs(self.zero_point)})"
-        inside = "" if self.dtype == self.codes else f"{self.dtype}, inside "
-        return _sentences(self.about.description, inside + kind)
+        return _sentences(self.about.description, kind_text(self.dtype, self.codes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it, without what is empty."""
-        grid = {} if self.scale is None else {"scale": self.scale, "zero_point": self.zero_point}
-        fields = {"name": self.name, "dtype": self.dtype, "codes": self.codes if grid else ""}
-        fields |= grid | dataclasses.asdict(self.about)
+        fields: dict[str, Any] = {"name": self.name, "dtype": self.dtype}
+        if self.codes is not None:
+            fields |= {"codes": self.codes.dtype, "scale": self.codes.scale}
+            fields |= {"zero_point": self.codes.zero_point}
+        fields |= dataclasses.asdict(self.about)
         return {k: v for k, v in fields.items() if v not in ("", ())}
+
+
+def kind_text(dtype: str, codes: Codes | None) -> str:
+    """Write the type of an input or output, and what its codes stand for."""
+    if codes is None:
+        return dtype
+    sign = "-" if codes.zero_point >= 0 else "+"
+    zero = f"{sign} {abs(codes.zero_point)}"
+    inside = "" if dtype == codes.dtype else f"{dtype}, inside "
+    return f"{inside}{codes.dtype} codes: real = {codes.scale:.9g} * (code {zero})"
 
 
 def file_ends(
@@ -192,20 +210,28 @@ def file_ends(
         about, grid = metadata.tensors.get(name, TensorMetadata()), tensor.grid
         if grid is None:
             counts = np.issubdtype(np.dtype(tensor.dtype), np.integer)
-            found = End(name, about, tensor.dtype, None, 0, "", counts)
+            found = End(name, about, tensor.dtype, None, counts)
         else:
-            codes = inside if io is None else io
-            zero = int(grid.zero_point) + grid.offset_in(codes)
-            kind = "float32" if io is None else codes.name
-            found = End(name, about, kind, float(grid.scale), zero, codes.name, False)
+            kind = inside if io is None else io
+            zero = int(grid.zero_point) + grid.offset_in(kind)
+            codes = Codes(kind.name, float(grid.scale), zero)
+            found = End(name, about, "float32" if io is None else kind.name, codes, False)
         _check_fits(found, tensor)
         return found
 
     return list(map(end, names[0], inputs)), list(map(end, names[1], outputs))
 
 
-def notes(metadata: FileMetadata, ends: Sequence[tuple[str, TensorMetadata]]) -> Iterator[str]:
-    """Yield what a file says of itself, a line for itself and one for each input and output."""
+def notes(
+    metadata: FileMetadata, ends: Sequence[tuple[str, TensorMetadata]], *, whole: bool = False
+) -> Iterator[str]:
+    """Yield what a file says of itself, a line for itself and one for each input and output.
+
+    Args:
+      metadata: of the file.
+      ends: name and what is said of each.
+      whole: a line for each label, too, instead of the first of them.
+    """
     title = " ".join(filter(None, (metadata.name, metadata.version)))
     made = ", ".join(filter(None, (title, metadata.author, metadata.license)))
     if made or metadata.description:
@@ -216,9 +242,12 @@ def notes(metadata: FileMetadata, ends: Sequence[tuple[str, TensorMetadata]]) ->
             mean, std = (_listed(v) for v in (about.means, about.stds))
             parts.append(f"made of raw values by (raw - {mean}) / {std}")
         if about.labels:
-            parts.append(f"{len(about.labels)} labels: {some(about.labels)}")
+            listed = "" if whole else f": {some(about.labels)}"
+            parts.append(f"{len(about.labels)} labels{listed}")
         if any(parts):
             yield f"{name}: {_sentences(*parts)}"
+        if whole:
+            yield from (f"  {place} {label}" for place, label in enumerate(about.labels))
 
 
 def _numbers(field: str, given: Any) -> tuple[float, ...]:

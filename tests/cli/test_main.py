@@ -46,7 +46,9 @@ def folder(tmp_path_factory):
     for backend, export in (("tflite", sq.export_tflite), ("onnx", sq.export_onnx)):
         model = sq.convert(qmodel, variables, X, Z, backend=backend)
         model.save(path / f"{backend}.integer")
-        export(model, path / f"net.{backend}", metadata=sq.FileMetadata(name="Of both inputs"))
+        labels = sq.TensorMetadata(labels=[f"kind {k}" for k in range(10)])
+        about = sq.FileMetadata(name="Of both inputs", tensors={"output": labels})
+        export(model, path / f"net.{backend}", metadata=about)
     sq.analyze(qmodel, variables, [(X, Z)], progress=False).save(path / "analysis.json")
     qmodel, variables, _ = observed(Cumulative(), X, Z)
     sq.export_tflite(sq.convert(qmodel, variables, X, Z), path / "other.tflite")
@@ -100,6 +102,10 @@ def test_inspect(simqat, folder, file, parts):
         assert f"{(folder / file).stat().st_size:,} bytes" in out
     _, details, _ = simqat(f"inspect {file} --details")
     assert details != out and all(name in details for name in ("Conv_0", "Dense_1"))
+    if file.startswith("net"):
+        assert "kind 9" not in out and "\n  9 kind 9\n" in details
+        assert details.startswith("Of both inputs") and "10 labels" in " ".join(details.split())
+        assert "output (any, 10)\n  float32, inside " in details
 
 
 def test_operators_whose_results_have_no_name_are_called_as_they_are(simqat):

@@ -11,6 +11,7 @@ import pytest
 from models import export, observed
 
 import simqat_jax as sq
+from simqat_jax.targets.metadata import Codes
 from simqat_jax.targets.onnx.listing import list_onnx
 from simqat_jax.targets.tflite.listing import list_tflite
 
@@ -68,7 +69,7 @@ def test_files_with_metadata_compute_the_same_and_tell_it(model, io, tmp_path):
     path = exported(model, tmp_path, integer_io=io, metadata=METADATA)
     found = sq.verify(model, path, X, IDS)
     assert (found.differing, found.differing_values, found.codes, found.values) == (0, 0, 15, 3)
-    about, image, _, best, scores = LISTINGS[model.backend](path).notes
+    about, image, _, best, scores = LISTINGS[model.backend](path).notes()
     assert about == "Net 2.1, Ada, Apache-2.0. Tells what is seen"
     grid = model.tensors[model.inputs[0]].grid
     kind = io or {"onnx": "uint8", "tflite": "int8"}[model.backend]
@@ -81,14 +82,37 @@ def test_files_with_metadata_compute_the_same_and_tell_it(model, io, tmp_path):
     assert scores.endswith("5 labels: zero, eins, deux, три, four, or 4") and " codes: " in scores
 
 
-def test_without_metadata_a_file_says_nothing(model, tmp_path):
-    path = exported(model, tmp_path)
-    assert LISTINGS[model.backend](path).notes == ()
+def test_all_labels_on_demand(model, tmp_path):
+    path = exported(model, tmp_path, metadata=METADATA)
+    listing = LISTINGS[model.backend](path)
+    short, whole = listing.notes(), listing.notes(whole=True)
+    best = [f"  {place} {label}" for place, label in enumerate((*LABELS, "none of them"))]
+    scores = [f"  {place} {label}" for place, label in enumerate(LABELS)]
+    assert whole[:3] == short[:3] and (whole[4:10], whole[11:]) == (tuple(best), tuple(scores))
+    assert whole[3].endswith("6 labels") and whole[10].endswith("5 labels")
+
+
+@pytest.mark.parametrize("io", [False, "int8", "uint8"])
+def test_without_metadata_scale_and_zero_point_can_be_found(model, io, tmp_path):
+    listing = LISTINGS[model.backend](exported(model, tmp_path, integer_io=io))
+    _, scores = model.program.outputs  # "best" is on no grid
+    grid = model.tensors[scores].grid
+    kind = np.dtype(io or {"onnx": "uint8", "tflite": "int8"}[model.backend])
+    zero = grid.zero_point + (0 if kind == np.uint8 else -128)
+    best, codes = (end.codes for end in listing.outputs)
+    told = [note for note in listing.notes() if note.startswith("scores: ")]
+    if (model.backend, io) == ("onnx", "uint8"):  # the graph has no operator that would tell
+        sign = f"- {zero}" if zero >= 0 else f"+ {-zero}"
+        assert (best, codes) == (None, None)
+        assert told == [f"scores: uint8 codes: real = {grid.scale:.9g} * (code {sign})"]
+    else:
+        assert (best, codes) == (None, Codes(kind.name, float(grid.scale), zero))
+        assert bool(told) == (model.backend == "onnx" and bool(io))
 
 
 def test_scale_and_zero_point_are_written_in_any_case(model, tmp_path):
     path = exported(model, tmp_path, metadata=sq.FileMetadata(), integer_io=True)
-    image, ids, best, scores = LISTINGS[model.backend](path).notes
+    image, ids, best, scores = LISTINGS[model.backend](path).notes()
     assert " * (code " in image and " * (code " in scores
     assert (ids, best) == ("input_1: int32", "best: int32")
 

@@ -1,19 +1,20 @@
 """What is in an ONNX file of any origin."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from simqat_jax.files import import_extra
 from simqat_jax.targets.listing import (
-    FileInput,
+    FileEnd,
     FileNode,
     FileOp,
     Listing,
-    notes_of,
+    said_by,
     shape_text,
 )
+from simqat_jax.targets.metadata import Codes
 from simqat_jax.targets.onnx.metadata import read_metadata
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
@@ -32,7 +33,7 @@ def list_onnx(path: Path) -> Listing:
     except Exception as error:  # of protobuf, which has classes of its own
         raise ValueError(f"{path} is no ONNX file, or damaged: {error}") from error
     listing = _Reader(onnx, model.graph).listing()
-    return dataclasses.replace(listing, notes=notes_of(lambda: read_metadata(model)))
+    return dataclasses.replace(listing, said=said_by(lambda: read_metadata(model)))
 
 
 class _Reader:
@@ -57,11 +58,28 @@ class _Reader:
         ]
         conversions = sum(node.op_type in _CONVERSIONS for node in self._graph.node)
         return Listing(
-            tuple(FileInput(n, self._shape(n) or (), self._dtype(n)) for n in inputs),
+            tuple(self._end(n, self._readers.get(n, [])) for n in inputs),
+            tuple(self._end(v.name, [self._made.get(v.name)]) for v in self._graph.output),
             tuple(map(self._op, computing)),
             conversions,
             tuple(self._node(number, node) for number, node in enumerate(self._graph.node)),
         )
+
+    def _end(self, name: str, beside: Sequence[Any]) -> FileEnd:
+        """Return an input or output, given the nodes that read or make it."""
+        found = {self._quantized_by(node) for node in beside}
+        codes = found.pop() if len(found) == 1 else None
+        return FileEnd(name, self._shape(name), self._dtype(name), codes)
+
+    def _quantized_by(self, node: Any) -> Codes | None:
+        """Return what codes that a node makes or takes stand for; None: another node."""
+        if node is None or node.op_type not in _CONVERSIONS:
+            return None
+        constants = [self._constants.get(name) for name in node.input[1:]]
+        if len(constants) != 2 or None in constants:
+            return None
+        scale, zero = map(self._onnx.numpy_helper.to_array, constants)
+        return Codes(zero.dtype.name, float(scale), int(zero)) if scale.size == 1 else None
 
     def _node(self, number: int, node: Any) -> FileNode:
         """Return a node; the adapter of Model Explorer numbers those without a name."""

@@ -44,7 +44,7 @@ def export_onnx(
         ("int8"); otherwise float32 in real units. Those on no grid have the model's own type: token
         ids, masks, probabilities.
       metadata: what the file says of itself, as doc strings and `metadata_props`; without it these
-        hold nothing but the configuration.
+        hold the configuration, and scales and zero points of codes that go in and out.
 
     Raises:
       TypeError: `model` is no IntegerModel, `path` no path, `integer_io` no flag or type,
@@ -70,6 +70,8 @@ def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None)
     blocks = in_width_blocks(in_subpixels(moving_one_axis(program)), _BLOCKS)
     message = Message(reshaping_once(pooling_rows_first(blocks, _FEW)), io)
     model = message.model(write_op)
+    if metadata is None and io is not None:
+        metadata = FileMetadata()  # nothing else tells what the codes stand for
     if metadata is not None:
         describe(model, metadata, *file_ends(program, metadata, io, ONNX.dtype))
     return message.checked_bytes(model)

@@ -8,13 +8,14 @@ from typing import Any
 
 from simqat_jax.files import import_extra
 from simqat_jax.targets.listing import (
-    FileInput,
+    FileEnd,
     FileNode,
     FileOp,
     Listing,
-    notes_of,
+    said_by,
     shape_text,
 )
+from simqat_jax.targets.metadata import Codes
 from simqat_jax.targets.tflite.metadata import NAME, read_metadata
 
 _CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
@@ -39,8 +40,8 @@ def list_tflite(path: Path) -> Listing:
     held = [entry.buffer for entry in model.metadata or () if entry.name == NAME.encode()]
     if not held:
         return listing
-    notes = notes_of(lambda: read_metadata(bytes(model.buffers[held[0]].data), data))
-    return dataclasses.replace(listing, notes=notes)
+    said = said_by(lambda: read_metadata(bytes(model.buffers[held[0]].data), data))
+    return dataclasses.replace(listing, said=said)
 
 
 class _Reader:
@@ -55,7 +56,8 @@ class _Reader:
     def listing(self) -> Listing:
         operators = [(self._kind(op), op) for op in self._graph.operators]
         return Listing(
-            tuple(map(self._input, self._graph.inputs)),
+            tuple(self._end(i, "input", operators) for i in self._graph.inputs),
+            tuple(self._end(i, "output", operators) for i in self._graph.outputs),
             tuple(self._op(kind, op) for kind, op in operators if kind not in _CONVERSIONS),
             sum(kind in _CONVERSIONS for kind, _ in operators),
             tuple(self._nodes(operators)),
@@ -71,10 +73,27 @@ class _Reader:
             if self._name(made) and names[self._name(made)] == 1:
                 yield FileNode(self._name(made), self._name(codes))
 
-    def _input(self, number: int) -> FileInput:
+    def _end(self, number: int, kind: str, operators: Sequence[tuple[str, Any]]) -> FileEnd:
+        """Return an input or output; no name: it is called `kind`."""
+        read = {
+            op.outputs[0] for name, op in operators if name == "QUANTIZE" and number in op.inputs
+        }
+        made = {
+            op.inputs[0] for name, op in operators if name == "DEQUANTIZE" and number in op.outputs
+        }
+        found = {self._codes(i) for i in (number, *read, *made)} - {None}
+        codes = found.pop() if len(found) == 1 else None
         tensor = self._graph.tensors[number]
-        name = self._name(number) or "input"
-        return FileInput(name, self._shape(tensor) or (), self._dtype(tensor))
+        return FileEnd(self._name(number) or kind, self._shape(tensor), self._dtype(tensor), codes)
+
+    def _codes(self, number: int) -> Codes | None:
+        """Return what a tensor's codes stand for; None: it has none, or several scales."""
+        tensor = self._graph.tensors[number]
+        grid = tensor.quantization
+        if grid is None or grid.scale is None or len(grid.scale) != 1:
+            return None
+        zero = 0 if grid.zeroPoint is None else grid.zeroPoint[0]
+        return Codes(self._dtype(tensor), float(grid.scale[0]), int(zero))
 
     def _kind(self, op: Any) -> str:
         code = self._model.operatorCodes[op.opcodeIndex]

@@ -98,5 +98,5 @@ def test_a_file_with_damaged_metadata_is_still_listed(path, damage, tmp_path):
         broken.write_bytes(data.replace(buffer, bytes(np.full(len(buffer), 255, np.uint8))))
     listing = list_tflite(broken)
     assert [op.kind for op in listing.ops] == [op.kind for op in list_tflite(path).ops]
-    (note,) = listing.notes
+    (note,) = listing.notes()
     assert note.startswith("Its metadata cannot be read: ")

@@ -35,8 +35,11 @@ class Arguments:
     """A run, runs/NAME, with a float phase; or lenet5 or lite0, as in benchmarks.ptq."""
     shares: tuple[float, ...] = (0.75, 0.5)
     """Budgets: of the bytes of 8-bit kernels, one row each."""
-    losses: tuple[float, ...] = (3.0, 6.0)
+    losses: tuple[float, ...] = (6.0,)
     """Budgets: dB below the SQNR of 8 bits, one row each."""
+    drops: tuple[float, ...] = (0.02,)
+    """Budgets: share of the calibration data whose class may be another than float's, one row
+    each."""
     calibration: int = 400
     """Examples to calibrate and to analyze on."""
     examples: int = 1000
@@ -96,7 +99,8 @@ class Row(NamedTuple):
       in_model: of those of the integer model.
       promised: SQNR of the outputs with these widths, dB, as the suggestion says.
       kept: SQNR of the model that was calibrated with them, dB, on the same data.
-      accuracy: its share of right answers.
+      alike: share of these data whose class is that of the float model.
+      accuracy: its share of right answers, on other data.
     """
 
     budget: str
@@ -104,6 +108,7 @@ class Row(NamedTuple):
     in_model: int
     promised: float
     kept: float
+    alike: float
     accuracy: float
 
 
@@ -116,13 +121,15 @@ def check(network: Network, arguments: Arguments) -> list[Row]:
     def row(budget: str, nbytes: int, promised: float, config: sq.SimQATConfig) -> Row:
         qmodel = sq.SimQAT(config).apply(network.module)
         variables = sq.calibrate(qmodel, network.variables, network.batches)
-        noise = np.sum((_logits(qmodel, variables, given) - aims) ** 2, dtype=np.float64)
+        got = _logits(qmodel, variables, given)
+        noise = np.sum((got - aims) ** 2, dtype=np.float64)
         return Row(
             budget=budget,
             nbytes=nbytes,
             in_model=_kernel_bytes(qmodel, variables, x[:1]),
             promised=promised,
             kept=10 * float(np.log10(np.sum(aims**2, dtype=np.float64) / noise)),
+            alike=float(np.mean(got.argmax(-1) == aims.argmax(-1))),
             accuracy=float(np.mean(_logits(qmodel, variables, x).argmax(-1) == labels)),
         )
 
@@ -131,9 +138,12 @@ def check(network: Network, arguments: Arguments) -> list[Row]:
     analysis = sq.analyze(qmodel, variables, network.batches, network.variables)
     most = sq.suggest(analysis, sq.MaxBytes(10**12), widths=(8,)).nbytes
     rows = [row("8 bits", most, analysis.sqnr, sq.SimQATConfig())]
-    budgets = [(f"{int(s * most):,} bytes", sq.MaxBytes(int(s * most))) for s in arguments.shares]
+    sizes = [int(share * most) for share in arguments.shares]
     least = [analysis.sqnr - loss for loss in arguments.losses]
-    for name, budget in (*budgets, *((f"{v:.2f} dB", sq.MinSqnr(v)) for v in least)):
+    budgets = [(f"{size:,} bytes", sq.MaxBytes(size)) for size in sizes]
+    budgets += [(f"{decibels:.2f} dB", sq.MinSqnr(decibels)) for decibels in least]
+    budgets += [(f"{drop:.1%} drop", sq.MaxDrop(drop)) for drop in arguments.drops]
+    for name, budget in budgets:
         found = sq.suggest(analysis, budget)
         rows.append(row(name, found.nbytes, found.sqnr, found.config))
     return rows
@@ -160,12 +170,13 @@ def main() -> None:
     x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]
     top = np.mean(_logits(network.module, network.variables, x).argmax(-1) == labels)
     table = Table(title=f"{arguments.network}, {len(x):,} examples, float {top:.2%}")
-    for column in ("budget", "bytes", "in model", "promised, dB", "calibrated, dB", "top-1"):
+    for column in ("budget", "bytes", "in model", "promised", "kept", "as float", "top-1"):
         table.add_column(column, justify="right")
     for row in check(network, arguments):
         sizes = f"{row.nbytes:,}", f"{row.in_model:,}"
-        noise = f"{row.promised:.2f}", f"{row.kept:.2f}"
-        table.add_row(row.budget, *sizes, *noise, f"{row.accuracy:.2%}")
+        noise = f"{row.promised:.2f} dB", f"{row.kept:.2f} dB"
+        shares = f"{row.alike:.2%}", f"{row.accuracy:.2%}"
+        table.add_row(row.budget, *sizes, *noise, *shares)
     Console(width=80).print(table)
 
 

@@ -11,10 +11,11 @@ print(qmodel.plan(variables, x))
 from importlib.metadata import version as _version
 
 from simqat_jax.analysis.analyze import analyze
+from simqat_jax.analysis.budgets import MaxBytes, MaxDrop, MinSqnr
 from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.analysis.report import report
 from simqat_jax.analysis.result import Analysis, LayerAnalysis, RangeAt, TensorAnalysis
-from simqat_jax.analysis.suggest import MaxBytes, MinSqnr, Suggestion, suggest
+from simqat_jax.analysis.suggest import Suggestion, suggest
 from simqat_jax.calibration.batch_norm import reestimate_batch_norm
 from simqat_jax.calibration.bias import correct_bias
 from simqat_jax.calibration.calibrate import calibrate
@@ -67,6 +68,7 @@ __all__ = [
     "LayerAnalysis",
     "LearnedStepSizeQuantizationAwareTraining",
     "MaxBytes",
+    "MaxDrop",
     "Measurement",
     "MinSqnr",
     "OpenFile",

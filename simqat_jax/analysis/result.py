@@ -1,6 +1,7 @@
 """What an analysis finds: figures to print, to draw and to keep."""
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -46,7 +47,7 @@ class TensorAnalysis:
     hi: float
     below: float
     above: float
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = dataclasses.field(repr=False)
     sqnr: float
 
     @property
@@ -114,6 +115,13 @@ class Analysis:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "study": None}
+
+    def __repr__(self) -> str:
+        held = f"{len(self.layers)} layers, {len(self.tensors)} tensors, {self.examples} examples"
+        return f"Analysis({held}; outputs {decibels(self.sqnr)} SQNR)"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         worst = sorted(self.tensors.values(), key=lambda tensor: tensor.sqnr)

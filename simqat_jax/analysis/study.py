@@ -97,6 +97,7 @@ class Study:
       batches: how many there are.
       examples: how many there are in all of them.
       kernels: those that are quantized, in order of evaluation.
+      alone: errors of the outputs where one kernel alone is quantized, as far as measured.
 
     Raises:
       ValueError: other variables, ranges never observed, no floating output.
@@ -125,6 +126,7 @@ class Study:
         )
         self._check()
         self.kernels = self._found_kernels()
+        self.alone: dict[tuple[Kernel, int], Error] = {}
         self._stats = check(placement, *ranges_and_steps(variables))
         self._own_kernels = self.stages.real_kernels(leaves)
         off = jnp.zeros(len(self.stages.layers.names), bool)
@@ -156,10 +158,8 @@ class Study:
                 done()
         return Compared(tensors, alone, error)
 
-    def kernel_errors(
-        self, wanted: Sequence[tuple[Kernel, int]], done: Callable[[], None]
-    ) -> list[Error]:
-        """Return the errors of the outputs where one kernel alone is quantized.
+    def measure_alone(self, wanted: Sequence[tuple[Kernel, int]], done: Callable[[], None]) -> None:
+        """Put into `alone` the errors of the outputs where one kernel alone is quantized.
 
         Args:
           wanted: kernels, each with the width of its codes.
@@ -177,7 +177,7 @@ class Study:
                 got = stages.finish(first, version, tensors[first])
                 errors[place] = errors[place].plus(Error.between(got, aims))
                 done()
-        return errors
+        self.alone |= zip(wanted, errors, strict=True)
 
     def kernel_bytes(self, kernel: Kernel, num_bits: int) -> int:
         """Return the bytes of a kernel in files, once for each step that has it."""
@@ -186,12 +186,15 @@ class Study:
 
     def error(self, widths: Mapping[Kernel, int]) -> Error:
         """Return the error of the outputs of the quantized model, with kernels of other widths."""
-        version, total = self._with_kernels(self._exact, widths), Error()
-        for stages, arrays in self._data:
-            start = stages.start(arrays)
-            got, aims = (stages.finish(0, v, start) for v in (version, self._real))
+        total = Error()
+        for got, aims in zip(self.outputs(widths), self.outputs(None), strict=True):
             total = total.plus(Error.between(got, aims))
         return total
+
+    def outputs(self, widths: Mapping[Kernel, int] | None) -> list[list[jax.Array]]:
+        """Return the outputs of each batch, with kernels of other widths; None: in float."""
+        version = self._real if widths is None else self._with_kernels(self._exact, widths)
+        return [stages.finish(0, version, stages.start(arrays)) for stages, arrays in self._data]
 
     def _with_kernels(self, version: Version, widths: Mapping[Kernel, int]) -> Version:
         """Return a version with kernels on grids of other widths."""

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from simqat_jax.analysis.budgets import Budget, MaxBytes, MaxDrop, MinSqnr
 from simqat_jax.analysis.frontier import Frontier, Option
 from simqat_jax.analysis.progress import Counter
 from simqat_jax.analysis.result import Analysis
@@ -10,38 +11,6 @@ from simqat_jax.analysis.rules import with_widths
 from simqat_jax.analysis.study import Kernel, Study
 from simqat_jax.config import SimQATConfig
 from simqat_jax.numerics.arguments import check_flag, check_kind, check_whole, shown
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxBytes:
-    """As many bytes for all kernels together, as integer models and ONNX files pack them.
-
-    Codes of 2 bits take a quarter of a byte, those of 3 and 4 half of one. Biases and multipliers,
-    12 bytes a channel, come on top. TFLite files pack 4 bits, and only where XNNPACK computes them.
-    """
-
-    nbytes: int
-
-    def __post_init__(self) -> None:
-        check_whole("MaxBytes", self.nbytes, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class MinSqnr:
-    """As much signal to quantization noise at the model's outputs, in dB.
-
-    20 dB is an error of a tenth of the outputs' size, 40 dB of a hundredth.
-    """
-
-    decibels: float
-
-    def __post_init__(self) -> None:
-        if isinstance(self.decibels, bool) or not isinstance(self.decibels, int | float):
-            raise TypeError(f"MinSqnr takes a number of dB, got {shown(self.decibels)}.")
-
-
-Budget = MaxBytes | MinSqnr
-"""What a model may cost, or must be as good as."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +23,19 @@ class Suggestion:
       nbytes: of all kernels.
       sqnr: of the outputs against the float model's, dB, as measured on the analysis' data with
         these widths, after nothing but calibration.
+      drop: how far the score falls there, likewise measured; None: the budget is no `MaxDrop`.
     """
 
     config: SimQATConfig
     widths: Mapping[str, int]
     nbytes: int
     sqnr: float
+    drop: float | None = None
 
     def __str__(self) -> str:
         head = f"kernels of {self.nbytes:,} bytes, {self.sqnr:.1f} dB SQNR of the outputs"
+        if self.drop is not None:
+            head += f", {100 * self.drop:.2f} points lost"
         return "\n".join([head, *(f"{bits:>2} bits  {name}" for name, bits in self.widths.items())])
 
 
@@ -77,12 +50,12 @@ def suggest(
 
     Each kernel is quantized alone with each width, in the analysis' compiled program; noise of
     several is taken for their sum. For `MaxBytes` the widths of least noise are those that fit; for
-    `MinSqnr` the smallest that are good enough when they are measured together. Activations stay
-    as they are.
+    `MinSqnr` and `MaxDrop` the smallest that are good enough when they are measured together.
+    Activations stay as they are. Another budget for the same analysis measures no kernel again.
 
     Args:
       analysis: what `analyze` returned, no copy of it.
-      budget: `MaxBytes` of the kernels, or `MinSqnr` of the outputs.
+      budget: `MaxBytes` of the kernels, `MinSqnr` of the outputs, or `MaxDrop` of accuracy.
       widths: bits to choose from.
       progress: write to stderr how far it is.
 
@@ -102,11 +75,31 @@ def suggest(
       4
     """
     check_flag("progress", progress)
+    study = _checked(analysis, budget, widths)
+    choices = _Choices(study, sorted(set(widths)), progress)
+    drop = None
+    if isinstance(budget, MaxBytes):
+        chosen = choices.within(budget)
+    else:
+        chosen, found = choices.smallest(budget)
+        drop = 0.0 - found if isinstance(budget, MaxDrop) else None
+    named = {kernel.quantizer.name: bits for kernel, bits in chosen.items()}
+    return Suggestion(
+        config=with_widths(study.config, study.stages.placement, chosen),
+        widths=named,
+        nbytes=sum(study.kernel_bytes(kernel, bits) for kernel, bits in chosen.items()),
+        sqnr=study.error(chosen).sqnr,
+        drop=drop,
+    )
+
+
+def _checked(analysis: Analysis, budget: Budget, widths: Sequence[int]) -> Study:
+    """Return the data of an analysis; raise as `suggest` for what cannot be chosen from."""
     check_kind("analysis", analysis, Analysis, "analyze(...) returns one.")
-    if not isinstance(budget, MaxBytes | MinSqnr):
+    if not isinstance(budget, MaxBytes | MinSqnr | MaxDrop):
         raise TypeError(
-            f"budget must be MaxBytes(...) or MinSqnr(...), got {shown(budget)}. Say what the "
-            "number is: bytes of all kernels, or dB of the outputs."
+            f"budget must be MaxBytes(...), MinSqnr(...) or MaxDrop(...), got {shown(budget)}. Say "
+            "what the number is: bytes of all kernels, dB of the outputs, or a share of accuracy."
         )
     if analysis.study is None:
         raise ValueError(
@@ -116,16 +109,7 @@ def suggest(
         raise ValueError("widths is empty: there is nothing to choose from. Pass (2, 4, 8).")
     for bits in widths:
         check_whole("widths", bits, 2)
-    choices = _Choices(analysis.study, sorted(set(widths)), progress)
-    study = analysis.study
-    chosen = choices.within(budget) if isinstance(budget, MaxBytes) else choices.at_least(budget)
-    named = {kernel.quantizer.name: bits for kernel, bits in chosen.items()}
-    return Suggestion(
-        config=with_widths(study.config, study.stages.placement, chosen),
-        widths=named,
-        nbytes=sum(study.kernel_bytes(kernel, bits) for kernel, bits in chosen.items()),
-        sqnr=study.error(chosen).sqnr,
-    )
+    return analysis.study
 
 
 class _Choices:
@@ -141,12 +125,14 @@ class _Choices:
         self._study = study
         self._widths = widths
         wanted = [(kernel, bits) for kernel in study.kernels for bits in widths]
-        line = Counter("suggest", study.batches * len(wanted), progress)
-        errors = dict(zip(wanted, study.kernel_errors(wanted, line.done), strict=True))
-        line.end()
+        missing = [choice for choice in wanted if choice not in study.alone]
+        if missing:
+            line = Counter("suggest", study.batches * len(missing), progress)
+            study.measure_alone(missing, line.done)
+            line.end()
         self._frontier = Frontier(
             [
-                [Option(study.kernel_bytes(k, bits), errors[k, bits].noise) for bits in widths]
+                [Option(study.kernel_bytes(k, bits), study.alone[k, bits].noise) for bits in widths]
                 for k in study.kernels
             ]
         )
@@ -161,29 +147,23 @@ class _Choices:
             )
         return self._of(budget.nbytes)
 
-    def at_least(self, budget: MinSqnr) -> dict[Kernel, int]:
-        """Return the smallest that are good enough when all are measured together."""
-        caps = self._frontier.caps
+    def smallest(self, budget: MinSqnr | MaxDrop) -> tuple[dict[Kernel, int], float]:
+        """Return the smallest that are good enough when all are measured together, and how good."""
+        caps, goodness = self._frontier.caps, budget.goodness(self._study)
         bad, good = -1, len(caps) - 1
-        best = self._sqnr(caps[good])
-        if best < budget.decibels:
-            raise ValueError(
-                f"budget: with kernels of {max(self._widths)} bits the outputs have {best:.1f} dB, "
-                f"and MinSqnr is {budget.decibels:g}. Look at analysis.layers for what to leave "
-                "float or give wider activations, or allow wider widths=."
-            )
+        best = goodness(self._of(caps[good]))
+        if best < budget.least:
+            raise ValueError(budget.unmet(best, max(self._widths)))
         while good - bad > 1:
             middle = (good + bad) // 2
-            if self._sqnr(caps[middle]) >= budget.decibels:
-                good = middle
+            found = goodness(self._of(caps[middle]))
+            if found >= budget.least:
+                good, best = middle, found
             else:
                 bad = middle
-        return self._of(caps[good])
+        return self._of(caps[good]), best
 
     def _of(self, cap: int) -> dict[Kernel, int]:
         chosen = self._frontier.choice(cap)
         pairs = zip(self._study.kernels, chosen, strict=True)
         return {kernel: self._widths[number] for kernel, number in pairs}
-
-    def _sqnr(self, cap: int) -> float:
-        return self._study.error(self._of(cap)).sqnr

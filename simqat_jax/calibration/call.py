@@ -57,6 +57,10 @@ class EvaluationCall:
             captured = self._traced(variables, args)
         except flax.errors.InvalidRngError as error:
             raise ValueError(_TRAINS.format(path="the model")) from error
+        except Exception as error:  # the model's own: nothing tells labels from an argument
+            if len(args) > 1:
+                error.add_note(_SEVERAL.format(count=len(args)))
+            raise
         training = [n.where for n in captured.graph.nodes if n.only_training]
         if training:
             raise ValueError(_TRAINS.format(path=training[0]))
@@ -106,4 +110,8 @@ _TRAINS = (
     "{path}: calibration makes the call of evaluation, and here it drops out values or uses batch "
     "statistics. Pass the arguments of evaluation, such as train=False, deterministic=True or "
     "use_running_average=True."
+)
+_SEVERAL = (
+    "The batch is a tuple of {count}: these are the positional arguments of the call. Where one of "
+    "them is labels, leave them out: [x for x, y in batches]."
 )

@@ -57,6 +57,15 @@ def test_copies_hold_the_figures_alone(analyzed, copied):
         sq.suggest(other, sq.MinSqnr(10), progress=False)
 
 
+def test_what_is_shown_fits_a_line_or_is_the_table(analyzed):
+    short = "Analysis(3 layers, 5 tensors, 24 examples; outputs 9.2 dB SQNR)"
+    assert repr(analyzed.analysis) == short
+    assert "counts" not in repr(analyzed.analysis.tensors["input"])
+    named = dataclasses.replace(analyzed.analysis.layers[0], name="a<b")
+    page = dataclasses.replace(analyzed.analysis, layers=(named,))._repr_html_()
+    assert page.startswith("<pre>outputs: 9.2 dB") and "a&lt;b" in page
+
+
 def test_a_plot_has_a_bar_for_each_layer(analyzed):
     pytest.importorskip("matplotlib")
     left, right = analyzed.analysis.plot(most=2).axes

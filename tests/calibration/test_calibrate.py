@@ -132,6 +132,13 @@ def test_what_is_no_data_is_refused(batches, error, words):
         calibrated(batches)
 
 
+def test_labels_among_the_arguments_are_named():
+    qmodel, x = sq.SimQAT().apply(nn.Dense(2)), np.ones((3, 2), np.float32)
+    floats = nn.Dense(2).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match=r"a tuple of 2: .* \[x for x, y in batches\]"):
+        sq.calibrate(qmodel, floats, [(x, np.zeros(3))], progress=False)
+
+
 def test_a_call_of_training_is_refused():
     with pytest.raises(ValueError, match="Pass the arguments of evaluation, such as train=False"):
         sq.calibrate(QMODEL, FLOATS, X, progress=False, train=True)

@@ -19,12 +19,13 @@ def test_budgets_are_met():
     variables = Net().init(jax.random.key(0), x)
     labels = np.argmax(Net().apply(variables, x), -1)
     network = Network(Net(), variables, [x[:32], x[32:]], x, labels)
-    arguments = Arguments(network="net", shares=(0.75,), losses=(16.0,))
-    whole, smaller, noisier = check(network, arguments)
+    arguments = Arguments(network="net", shares=(0.75,), losses=(16.0,), drops=(0.1,))
+    whole, smaller, noisier, alike = check(network, arguments)
     assert (whole.budget, whole.nbytes) == ("8 bits", 6 * 8 + 8 * 3)
     assert smaller.nbytes <= 54 and noisier.nbytes < whole.nbytes
     assert noisier.promised >= whole.promised - 16
-    for row in (whole, smaller, noisier):
+    assert alike.alike >= 0.9 and alike.nbytes < whole.nbytes
+    for row in (whole, smaller, noisier, alike):
         assert row.in_model == row.nbytes
         assert row.kept == pytest.approx(row.promised, abs=0.05)
     assert whole.accuracy > 0.9

@@ -51,3 +51,12 @@ def test_every_code_of_every_grid(backend, io, tmp_path):
         signed = code.astype(np.int32) - (128 if grid.qmin >= 0 else 0)
         np.testing.assert_array_equal(found, signed if io == "int8" else signed + 128)
         np.testing.assert_array_equal(grid.of_file(found), code)
+
+
+def test_a_file_is_not_called_as_one_of_another_kind(tmp_path):
+    other = {"onnx": "tflite", "tflite": "onnx"}
+    for backend in other:
+        path = tmp_path / f"m.{other[backend]}"
+        with pytest.raises(ValueError, match=f"with .{backend}, or call export_{other[backend]}"):
+            export(copying(backend), path)
+        assert not path.exists()

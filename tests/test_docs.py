@@ -292,7 +292,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/concepts.md": lambda: float_model(8),
     "docs/index.md": nothing,
     "docs/install.md": nothing,
-    "docs/analysis.md": float_variables,
+    "docs/analysis.md": labelled,
     "docs/calibration.md": float_variables,
     "docs/deployment.md": trained_model,
     "docs/low_bits.md": float_variables,

@@ -60,3 +60,20 @@ def numerics(x: jax.Array) -> jax.Array:
     return sq.dequantize(codes, params.scale, params.zero_point) + sq.fake_quant(
         x, state.lo, state.hi, spec
     )
+
+
+def why(
+    qmodel: sq.QuantizedModule, variables: dict[str, Any], x: np.ndarray, y: np.ndarray
+) -> sq.SimQATConfig:
+    """Analyze, choose widths, write a page and a file that says what it takes."""
+    analysis = sq.analyze(qmodel, variables, [x], train=False)
+    print(analysis, analysis.layers[0].gain, analysis.tensors["input"].clipped)
+    drop = sq.MaxDrop(0.01, lambda logits: (logits.argmax(-1) == y).mean())
+    found = sq.suggest(analysis, drop)
+    models = [sq.Measurement(name="float", accuracy=0.97, p50_ms=0.3)]
+    sq.report(analysis, "report.html", measurements=models)
+    about = sq.FileMetadata(name="net", tensors={"input": sq.TensorMetadata(mean=0, std=255)})
+    int8 = sq.convert(qmodel, variables, x, train=False)
+    sq.export_tflite(int8, "model.tflite", integer_io="uint8", metadata=about)
+    print(found.nbytes, found.drop, found.widths)
+    return found.config

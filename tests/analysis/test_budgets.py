@@ -1,5 +1,7 @@
 """Budgets of accuracy: what is suggested keeps them, measured by NumPy on the calibrated model."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -27,7 +29,7 @@ def labels(wide):
     return np.where(np.arange(len(y)) % 5 == 0, (y + 1) % 4, y)
 
 
-def outputs(wide, config):
+def outputs(wide, config) -> Any:
     """The float model's outputs, and those of a model that is calibrated with a configuration."""
     qmodel = sq.SimQAT(config).apply(wide.qmodel.module)
     variables = sq.calibrate(qmodel, wide.floats, wide.batches, progress=False)
@@ -41,7 +43,7 @@ def test_agreement_with_float(wide, drop):
     aims, got = outputs(wide, found.config)
     lost = 1 - np.mean(got.argmax(-1) == aims.argmax(-1))
     assert lost == pytest.approx(found.drop, abs=1e-6) and lost <= drop + 1e-6
-    assert f"{100 * found.drop:.2f} points lost" in str(found)
+    assert found.drop is not None and f"{100 * found.drop:.2f} points lost" in str(found)
 
 
 def test_a_score_of_labels(wide, labels):

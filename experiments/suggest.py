@@ -6,7 +6,6 @@ Example:
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,17 +45,7 @@ class Arguments:
     """Examples to measure accuracy on."""
 
 
-class Network(NamedTuple):
-    """A trained float network, batches to analyze it on, and what it is measured on."""
-
-    module: nn.Module
-    variables: Any
-    batches: Sequence[np.ndarray]
-    x: np.ndarray
-    labels: np.ndarray
-
-
-def of_run(run: Path, arguments: Arguments) -> Network:
+def of_run(run: Path, arguments: Arguments) -> ptq.Workload:
     """Return the float network of a run.
 
     Raises:
@@ -78,16 +67,16 @@ def of_run(run: Path, arguments: Arguments) -> Network:
     batches = [prepared(images) for (images, _), _ in zip(shuffled, range(count), strict=False)]
     tests = [(prepared(x)[m], y[m]) for x, y, m in dataset.test_batches(_BATCH)]
     x, labels = map(np.concatenate, zip(*tests, strict=True))
-    return Network(phase.model, state.variables, batches, x, labels)
+    return ptq.Workload(phase.model, state.variables, batches, x, labels)
 
 
-def of_benchmark(name: str, arguments: Arguments) -> Network:
+def of_benchmark(name: str, arguments: Arguments) -> ptq.Workload:
     """Return a network of `experiments.benchmarks.ptq`."""
     model: Any = name
     asked = ptq.Arguments(model=model, calibration=arguments.calibration)
     work = ptq.WORKLOADS[name](asked)
     batches = [b[k : k + _BATCH] for b in work.batches for k in range(0, len(b), _BATCH)]
-    return Network(work.module, work.variables, batches, work.x, work.labels)
+    return work._replace(batches=batches)
 
 
 class Row(NamedTuple):
@@ -112,7 +101,7 @@ class Row(NamedTuple):
     accuracy: float
 
 
-def check(network: Network, arguments: Arguments) -> list[Row]:
+def check(network: ptq.Workload, arguments: Arguments) -> list[Row]:
     """Suggest widths for each budget, and calibrate with them; the first row is that of 8 bits."""
     given = np.concatenate(network.batches)
     x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]

@@ -84,8 +84,8 @@ class Workload(NamedTuple):
     batches: list[np.ndarray]
     x: np.ndarray
     labels: np.ndarray
-    ends: tuple[str, str]
-    """Paths of the first and the last layer."""
+    ends: tuple[str, ...] = ()
+    """Paths of the first and the last layer, as far as they are wanted."""
 
 
 def trained_lenet5(data: ImageData, seed: int, epochs: int = _EPOCHS) -> Any:

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.suggest import Arguments, Network, check
+from experiments.benchmarks.ptq import Workload
+from experiments.suggest import Arguments, check
 
 
 class Net(nn.Module):
@@ -18,7 +19,7 @@ def test_budgets_are_met():
     x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     variables = Net().init(jax.random.key(0), x)
     labels = np.argmax(Net().apply(variables, x), -1)
-    network = Network(Net(), variables, [x[:32], x[32:]], x, labels)
+    network = Workload(Net(), variables, [x[:32], x[32:]], x, labels)
     arguments = Arguments(network="net", shares=(0.75,), losses=(16.0,), drops=(0.1,))
     whole, smaller, noisier, alike = check(network, arguments)
     assert (whole.budget, whole.nbytes) == ("8 bits", 6 * 8 + 8 * 3)

@@ -1,6 +1,7 @@
 """Training end to end: the three phases, resume after a kill, evaluation, wrong input."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -45,18 +46,24 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory of runs; the decoded data is cached beside it."""
-    base = tmp_path_factory.mktemp("experiments")
+    """A directory of runs, the same in all processes that run tests; decoded data are cached."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SIMQAT_CACHE_DIR", str(base / "cache"))
-        yield base / "runs"
+        patch.setenv("SIMQAT_CACHE_DIR", str(tmp_path_factory.mktemp("experiments") / "cache"))
+        yield shared / "runs"
 
 
 @pytest.fixture(scope="module")
 def finished(runs_dir: Path) -> Path:
-    """A run that nothing has interrupted."""
-    arguments = dataclasses.replace(ARGUMENTS, runs_dir=runs_dir, name="finished")
-    train.run_experiment(arguments, Console(quiet=True))
+    """A run that nothing has interrupted, trained by the first process that asks for it."""
+    runs_dir.mkdir(exist_ok=True)
+    with (runs_dir.parent / "finished.lock").open("a") as trained:
+        fcntl.flock(trained, fcntl.LOCK_EX)
+        if not Path(trained.name).stat().st_size:
+            arguments = dataclasses.replace(ARGUMENTS, runs_dir=runs_dir, name="finished")
+            train.run_experiment(arguments, Console(quiet=True))
+            trained.write("yes")
     return runs_dir / "finished"
 
 

@@ -100,6 +100,10 @@ def test_without_metadata_scale_and_zero_point_can_be_found(model, io, tmp_path)
     kind = np.dtype(io or {"onnx": "uint8", "tflite": "int8"}[model.backend])
     zero = grid.zero_point + (0 if kind == np.uint8 else -128)
     best, codes = (end.codes for end in listing.outputs)
+    if io and model.backend == "tflite":
+        image = model.tensors[model.inputs[0]].grid
+        found = listing.inputs[0].codes
+        assert found == Codes(io, float(image.scale), image.zero_point + image.offset_in(kind))
     told = [note for note in listing.notes() if note.startswith("scores: ")]
     if (model.backend, io) == ("onnx", "uint8"):  # the graph has no operator that would tell
         sign = f"- {zero}" if zero >= 0 else f"+ {-zero}"

@@ -75,14 +75,16 @@ class _Reader:
 
     def _end(self, number: int, kind: str, operators: Sequence[tuple[str, Any]]) -> FileEnd:
         """Return an input or output; no name: it is called `kind`."""
-        read = {
-            op.outputs[0] for name, op in operators if name == "QUANTIZE" and number in op.inputs
-        }
-        made = {
-            op.inputs[0] for name, op in operators if name == "DEQUANTIZE" and number in op.outputs
-        }
-        found = {self._codes(i) for i in (number, *read, *made)} - {None}
-        codes = found.pop() if len(found) == 1 else None
+        codes = self._codes(number)
+        if codes is None:
+            beside = {
+                op.outputs[0] for n, op in operators if n == "QUANTIZE" and number in op.inputs
+            }
+            beside |= {
+                op.inputs[0] for n, op in operators if n == "DEQUANTIZE" and number in op.outputs
+            }
+            found = set(map(self._codes, beside))
+            codes = found.pop() if len(found) == 1 else None
         tensor = self._graph.tensors[number]
         return FileEnd(self._name(number) or kind, self._shape(tensor), self._dtype(tensor), codes)
 

@@ -17,6 +17,7 @@ from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.ir.compound import OfExponentials
 from simqat_jax.ir.graph import (
     Add,
     Constant,
@@ -59,15 +60,15 @@ class Selected:
     tensor: Operand
     keeps: bool
 
-    def kept(self, mask: jax.Array, axis: int) -> jax.Array:
+    def kept(self, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         """Return where scores stay."""
-        del axis
+        del axes
         return mask if self.keeps else jnp.logical_not(mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """Numbers far apart: beside the highest of an axis, no other score counts.
+    """Numbers far apart: beside the highest along axes, no other score counts.
 
     Attributes:
       tensor: these.
@@ -77,7 +78,7 @@ class Added:
     tensor: Operand
     subtracts: bool
 
-    def kept(self, added: jax.Array, axis: int) -> jax.Array:
+    def kept(self, added: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         """Return where scores stay.
 
         Nowhere, where the highest is so low that no digit of a score is left beside it: then all
@@ -85,7 +86,7 @@ class Added:
         """
         added = -added if self.subtracts else added
         lowest = -1 / float(jnp.finfo(added.dtype).eps)
-        return added >= jnp.maximum(jnp.max(added, axis, keepdims=True), lowest)
+        return added >= jnp.maximum(jnp.max(added, axes, keepdims=True), lowest)
 
 
 Mask = Selected | Added
@@ -104,8 +105,26 @@ def take_masks(parts: Parts, x: int) -> tuple[int, list[Mask]]:
     return x, masks
 
 
-def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Selected:
-    """Return masks in front of a softmax along an axis as one of truth values."""
+def merge_masked(
+    parts: Parts,
+    kind: type[OfExponentials],
+    scores: int,
+    masks: Sequence[Mask],
+    *,
+    op: str,
+    axes: tuple[int, ...],
+) -> None:
+    """Merge parts that make a softmax, or its logarithm, of scores behind masks."""
+    last = parts.ordered[-1]
+    if not masks:
+        parts.merged(kind, (scores,), op=op, axes=axes)
+        return
+    mask = _joined(parts.draft, last, masks, axes)
+    parts.merged(kind, (scores, mask.tensor), op=op, axes=axes, masked=True, keeps=mask.keeps)
+
+
+def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int, ...]) -> Selected:
+    """Return masks in front of a softmax along axes as one of truth values."""
     (first, *others) = masks
     if isinstance(first, Selected) and not others:
         return first
@@ -113,7 +132,7 @@ def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Sel
 
     def kept(*values: jax.Array) -> jax.Array:
         pairs = zip(masks, values, strict=True)
-        return functools.reduce(jnp.logical_and, (mask.kept(x, axis) for mask, x in pairs))
+        return functools.reduce(jnp.logical_and, (mask.kept(x, axes) for mask, x in pairs))
 
     def made() -> Node:
         eqn = traced(jax.jit(kept), *map(draft.aval, operands))
@@ -121,7 +140,7 @@ def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Sel
         whole = {"inputs": operands, "outputs": outputs, "run": bound(eqn), "eqn": eqn}
         return as_kind(Float, softmax, op="mask", layer=None, parts=(), **whole)
 
-    return Selected(draft.once((tuple(masks), axis), softmax, made), keeps=True)
+    return Selected(draft.once((tuple(masks), axes), softmax, made), keeps=True)
 
 
 def _masked(draft: Draft, node: Node) -> tuple[int, Mask] | None:

@@ -64,10 +64,9 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
             x = difference.inputs[0]
     if not isinstance(x, int) or x not in draft.graph.data or not parts.are_aligned(x):
         return
-    scores, masks = take_masks(parts, x)
-    if not parts.are_closed() or _is_biased(draft, scores):
-        return
-    merge_masked(parts, Softmax, scores, masks, op="softmax", axes=reduced_axes(total))
+    scores = take_masks(parts, x, reduced_axes(total))
+    if parts.are_closed() and not _is_biased(draft, scores.tensor):
+        merge_masked(parts, Softmax, scores, "softmax")
 
 
 def _is_biased(draft: Draft, v: Operand) -> bool:

@@ -2,7 +2,7 @@
 
 from simqat_jax.capture.classify import calls, inner_equations
 from simqat_jax.capture.draft import Draft
-from simqat_jax.capture.masks import merge_masked, take_masks
+from simqat_jax.capture.masks import Scores, merge_masked, take_masks
 from simqat_jax.capture.parts import Parts, number, reduced_axes
 from simqat_jax.ir.compound import LogSoftmax
 from simqat_jax.ir.graph import Add, Elementwise, Graph, Mean, Node, Operand
@@ -31,11 +31,11 @@ def _merge_behind_masks(parts: Parts, x: int, axes: tuple[int, ...]) -> None:
     """Merge parts that make the logarithm of a softmax of a tensor, with masks in front of it."""
     alone = Parts(parts.draft, parts.ordered[-1])
     alone.add(*parts.nodes)
-    scores, masks = take_masks(parts, x)
+    scores = take_masks(parts, x, axes)
     if not parts.are_closed():  # something else reads masked scores
-        parts, scores, masks = alone, x, []
+        parts, scores = alone, Scores(x, axes)
     if parts.are_closed():
-        merge_masked(parts, LogSoftmax, scores, masks, op="log_softmax", axes=axes)
+        merge_masked(parts, LogSoftmax, scores, "log_softmax")
 
 
 def _merge(draft: Draft, last: Node) -> None:

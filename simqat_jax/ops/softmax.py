@@ -1,6 +1,7 @@
 """Softmax and its logarithm on codes, see `numerics.softmax`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -114,7 +115,7 @@ class OfExponentialsOperation(IntegerOperation):
 def _fits(axes: Sequence[int], shape: Sequence[int], x: Grid) -> bool:
     """Whether the sums are exact, and none is over the batch of a free size."""
     lengths = [shape[a] for a in axes]
-    return x.num_bits <= 8 and min(lengths) > 0 and np.prod(lengths) <= softmax.MOST_TERMS
+    return x.num_bits <= 8 and min(lengths) > 0 and math.prod(lengths) <= softmax.MOST_TERMS
 
 
 OPERATIONS = {

@@ -5,13 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import observed
+from models import EXPORTS, observed
 from zoo import Model
 
 import simqat_jax as sq
 
 X = jax.random.normal(jax.random.key(0), (3, 4, 4))
-EXPORTS = {"onnx": sq.export_onnx, "tflite": sq.export_tflite}
 logsumexp = jax.nn.logsumexp
 
 

@@ -216,7 +216,7 @@ def attention(net: Network, v: str) -> None:
 
 def biased(net: Network, length: int, scores: str) -> str:
     """Return scores behind a mask, or with biases for relative positions."""
-    apart = f"(jnp.arange({length})[:, None] - jnp.arange({length}))[None]"
+    apart = f"(jnp.arange({length})[:, None] - jnp.arange({length})[None])[None]"
     table = f"nn.Embed({2 * length - 1}, 1)({apart} + {length - 1})[..., 0]"
     tri = f"jnp.tri({length}, dtype=bool)[None]"
     return net.pick(BIASES).format(scores=scores, apart=apart, table=table, tri=tri)

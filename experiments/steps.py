@@ -10,7 +10,7 @@ import optax
 
 from experiments import optimization
 from experiments.data import Batch
-from experiments.phases import Phase, TrainState
+from experiments.phases import STEPS, Phase, TrainState
 
 Collections = dict[str, Any]
 Found = tuple[tuple[jax.Array, Collections], Any]
@@ -33,6 +33,7 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
         # The step decides what is random: a continued run draws what the whole one would have.
         step_key = jax.random.fold_in(key, state.step)
         images = phase.dataset.transform(images, jax.random.fold_in(step_key, 1))
+        state = _with_delayed_steps(phase, state, images, step_key)
         differentiate = _differentiate(phase, state)
         if parts > 1:
             differentiate = _accumulate(differentiate, state, parts)
@@ -51,6 +52,37 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
     if phase.experiment.steps_per_dispatch == 1:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0)
+
+
+def with_steps_from(
+    phase: Phase, state: TrainState, images: jax.Array, key: jax.Array
+) -> TrainState:
+    """Return the state with learned steps from a batch."""
+    _, updates = phase.model.apply(
+        state.variables, images, train=True, mutable=list(state.variables), rngs={"dropout": key}
+    )
+    # No training step: its count and BatchNorm's statistics stay.
+    stats = {**updates["quant_stats"], "step": state.collections["quant_stats"]["step"]}
+    collections = {**state.collections, "quant_stats": stats}
+    return dataclasses.replace(state, collections=collections, quant_params=dict(updates[STEPS]))
+
+
+def _with_delayed_steps(
+    phase: Phase, state: TrainState, images: jax.Array, key: jax.Array
+) -> TrainState:
+    """Return the state with the learned steps, if there are any, whose `quant_delay` ends now."""
+    config = phase.experiment.quant
+    owners = (config, *config.rules)
+    specs = [spec for owner in owners for spec in (owner.weight, owner.activation)]
+    delays = sorted({spec.quant_delay for spec in specs if spec is not None} - {0})
+    if not state.quant_params or not delays:
+        return state
+    return jax.lax.cond(
+        jnp.isin(state.step, jnp.array(delays)),
+        lambda state: with_steps_from(phase, state, images, key),
+        lambda state: state,
+        state,
+    )
 
 
 def _differentiate(phase: Phase, state: TrainState) -> Differentiate:

@@ -15,9 +15,9 @@ from experiments import checkpoints, processes
 from experiments.checkpoints import Progress
 from experiments.data import Batch, MaskedBatch
 from experiments.errors import CommonError, Preempted
-from experiments.phases import STEPS, Phase, TrainState
+from experiments.phases import Phase, TrainState
 from experiments.preemption import Notice
-from experiments.steps import make_train_step
+from experiments.steps import make_train_step, with_steps_from
 
 Report = Callable[[Progress, TrainState], None]
 """What is told while a phase is trained; the state is consumed by the step that follows."""
@@ -41,17 +41,8 @@ def set_steps(phase: Phase, state: TrainState) -> TrainState:
         return state
     experiment = phase.experiment
     images, _ = next(iter(phase.dataset.train_batches(experiment.batch_size, experiment.seed, 0)))
-    _, updates = phase.model.apply(
-        state.variables,
-        phase.dataset.transform(jnp.asarray(images), None),
-        train=True,
-        mutable=list(state.variables),
-        rngs={"dropout": jax.random.key(0)},
-    )
-    # No training step: its count and BatchNorm's statistics stay.
-    stats = {**updates["quant_stats"], "step": state.collections["quant_stats"]["step"]}
-    collections = {**state.collections, "quant_stats": stats}
-    return dataclasses.replace(state, collections=collections, quant_params=updates[STEPS])
+    images = phase.dataset.transform(jnp.asarray(images), None)
+    return with_steps_from(phase, state, images, jax.random.key(0))
 
 
 def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:

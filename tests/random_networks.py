@@ -72,6 +72,17 @@ NORMS = (
     "({v} - {v}.mean(-1, keepdims=True)) / jnp.sqrt({v}.var(-1, keepdims=True) + 1e-2)",
 )
 """Functions of the channels of each position."""
+BIASES = (
+    "jnp.where({tri}, {scores}, -1e9)",
+    "({scores} + jnp.where({tri}, 0.0, -100.0))",
+    "({scores} + {table})",
+    "({table} + {scores} / 2)",
+    "({scores} - 0.3 * jnp.abs({apart}))",
+    "({scores} + jnp.where({tri}, 0.2 * {apart}, -jnp.inf))",
+    "({scores} + ({table} + jnp.where({tri}, 0.0, -1e4)))",
+    "({scores} + jnp.where({tri}, {table}, -1e9))",
+)
+"""What is done with scores in front of a softmax."""
 SPREADS = (
     "{v}.var(axis={axis}, keepdims=True)",
     "jnp.std({v}, axis={axis}, keepdims=True)",
@@ -198,9 +209,17 @@ def einsum(net: Network, v: str) -> None:
 def attention(net: Network, v: str) -> None:
     length, channels = net.shapes[v]
     scores = f'jnp.einsum("bqc,bkc->bqk", {v}, {v}) * {channels**-0.5:.3f}'
-    if net.pick((True, False)):
-        scores = f"jnp.where(jnp.tri({length}, dtype=bool), {scores}, -1e9)"
+    for _ in range(net.pick((0, 1, 1, 2))):
+        scores = biased(net, length, scores)
     net.add(f'jnp.einsum("bqk,bkc->bqc", nn.softmax({scores}), {v})', (length, channels))
+
+
+def biased(net: Network, length: int, scores: str) -> str:
+    """Return scores behind a mask, or with biases for relative positions."""
+    apart = f"(jnp.arange({length})[:, None] - jnp.arange({length}))[None]"
+    table = f"nn.Embed({2 * length - 1}, 1)({apart} + {length - 1})[..., 0]"
+    tri = f"jnp.tri({length}, dtype=bool)[None]"
+    return net.pick(BIASES).format(scores=scores, apart=apart, table=table, tri=tri)
 
 
 # Two tensors -------------------------------------------------------------------------------------

@@ -234,6 +234,85 @@ def test_learned_steps_that_are_missing(learned):
     assert np.isnan(y).all()  # under jit values are not at hand
 
 
+DELAY = 3
+
+
+@pytest.fixture(scope="module")
+def delayed():
+    """A model whose steps start when quantization does, in one compiled step, and its history."""
+    spec = {"observer": "learned", "num_bits": 4, "quant_delay": DELAY}
+    config = sq.SimQATConfig(
+        weight=sq.QuantSpec.weight(**spec), activation=sq.QuantSpec(**spec), freeze_bn=DELAY + 1
+    )
+    qmodel = sq.SimQAT(config).apply(Convolutional())
+
+    @jax.jit
+    def train(variables, x):
+        def loss(trained):
+            every = ["batch_stats", *OWN]
+            y, updates = qmodel.apply({**variables, **trained}, x, train=True, mutable=every)
+            return jnp.mean((y - 1) ** 2), updates
+
+        trained = {k: variables[k] for k in LEARNED}
+        gradients, updates = jax.grad(loss, has_aux=True)(trained)
+        new = jax.tree.map(lambda v, g: v - 0.05 * g, trained, gradients)
+        new["quant_params"] = jax.tree.map(
+            lambda old, new, start: jnp.where(old > 0, new, start),
+            *(tree["quant_params"] for tree in (trained, new, updates)),
+        )
+        return {**variables, **updates, **new}
+
+    variables: Any = jax.jit(qmodel.init)(jax.random.key(0), IMAGES)
+    history = [variables]
+    for number in range(DELAY + 3):
+        if number == DELAY + 1:  # a run that was interrupted: plain dictionaries come back
+            stats = history[-1]["quant_stats"]
+            plain = {k: s._asdict() if k != "step" else s for k, s in stats.items()}
+            history[-1] = {**history[-1], "quant_stats": jax.tree.map(np.asarray, plain)}
+        history.append(train(history[-1], (10 if number < DELAY else 1) * IMAGES))
+    return qmodel, history
+
+
+def test_until_they_start_delayed_steps_are_none_and_evaluation_is_float(delayed):
+    qmodel, history = delayed
+    for variables in history[: DELAY + 1]:
+        assert not any(map(np.any, variables["quant_params"].values()))
+    for variables in history[1:DELAY]:
+        floats = {k: v for k, v in variables.items() if k not in OWN}
+        want = Convolutional().apply(floats, IMAGES)
+        qmodel.check(variables)
+        for apply in (qmodel.apply, jax.jit(qmodel.apply)):
+            np.testing.assert_allclose(apply(variables, IMAGES), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="trained for 2 steps and quantizes from step 3"):
+        sq.convert(qmodel, history[2], IMAGES)
+    assert len(np.unique(qmodel.apply(history[DELAY], IMAGES))) <= 16  # as it would start now
+
+
+def test_delayed_steps_start_from_the_data_of_the_first_step_that_quantizes(delayed):
+    _, history = delayed
+    before, started, later = history[DELAY], history[DELAY + 1], history[-1]
+    kernel = np.abs(before["params"]["b"]["kernel"]).mean(0)
+    want = 2 * kernel / np.sqrt(7)
+    np.testing.assert_allclose(started["quant_params"]["b/kernel"], want, rtol=1e-5)
+    magnitude = (float(IMAGES.max()) - float(IMAGES.min())) / 15  # not of the wide batches before
+    assert started["quant_params"]["input"] == pytest.approx(magnitude, rel=1e-5)
+    for name, now in later["quant_params"].items():
+        assert np.all(now > 0) and np.any(now != started["quant_params"][name]), name
+
+
+def test_codes_of_delayed_steps(delayed):
+    qmodel, history = delayed
+    model = sq.convert(qmodel, history[-1], IMAGES)
+    want = jax.jit(qmodel.apply)(history[-1], 10 * IMAGES)
+    assert_same(model(10 * IMAGES), want)
+    assert len(np.unique(want)) > 3
+    unset = {**history[-1], "quant_params": history[0]["quant_params"]}
+    with pytest.raises(ValueError, match=r"learned steps of input.*once their quant_delay has"):
+        qmodel.apply(unset, IMAGES)
+    with pytest.raises(ValueError, match="learned steps of a/kernel"):
+        qmodel.check(unset)
+
+
 def test_golden_sticks_name_learns_both_and_keeps_the_rest():
     config = sq.SimQATConfig(activation=sq.QuantSpec(num_bits=4), freeze_bn=3)
     learning = sq.LearnedStepSizeQuantizationAwareTraining(config).config

@@ -83,7 +83,7 @@ def calibrate(
         broken[number] = [name for name, found in jax.device_get(nonfinite).items() if found]
     _tell(broken)
     assert placement is not None, "no batch is an error"
-    ranges, steps = parted(placement, stats)
+    ranges, steps = parted(placement, stats, stats[STEP])
     return {**variables, COLLECTION: ranges} | ({STEPS: steps} if steps else {})
 
 

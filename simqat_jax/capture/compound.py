@@ -8,7 +8,7 @@ from jax import lax
 
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.log_softmax import find_log_softmax
-from simqat_jax.capture.masks import hides_no_mask, joined, take_masks
+from simqat_jax.capture.masks import hides_no_mask, merge_masked, take_masks
 from simqat_jax.capture.norms import find_norms, find_spreads
 from simqat_jax.capture.own_batch_norm import find_own_batch_norms
 from simqat_jax.capture.parts import Parts, maker, reduced_axes, repeated, unwrapped
@@ -54,7 +54,7 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
     if exp is None or total is None or parts.unconverted(total.inputs[0]) != exp.outputs[0]:
         return
     parts.add(exp, total)
-    axes, x = total.eqn.params["axes"], exp.inputs[0]
+    x = exp.inputs[0]
     difference = parts.made_by(x, "sub")
     if difference is not None:
         highest = parts.made_by(parts.behind(difference.inputs[1]), "reduce_max")
@@ -62,19 +62,11 @@ def _merge_softmax(draft: Draft, division: Node) -> None:
         if highest is not None and same and highest.inputs[0] == difference.inputs[0]:
             parts.add(difference, highest)
             x = difference.inputs[0]
-    if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
+    if not isinstance(x, int) or x not in draft.graph.data or not parts.are_aligned(x):
         return
-    if not parts.are_aligned(x):
-        return
-    scores, masks = take_masks(parts, x)
-    if not parts.are_closed() or _is_biased(draft, scores):
-        return
-    inputs, fields = (scores,), {"op": "softmax", "axis": int(axes[0])}
-    if masks:
-        mask = joined(draft, division, masks, fields["axis"])
-        inputs = (scores, mask.tensor)
-        fields.update(masked=True, keeps=mask.keeps)
-    parts.merged(Softmax, inputs, **fields)
+    scores = take_masks(parts, x, reduced_axes(total))
+    if parts.are_closed() and not _is_biased(draft, scores.tensor):
+        merge_masked(parts, Softmax, scores, "softmax")
 
 
 def _is_biased(draft: Draft, v: Operand) -> bool:

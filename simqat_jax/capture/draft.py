@@ -58,6 +58,19 @@ class Draft:
         self.avals[v] = aval
         return v
 
+    def beside(self, v: int, aval: jax.ShapeDtypeStruct, mark: int) -> int:
+        """Return the number of a new tensor that steps of a loop repeat as they do `v`.
+
+        Args:
+          v: a tensor.
+          aval: shape and dtype of the new one.
+          mark: below -1, another for each that is beside `v`.
+        """
+        new = self.new(aval)
+        if v in self.repeated:
+            self.repeated[new] = (*self.repeated[v], mark)
+        return new
+
     def only_reader(self, v: int, node: Node) -> Node | None:
         """Return the one node that reads a tensor, if it is inside the same `nn.remat`."""
         users = self.readers[v]

@@ -2,9 +2,10 @@
 
 from simqat_jax.capture.classify import calls, inner_equations
 from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.masks import Scores, merge_masked, take_masks
 from simqat_jax.capture.parts import Parts, number, reduced_axes
 from simqat_jax.ir.compound import LogSoftmax
-from simqat_jax.ir.graph import Add, Elementwise, Graph, Mean, Node, Operand, as_kind
+from simqat_jax.ir.graph import Add, Elementwise, Graph, Mean, Node, Operand
 
 
 def find_log_softmax(graph: Graph) -> Graph:
@@ -21,8 +22,20 @@ def find_log_softmax(graph: Graph) -> Graph:
 def _replace_function(draft: Draft, node: Node) -> None:
     reductions = [eqn for eqn in inner_equations(node.eqn) if "axes" in eqn.params]
     axes = {tuple(map(int, eqn.params["axes"])) for eqn in reductions}
-    if len(axes) == 1 and len(axis := axes.pop()) == 1:
-        draft.instead[node] = [as_kind(LogSoftmax, node, op="log_softmax", axis=axis[0])]
+    (x,) = node.inputs
+    if len(axes) == 1 and isinstance(x, int):
+        _merge_behind_masks(Parts(draft, node), x, axes.pop())
+
+
+def _merge_behind_masks(parts: Parts, x: int, axes: tuple[int, ...]) -> None:
+    """Merge parts that make the logarithm of a softmax of a tensor, with masks in front of it."""
+    alone = Parts(parts.draft, parts.ordered[-1])
+    alone.add(*parts.nodes)
+    scores = take_masks(parts, x, axes)
+    if not parts.are_closed():  # something else reads masked scores
+        parts, scores = alone, Scores(x, axes)
+    if parts.are_closed():
+        merge_masked(parts, LogSoftmax, scores, "log_softmax")
 
 
 def _merge(draft: Draft, last: Node) -> None:
@@ -51,10 +64,8 @@ def _merge(draft: Draft, last: Node) -> None:
         x = difference.inputs[0]
     elif shift is not None or x != y:
         return
-    if len(axes) != 1 or not isinstance(x, int) or x not in draft.graph.data:
-        return
-    if parts.are_aligned(x) and parts.are_closed():
-        parts.merged(LogSoftmax, (x,), op="log_softmax", axis=axes[0])
+    if isinstance(x, int) and x in draft.graph.data and parts.are_aligned(x):
+        _merge_behind_masks(parts, x, axes)
 
 
 def _sum_of_exponentials(parts: Parts, v: Operand) -> tuple[tuple[int, ...], Operand] | None:

@@ -2,21 +2,29 @@
 
 import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from simqat_jax.capture.classify import is_real
+from simqat_jax.capture.biases import (
+    FAR,
+    MOST_TENSORS,
+    Units,
+    is_far,
+    known_numbers,
+    known_values,
+)
 from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.ir.compound import OfExponentials, Softmax
 from simqat_jax.ir.graph import (
     Add,
     Constant,
@@ -30,21 +38,10 @@ from simqat_jax.ir.graph import (
 )
 from simqat_jax.ir.replay import constants
 
-_FAR = 1e3
-"""Real units: farther apart than scores are. A grid of 8 bits would reach it with steps of 4 alone,
-each of which divides a share by 50."""
-_MOST_VALUES = 16
-"""A constant of more is no mask."""
-_MOST_TENSORS = 64
-"""What is made of more is none either."""
-
-# Each value of what these make of multiples of a number, their first operand, is one as well.
-_KEEP_MULTIPLES = SAME | set(
-    "convert_element_type transpose slice dynamic_slice rev tile split neg abs reduce_max "
-    "reduce_min reduce_sum cumsum name sharding_constraint".split()
-)
-# Likewise of what they make of all operands.
-_JOIN_MULTIPLES = frozenset("add sub add_any max min clamp concatenate pad".split())
+_LOW = -FAR
+"""Real units: what puts so low a number in the place of scores is a mask."""
+_LARGE = 1e3
+"""What scores are divided by is no more: it would be a mask that is divided."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +56,15 @@ class Selected:
     tensor: Operand
     keeps: bool
 
-    def kept(self, mask: jax.Array, axis: int) -> jax.Array:
+    def kept(self, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         """Return where scores stay."""
-        del axis
+        del axes
         return mask if self.keeps else jnp.logical_not(mask)
 
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """Numbers far apart: beside the highest of an axis, no other score counts.
+    """Numbers far apart: beside the highest along axes, no other score counts.
 
     Attributes:
       tensor: these.
@@ -77,7 +74,7 @@ class Added:
     tensor: Operand
     subtracts: bool
 
-    def kept(self, added: jax.Array, axis: int) -> jax.Array:
+    def kept(self, added: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         """Return where scores stay.
 
         Nowhere, where the highest is so low that no digit of a score is left beside it: then all
@@ -85,27 +82,145 @@ class Added:
         """
         added = -added if self.subtracts else added
         lowest = -1 / float(jnp.finfo(added.dtype).eps)
-        return added >= jnp.maximum(jnp.max(added, axis, keepdims=True), lowest)
+        return added >= jnp.maximum(jnp.max(added, axes, keepdims=True), lowest)
 
 
 Mask = Selected | Added
 
 
-def take_masks(parts: Parts, x: int) -> tuple[int, list[Mask]]:
-    """Take along the masks that make a tensor; return the scores in front of them, and these."""
-    masks: list[Mask] = []
-    while (node := maker(parts.draft, x)) is not None:
-        found = _masked(parts.draft, node)
-        if found is None:
+class Bias(NamedTuple):
+    """What is added to scores and is no mask.
+
+    Attributes:
+      added: it.
+      node: what adds it, maybe together with masks.
+    """
+
+    added: Operand
+    node: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of.
+
+    Attributes:
+      tensor: the scores in front of the masks.
+      axes: along which axes of these.
+      masks: which of them count.
+      biases: what is added to them besides, in front of a mask.
+      reshaped: they get another shape behind all masks: other axes than these are joined or split.
+    """
+
+    tensor: int
+    axes: tuple[int, ...]
+    masks: tuple[Mask, ...] = ()
+    biases: tuple[Bias, ...] = ()
+    reshaped: bool = False
+
+
+def take_masks(parts: Parts, x: int, axes: tuple[int, ...]) -> Scores:
+    """Take along the masks that make a tensor, of which there is a softmax along axes."""
+    found = ahead = Scores(x, axes)
+    waiting: list[Node] = []
+    while (node := maker(parts.draft, ahead.tensor)) is not None:
+        behind = _behind(parts.draft, node, ahead)
+        if behind is None:
             break
-        parts.add(node)
-        x = found[0]
-        masks.append(found[1])
-    return x, masks
+        waiting.append(node)
+        if len(behind.masks) > len(ahead.masks):  # what is no mask stays, unless there is one
+            parts.add(*waiting)
+            found, waiting = behind, []
+        ahead = behind
+    return found
 
 
-def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Selected:
-    """Return masks in front of a softmax along an axis as one of truth values."""
+def _behind(draft: Draft, node: Node, at: Scores) -> Scores | None:
+    """Return the scores that a node masks, adds biases to or reshapes; None: it does else."""
+    if node.primitive == "select_n":
+        return _selected(draft, node, at)
+    if isinstance(node, Add):
+        return _added(draft, node, at)
+    if node.primitive == "reshape" and not at.masks and not at.biases:
+        return _before_reshape(draft, node, at)
+    return None
+
+
+def _before_reshape(draft: Draft, node: Node, at: Scores) -> Scores | None:
+    """Return scores in front of a reshape that leaves the axes of a softmax as they are."""
+    (x,) = node.inputs
+    before, after = draft.aval(x).shape, draft.avals[node.outputs[0]].shape
+    kept = len(after) - min(at.axes)
+    if not isinstance(x, int) or len(before) < kept or before[-kept:] != after[-kept:]:
+        return None
+    moved = len(before) - len(after)
+    return Scores(x, tuple(a + moved for a in at.axes), reshaped=True)
+
+
+def merge_masked(parts: Parts, kind: type[OfExponentials], of: Scores, op: str) -> None:
+    """Merge parts that make a softmax, or its logarithm, of scores behind masks."""
+    last, draft = parts.ordered[-1], parts.draft
+    if not of.masks:
+        parts.merged(kind, (of.tensor,), op=op, axes=of.axes)
+        return
+    mask = _joined(draft, last, of.masks, of.axes)
+    fields = {"op": op, "axes": of.axes, "masked": True, "keeps": mask.keeps}
+    if not of.biases and not of.reshaped:
+        parts.merged(kind, (of.tensor, mask.tensor), **fields)
+        return
+    # Biases without their masks, another shape: operations that were not captured so.
+    made: list[Node] = []
+    x = of.tensor
+    for mark, bias in enumerate(reversed(of.biases), 3):
+        y = draft.beside(last.outputs[0], draft.avals[x], -mark)
+        made += _with_bias(draft, x, bias, y)
+        x = made[-1].outputs[0]
+    inner, result = draft.avals[x], draft.avals[last.outputs[0]]
+    compute = _masked_function(kind, mask.keeps, of.axes, result.dtype)
+    eqn = traced(jax.jit(compute), inner, draft.aval(mask.tensor))
+    outputs = last.outputs
+    if of.reshaped:
+        outputs = (draft.beside(outputs[0], shape_of(eqn.outvars[0]), -2),)
+    whole = {"inputs": (x, mask.tensor), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
+    made.append(as_kind(kind, last, layer=None, parts=(), **whole, **fields))
+    if of.reshaped:
+        back = traced(lambda y: jnp.reshape(y, result.shape), draft.avals[outputs[0]])
+        made.append(draft.made(last, outputs[0], back, last.outputs))
+    draft.instead.update((part, []) for part in parts.ordered[:-1])
+    draft.instead.setdefault(last, []).extend(made)
+
+
+def _with_bias(draft: Draft, x: int, bias: Bias, y: int) -> list[Node]:
+    """Return the nodes that make a tensor `y` of `x` and a bias."""
+    shape, dtype, added = draft.avals[x].shape, draft.avals[x].dtype, bias.added
+    nodes = []
+    if draft.aval(added).shape != shape:
+        places = tuple(range(len(shape)))
+        repeat = traced(lambda b: lax.broadcast_in_dim(b, shape, places), draft.aval(added))
+        nodes.append(draft.made(bias.node, added, repeat))
+        added = nodes[-1].outputs[0]
+    eqn = traced(lax.add, draft.avals[x], jax.ShapeDtypeStruct(shape, dtype))
+    whole = {"inputs": (x, added), "outputs": (y,)}
+    return [*nodes, as_kind(Add, bias.node, run=bound(eqn), eqn=eqn, **whole)]
+
+
+def _masked_function(
+    kind: type[OfExponentials], keeps: bool, axes: tuple[int, ...], dtype: np.dtype
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def function(x: jax.Array, mask: jax.Array) -> jax.Array:
+        lowest = jnp.finfo(jnp.float32).min
+        x = jnp.where(mask == keeps, x.astype(jnp.float32), lowest)
+        below = x - lax.stop_gradient(x.max(axes, keepdims=True))
+        e = jnp.exp(below)
+        total = e.sum(axes, keepdims=True)
+        y = e / total if kind is Softmax else below - jnp.log(total)
+        return y.astype(dtype)
+
+    return function
+
+
+def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int, ...]) -> Selected:
+    """Return masks in front of a softmax along axes as one of truth values."""
     (first, *others) = masks
     if isinstance(first, Selected) and not others:
         return first
@@ -113,7 +228,7 @@ def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Sel
 
     def kept(*values: jax.Array) -> jax.Array:
         pairs = zip(masks, values, strict=True)
-        return functools.reduce(jnp.logical_and, (mask.kept(x, axis) for mask, x in pairs))
+        return functools.reduce(jnp.logical_and, (mask.kept(x, axes) for mask, x in pairs))
 
     def made() -> Node:
         eqn = traced(jax.jit(kept), *map(draft.aval, operands))
@@ -121,44 +236,87 @@ def joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axis: int) -> Sel
         whole = {"inputs": operands, "outputs": outputs, "run": bound(eqn), "eqn": eqn}
         return as_kind(Float, softmax, op="mask", layer=None, parts=(), **whole)
 
-    return Selected(draft.once((tuple(masks), axis), softmax, made), keeps=True)
+    return Selected(draft.once((tuple(masks), axes), softmax, made), keeps=True)
 
 
-def _masked(draft: Draft, node: Node) -> tuple[int, Mask] | None:
-    """Return the scores that a node masks, and how; None: it does not."""
-    if node.primitive == "select_n":
-        return _selected(draft, node)
-    return _added(draft, node) if isinstance(node, Add) else None
-
-
-def _selected(draft: Draft, selection: Node) -> tuple[int, Mask] | None:
-    mask, *cases = selection.inputs
+def _selection(draft: Draft, node: Node) -> tuple[Operand, Selected] | None:
+    """Return what a node puts a low number in the place of, and where it does not."""
+    mask, *cases = node.inputs
     if len(cases) != 2 or draft.aval(mask).dtype != jnp.bool_:
         return None
     lowest = [number(draft, v) for v in cases]
     for keeps, other in ((True, lowest[0]), (False, lowest[1])):
-        v = cases[int(keeps)]
-        if other is not None and other <= -_FAR and isinstance(v, int) and v in draft.graph.data:
-            return v, Selected(mask, keeps)
+        if other is not None and other <= _LOW:
+            return cases[int(keeps)], Selected(mask, keeps)
     return None
 
 
-def _added(draft: Draft, node: Add) -> tuple[int, Mask] | None:
+def _selected(draft: Draft, node: Node, at: Scores) -> Scores | None:
+    found = _selection(draft, node)
+    if found is None or not isinstance(found[0], int) or found[0] not in draft.graph.data:
+        return None
+    return dataclasses.replace(at, tensor=found[0], masks=(*at.masks, found[1]))
+
+
+def _added(draft: Draft, node: Add, at: Scores) -> Scores | None:
     a, b = node.inputs
     shape = draft.avals[node.outputs[0]].shape
-    known: _Units = {}
+    known: Units = {}
     for x, added in [(a, b)] if node.subtracts else [(a, b), (b, a)]:
         if not isinstance(x, int) or x not in draft.graph.data or draft.avals[x].shape != shape:
             continue
         aligned = len(draft.aval(added).shape) == len(shape)
-        if aligned and _is_far(draft, added, known) and not _is_far(draft, x, known):
-            return x, Added(added, node.subtracts)
+        if not aligned or is_far(draft, x, known):
+            continue
+        found = _summand(draft, node, added, at.axes, known)
+        if found is not None:
+            masks, biases = (*at.masks, *found[0]), (*at.biases, *found[1])
+            return dataclasses.replace(at, tensor=x, masks=masks, biases=biases)
+    return None
+
+
+_Summand = tuple[tuple[Mask, ...], tuple[Bias, ...]]
+
+
+def _summand(
+    draft: Draft, node: Add, v: Operand, axes: tuple[int, ...], known: Units
+) -> _Summand | None:
+    """Return the masks and biases that a summand of scores consists of; None: others as well."""
+    if is_far(draft, v, known):
+        return (Added(v, node.subtracts),), ()
+    if isinstance(v, int) and v in draft.graph.data:
+        return None
+    numbers = known_numbers(draft, v, axes, subtracted=node.subtracts)
+    if numbers is not None:
+        masks = () if numbers.kept is None else (Selected(Constant(numbers.kept), keeps=True),)
+        dtype = draft.avals[node.outputs[0]].dtype
+        biases = () if numbers.bias is None else (Constant(numbers.bias.astype(dtype)),)
+        return masks, tuple(Bias(bias, node) for bias in biases)
+    if node.subtracts:
+        return None
+    if hides_no_mask(draft, v):
+        return (), (Bias(v, node),)
+    inner = maker(draft, v)
+    if isinstance(inner, Add) and not inner.subtracts:
+        found = [_summand(draft, node, x, axes, known) for x in inner.inputs]
+        each = [one for one in found if one is not None]
+        if len(each) == len(found):
+            (one, first), (other, second) = each
+            return (*one, *other), (*first, *second)
+    elif inner is not None and inner.primitive == "select_n":
+        selection = _selection(draft, inner)
+        found = selection and _summand(draft, node, selection[0], axes, known)
+        if selection and found:
+            return (selection[1], *found[0]), found[1]
     return None
 
 
 def hides_no_mask(draft: Draft, v: Operand) -> bool:
-    """Whether a summand of scores is a product, or learned: biases of relative positions."""
+    """Whether a summand of scores is a product, known and small, or learned."""
     if not (isinstance(v, int) and v in draft.graph.data):
+        values = known_values(draft, v)
+        if values is not None:
+            return bool(np.all(np.abs(values) < FAR))
         made_of = _near_sources(draft, v)
         return bool(made_of and made_of.intersection(draft.graph.parameters))
     node = draft.producers.get(v)
@@ -177,7 +335,7 @@ def _is_moved_or_scaled(draft: Draft, node: Node) -> bool:
         return False
     (factor,) = (x for x in node.inputs if x not in data)
     known = number(draft, factor)
-    return _near_sources(draft, factor) is not None and (known is None or abs(known) > 1 / _FAR)
+    return _near_sources(draft, factor) is not None and (known is None or abs(known) > 1 / _LARGE)
 
 
 def _near_sources(draft: Draft, v: Operand) -> set[Operand] | None:
@@ -187,7 +345,7 @@ def _near_sources(draft: Draft, v: Operand) -> set[Operand] | None:
         v = waiting.pop()
         node = draft.producers.get(v) if isinstance(v, int) else None
         held = [v.value] if isinstance(v, Constant) else constants(node) if node else []
-        if len(known) > _MOST_TENSORS or any(map(_reaches_far, held)):
+        if len(known) > MOST_TENSORS or any(map(_reaches_far, held)):
             return None
         new = set(node.inputs) - known if node is not None else set()
         known.update(new)
@@ -198,74 +356,4 @@ def _near_sources(draft: Draft, v: Operand) -> set[Operand] | None:
 def _reaches_far(value: ArrayLike) -> bool:
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return False  # indices
-    return isinstance(value, Tracer) or bool(np.any(np.abs(np.asarray(value)) >= _FAR))
-
-
-# What a tensor may hold --------------------------------------------------------------------------
-
-
-_Units = dict[Operand, float | None]
-"""For each operand the number of which all that it may hold are multiples, zero as well.
-
-Infinities are multiples of every number; it is infinity, where there is nothing but these and zero.
-None: none is known.
-"""
-
-
-def _is_far(draft: Draft, v: Operand, known: _Units) -> bool:
-    """Whether any two values of a tensor are equal or far apart, whatever the model's inputs."""
-    unit = _unit(draft, v, known)
-    return unit is not None and unit >= _FAR
-
-
-def _unit(draft: Draft, v: Operand, known: _Units) -> float | None:
-    if v not in known and len(known) < _MOST_TENSORS:
-        known[v] = None
-        if isinstance(v, int):
-            node = maker(draft, v)
-            known[v] = None if node is None else _unit_behind(draft, node, known)
-        elif is_real(v.value) and not isinstance(v.value, Tracer):  # of those, values are not known
-            known[v] = _common(_distinct(np.asarray(v.value).ravel()))
-        unit, whole = known[v], not jnp.issubdtype(draft.aval(v).dtype, jnp.inexact)
-        if whole and (unit is None or unit % 1):  # ids, lengths, truth values; what is cut to them
-            known[v] = 1.0
-    return known.get(v)
-
-
-def _unit_behind(draft: Draft, node: Node, known: _Units) -> float | None:
-    units = (_unit(draft, v, known) for v in node.inputs)
-    match node.primitive:
-        case name if name in _KEEP_MULTIPLES:
-            return next(units)
-        case name if name in _JOIN_MULTIPLES:
-            return _common(units)
-        case "select_n":
-            return _common(itertools.islice(units, 1, None))
-        case "mul":
-            a, b = units
-            return None if a is None or b is None else a * b
-        case "div":
-            unit, divisor = next(units), number(draft, node.inputs[1])
-            return unit / abs(divisor) if unit and divisor else None
-    return None
-
-
-def _distinct(values: np.ndarray) -> Iterator[float | None]:
-    """Yield the values of a constant, each once; None where there are many."""
-    for _ in range(_MOST_VALUES):
-        if not values.size:
-            return
-        yield abs(float(values[0]))
-        values = values[values != values[0]]
-    yield None
-
-
-def _common(units: Iterable[float | None]) -> float | None:
-    """Return the greatest number of which all of these are multiples, zero as well."""
-    common = math.inf
-    for unit in units:
-        if unit is None:
-            return None
-        while unit and math.isfinite(unit):
-            common, unit = unit, math.fmod(common, unit) if math.isfinite(common) else 0.0
-    return common
+    return isinstance(value, Tracer) or bool(np.any(np.abs(np.asarray(value)) >= FAR))

@@ -17,7 +17,16 @@ import numpy as np
 
 from simqat_jax.files import as_path, atomic_file
 from simqat_jax.integer.check import check
-from simqat_jax.ir.program import Function, Op, Program, Structure, Tensor, at_batch
+from simqat_jax.ir.program import (
+    ArrayKey,
+    Function,
+    Op,
+    Program,
+    Structure,
+    Tensor,
+    array_key,
+    at_batch,
+)
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.ops.floats import FloatOp, MoveOp
@@ -50,7 +59,7 @@ def to_bytes(program: Program) -> bytes:
     """
     _check_no_keys(program)
     arrays: Arrays = {}
-    text = {
+    fields = {
         "tensors": [_tensor_fields(t, n, arrays) for n, t in enumerate(program.tensors)],
         "ops": [_op_fields(program, op, n, arrays) for n, op in enumerate(program.ops)],
         "inputs": program.inputs,
@@ -59,10 +68,19 @@ def to_bytes(program: Program) -> bytes:
         "backend": program.backend,
         "metadata": program.metadata,
     }
-    body = io.BytesIO()
-    arrays["program"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
+    body, same = io.BytesIO(), _repeated(arrays)
+    text = json.dumps(fields | {"same": same})
+    arrays = {name: a for name, a in arrays.items() if name not in same}
+    arrays["program"] = np.frombuffer(text.encode(), np.uint8)
     np.savez(body, allow_pickle=False, **arrays)
     return body.getvalue()
+
+
+def _repeated(arrays: Arrays) -> dict[str, str]:
+    """Return for each array that is equal to one before it that one's name."""
+    first: dict[ArrayKey, str] = {}
+    names = {name: first.setdefault(array_key(a), name) for name, a in arrays.items()}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
 def _check_no_keys(program: Program) -> None:
@@ -91,6 +109,7 @@ def of_bytes(body: bytes) -> Program:
     """Read what `to_bytes` wrote; raises whatever JSON and NumPy raise where it is damaged."""
     arrays = _arrays(body)
     text = json.loads(arrays["program"].tobytes())
+    arrays |= {name: arrays[earlier] for name, earlier in text.get("same", {}).items()}
     tensors = [_tensor(t, n, arrays) for n, t in enumerate(text["tensors"])]
     ops = [_op(op, n, arrays) for n, op in enumerate(text["ops"])]
     program = Program(

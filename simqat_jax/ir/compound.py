@@ -75,19 +75,18 @@ class ChannelAffine(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Softmax(Node):
-    """A softmax along an axis.
+class OfExponentials(Node):
+    """A softmax or its logarithm.
 
     Attributes:
-      axis: along which.
+      axes: along which.
       masked: the second input is a mask.
       keeps: the value of the mask where a number stays; elsewhere it counts as the lowest.
     """
 
-    axis: int
+    axes: tuple[int, ...]
     masked: bool = False
     keeps: bool = True
-    kind: str = "softmax"
 
     def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
         """The first input: a mask has no codes."""
@@ -95,10 +94,16 @@ class Softmax(Node):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LogSoftmax(Node):
-    """The logarithm of a softmax along an axis."""
+class Softmax(OfExponentials):
+    """A softmax along axes."""
 
-    axis: int
+    kind: str = "softmax"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LogSoftmax(OfExponentials):
+    """The logarithm of a softmax along axes."""
+
     kind: str = "log_softmax"
 
 

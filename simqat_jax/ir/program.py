@@ -1,6 +1,7 @@
 """A model on integers: tensors with their grids, and operations on their codes."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,6 +160,14 @@ def at_batch(dims: Sequence[int], batch: int) -> tuple[int, ...]:
     return tuple(-d * batch if d < 0 else d for d in dims)
 
 
+ArrayKey = tuple[str, Shape, bytes]
+
+
+def array_key(array: np.ndarray) -> ArrayKey:
+    """Return what is equal for equal arrays alone."""
+    return array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest()
+
+
 def joined(lengths: Sequence[int]) -> int:
     """Return the length of axes that are made one; negative where the batch is among them."""
     return abs(math.prod(lengths)) * (-1 if any(d < 0 for d in lengths) else 1)
@@ -201,9 +210,12 @@ class Program:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and constants as they are saved."""
+        """Bytes of all weights and constants as they are saved: of equal ones once."""
         constants = [t.value for t in self.tensors if t.value is not None]
-        return sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
+        whole = sum(op.nbytes for op in self.ops) + sum(a.nbytes for a in constants)
+        sizes = [(array_key(a), packed_bytes(a)) for op in self.ops for a in op.arrays.values()]
+        sizes += [(array_key(a), a.nbytes) for a in constants]
+        return whole - (sum(size for _, size in sizes) - sum(dict(sizes).values()))
 
     @property
     def float_ops(self) -> tuple[Op, ...]:

@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from simqat_jax.numerics.affine import own_rounding, rounded_product, true_divide
+from simqat_jax.numerics.grid import Grid
 
 SQUARINGS = 5
 FARTHEST = 16.0
@@ -20,8 +22,7 @@ FARTHEST = 16.0
 _FINEST = 2**20
 _EXACT = 2**24
 MOST_TERMS = _EXACT // 1024
-LEAST_SCALE = FARTHEST * 2.0**-22
-"""Of codes under a mask: `lowest` is a whole number that float32 holds."""
+Axes = int | tuple[int, ...]
 
 
 HALVINGS = (8, 4, 2, 1)
@@ -36,14 +37,14 @@ class Polynomial(NamedTuple):
     a3: np.float32
 
 
-def unit(terms: int) -> int:
+def unit(count: int) -> int:
     """Return the largest `e`: as large as float32 holds sums of so many terms."""
-    return min(_FINEST, 2 ** int(math.log2(_EXACT / terms)))
+    return min(_FINEST, 2 ** int(math.log2(_EXACT / count)))
 
 
-def fine_unit(terms: int) -> int:
+def fine_unit(count: int) -> int:
     """Return the largest `e` of a logarithm: as large as int32 holds sums of so many terms."""
-    return min(2**22, 2 ** int(math.log2(2**30 / terms)))
+    return min(2**22, 2 ** int(math.log2(2**30 / count)))
 
 
 def polynomial(largest: int) -> Polynomial:
@@ -52,20 +53,41 @@ def polynomial(largest: int) -> Polynomial:
     return Polynomial(np.float32(a0), np.float32(a0 / 2), np.float32(a0 / 6))
 
 
-def lowest(scale: ArrayLike) -> jax.Array:
-    """Return the whole number that a masked one becomes: far enough below every code of 8 bits."""
-    return -jnp.ceil(true_divide(jnp.float32(FARTHEST), scale)) - 256.0
+def lowest(scale: ArrayLike, reach: ArrayLike = FARTHEST) -> jax.Array:
+    """Return the whole number that a masked one becomes: so far below every code of 8 bits.
+
+    Args:
+      scale: of the codes, real units.
+      reach: how far, real units; of a logarithm `reach_of_logarithm`.
+    """
+    return -jnp.ceil(true_divide(jnp.asarray(reach, jnp.float32), scale)) - 256.0
 
 
-def exponentials(c: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+def reach_of_logarithm(y: Grid) -> jax.Array:
+    """Return how far below the highest number a logarithm has the lowest code of a grid."""
+    codes = np.float32(y.qmax - y.qmin + 1)
+    return jnp.maximum(rounded_product(jnp.asarray(y.scale, jnp.float32), codes), FARTHEST)
+
+
+def holds_lowest(scale: ArrayLike, reach: ArrayLike = FARTHEST) -> jax.Array:
+    """Whether `lowest` is a whole number that float32 holds."""
+    return jnp.asarray(scale) >= jnp.asarray(reach, jnp.float32) * np.float32(2.0**-22)
+
+
+def terms(shape: Sequence[int], axes: Axes) -> int:
+    """Return how many numbers are added up."""
+    return math.prod(shape[a] for a in ((axes,) if isinstance(axes, int) else axes))
+
+
+def exponentials(c: jax.Array, scale: jax.Array, axes: Axes) -> jax.Array:
     """Return `e` of centered codes.
 
     Args:
       c: whole numbers, float32.
       scale: real units of one.
-      axis: along which the highest is `unit`.
+      axes: along which the highest is `unit`.
     """
-    return _exponentials(jnp.max(c, axis, keepdims=True) - c, scale, unit(c.shape[axis]))
+    return _exponentials(jnp.max(c, axes, keepdims=True) - c, scale, unit(terms(c.shape, axes)))
 
 
 def _exponentials(below: jax.Array, scale: ArrayLike, largest: int) -> jax.Array:
@@ -85,10 +107,10 @@ def table(scale: ArrayLike, largest: int) -> np.ndarray:
     return np.asarray(_exponentials(jnp.arange(256.0, dtype=jnp.float32), scale, largest))
 
 
-def softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> jax.Array:
+def softmax(c: jax.Array, scale: jax.Array, axes: Axes, out_scale: jax.Array) -> jax.Array:
     """Return the codes of a softmax of centered codes, centered and not clipped."""
-    e = exponentials(c, scale, axis)
-    total = jnp.sum(e, axis, keepdims=True)
+    e = exponentials(c, scale, axes)
+    total = jnp.sum(e, axes, keepdims=True)
     part = true_divide(jnp.ones((), jnp.float32), out_scale)
     return jnp.round(rounded_product(e, true_divide(jnp.broadcast_to(part, total.shape), total)))
 
@@ -112,12 +134,12 @@ LOGARITHM = Logarithm(
 )
 
 
-def log_softmax(c: jax.Array, scale: jax.Array, axis: int, out_scale: jax.Array) -> jax.Array:
+def log_softmax(c: jax.Array, scale: jax.Array, axes: Axes, out_scale: jax.Array) -> jax.Array:
     """Return the codes of the logarithm of a softmax of centered codes, centered, not clipped."""
-    largest = fine_unit(c.shape[axis])
-    below = jnp.max(c, axis, keepdims=True) - c
+    largest = fine_unit(terms(c.shape, axes))
+    below = jnp.max(c, axes, keepdims=True) - c
     e = _exponentials(below, scale, largest).astype(jnp.int32)
-    total = jnp.sum(e, axis, keepdims=True).astype(jnp.float32)
+    total = jnp.sum(e, axes, keepdims=True).astype(jnp.float32)
     shift = true_divide(_logarithm(total * np.float32(1 / largest)), out_scale)
     scores = rounded_product(below, -true_divide(scale, out_scale))
     return jnp.round(own_rounding(scores - shift))

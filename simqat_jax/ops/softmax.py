@@ -1,13 +1,16 @@
 """Softmax and its logarithm on codes, see `numerics.softmax`."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from simqat_jax.ir.compound import LogSoftmax, Softmax
+from simqat_jax.ir.compound import LogSoftmax, OfExponentials, Softmax
 from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context, Op
 from simqat_jax.numerics import softmax
@@ -15,8 +18,67 @@ from simqat_jax.numerics.grid import Grid
 from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
 
 
-class _OfCodes(IntegerOperation):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfExponentialsOfCodes(Op):
+    """A softmax along axes, or its logarithm; a second input, if any, is a mask.
+
+    Attributes:
+      axis: along which; of several a tuple.
+      keeps: the value of the mask where a code stays; elsewhere it counts as the lowest.
+    """
+
+    compute: ClassVar[Callable[..., jax.Array]]
+    """From centered codes, their scale, axes and the scale of results to these."""
+
+    axis: softmax.Axes
+    keeps: bool = True
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Along which, as a tuple."""
+        return (self.axis,) if isinstance(self.axis, int) else self.axis
+
+    @staticmethod
+    def reach(y: Grid) -> ArrayLike:
+        """Return how far below the highest number a masked one has to be, real units."""
+        del y
+        return softmax.FARTHEST
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        grid = c.in_grid()
+        codes, scale = grid.centered(inputs[0]).astype(jnp.float32), grid.params.scale
+        if len(inputs) > 1:
+            mask = inputs[1] == np.asarray(self.keeps)
+            codes = jnp.where(mask, codes, softmax.lowest(scale, self.reach(c.grid)))
+        y = type(self).compute(codes, scale, self.axis, c.grid.params.scale)
+        return (c.grid.from_float(y),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxOfCodes(OfExponentialsOfCodes):
+    """A softmax along axes."""
+
+    kinds = ("softmax",)
+    compute = staticmethod(softmax.softmax)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSoftmaxOfCodes(OfExponentialsOfCodes):
+    """The logarithm of a softmax along axes; what is masked has the lowest code."""
+
+    kinds = ("log_softmax",)
+    compute = staticmethod(softmax.log_softmax)
+
+    @staticmethod
+    def reach(y: Grid) -> ArrayLike:
+        return softmax.reach_of_logarithm(y)
+
+
+class OfExponentialsOperation(IntegerOperation):
     """What a softmax, or its logarithm, is on integers."""
+
+    def __init__(self, op: type[OfExponentialsOfCodes]):
+        self.op = op
 
     def joins(self, inputs: int) -> bool:
         return True
@@ -24,96 +86,40 @@ class _OfCodes(IntegerOperation):
     def form(self, step: Step) -> str:
         return "of its codes"
 
-
-class SoftmaxOperation(_OfCodes):
-    """What a softmax is on integers."""
-
     def codes(self, at: ExactStep) -> jax.Array | None:
         x, node = at.inputs[0], at.step.node
-        assert isinstance(node, Softmax)
-        if x is None or not _fits(node.axis, x.codes.shape, x.grid):
+        assert isinstance(node, OfExponentials)
+        if x is None or not _fits(node.axes, x.codes.shape, x.grid):
             return None
-        codes, scale = x.codes, x.grid.params.scale
+        codes, scale, reach = x.codes, x.grid.params.scale, self.op.reach(at.grid)
         if node.masked:
-            masked = jnp.where(at.reals[1] == node.keeps, codes, softmax.lowest(scale))
-            codes = jnp.where(scale >= softmax.LEAST_SCALE, masked, jnp.nan)
-        return at.clamped(softmax.softmax(codes, scale, node.axis, at.grid.params.scale))
+            masked = jnp.where(at.reals[1] == node.keeps, codes, softmax.lowest(scale, reach))
+            codes = jnp.where(softmax.holds_lowest(scale, reach), masked, jnp.nan)
+        return at.clamped(self.op.compute(codes, scale, node.axes, at.grid.params.scale))
 
     def lower(self, at: LoweredStep) -> bool:
-        node = at.node
-        assert isinstance(node, Softmax) and isinstance(node.inputs[0], int)
-        if not _fits(node.axis, at.builder.shape(node.inputs[0]), at.in_grid()):  # or a free batch
+        node, x = at.node, at.in_grid()
+        assert isinstance(node, OfExponentials) and isinstance(node.inputs[0], int)
+        if not _fits(node.axes, at.builder.shape(node.inputs[0]), x):
             return False
         inputs = [at.input()]
         if node.masked:
-            if at.in_grid().scale < softmax.LEAST_SCALE:
+            if not softmax.holds_lowest(x.scale, self.op.reach(at.out_grid)):
                 return False
             inputs.append(at.mask(1))
-        fields = {"axis": node.axis, "keeps": node.keeps}
-        at.emit(SoftmaxOfCodes, inputs, **fields)
+        axis = node.axes[0] if len(node.axes) == 1 else node.axes
+        at.emit(self.op, inputs, axis=axis, keeps=node.keeps)
         return True
 
 
-class LogSoftmaxOperation(_OfCodes):
-    """What the logarithm of a softmax is on integers."""
-
-    def codes(self, at: ExactStep) -> jax.Array | None:
-        x, node = at.inputs[0], at.step.node
-        assert isinstance(node, LogSoftmax)
-        if x is None or not _fits(node.axis, x.codes.shape, x.grid):
-            return None
-        scales = x.grid.params.scale, at.grid.params.scale
-        return at.clamped(softmax.log_softmax(x.codes, scales[0], node.axis, scales[1]))
-
-    def lower(self, at: LoweredStep) -> bool:
-        node = at.node
-        assert isinstance(node, LogSoftmax) and isinstance(node.inputs[0], int)
-        if not _fits(node.axis, at.builder.shape(node.inputs[0]), at.in_grid()):
-            return False
-        at.emit(LogSoftmaxOfCodes, (at.input(),), axis=node.axis)
-        return True
+def _fits(axes: Sequence[int], shape: Sequence[int], x: Grid) -> bool:
+    """Whether the sums are exact, and none is over the batch of a free size."""
+    lengths = [shape[a] for a in axes]
+    return x.num_bits <= 8 and min(lengths) > 0 and math.prod(lengths) <= softmax.MOST_TERMS
 
 
-def _fits(axis: int, shape: Sequence[int], x: Grid) -> bool:
-    """Whether the sums are exact."""
-    return x.num_bits <= 8 and 0 < shape[axis] <= softmax.MOST_TERMS
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SoftmaxOfCodes(Op):
-    """A softmax along an axis; a second input, if any, is a mask.
-
-    Attributes:
-      axis: along which.
-      keeps: the value of the mask where a code stays; elsewhere it counts as the lowest.
-    """
-
-    kinds = ("softmax",)
-    axis: int
-    keeps: bool
-
-    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
-        grid = c.in_grid()
-        codes, scale = grid.centered(inputs[0]).astype(jnp.float32), grid.params.scale
-        if len(inputs) > 1:
-            mask = inputs[1] == np.asarray(self.keeps)
-            codes = jnp.where(mask, codes, softmax.lowest(scale))
-        return (c.grid.from_float(softmax.softmax(codes, scale, self.axis, c.grid.params.scale)),)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogSoftmaxOfCodes(Op):
-    """The logarithm of a softmax along an axis."""
-
-    kinds = ("log_softmax",)
-    axis: int
-
-    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
-        grid = c.in_grid()
-        codes, scale = grid.centered(inputs[0]).astype(jnp.float32), grid.params.scale
-        y = softmax.log_softmax(codes, scale, self.axis, c.grid.params.scale)
-        return (c.grid.from_float(y),)
-
-
-OPERATIONS = {Softmax: SoftmaxOperation(), LogSoftmax: LogSoftmaxOperation()}
+OPERATIONS = {
+    Softmax: OfExponentialsOperation(SoftmaxOfCodes),
+    LogSoftmax: OfExponentialsOperation(LogSoftmaxOfCodes),
+}
 PROGRAM_OPERATIONS = (SoftmaxOfCodes, LogSoftmaxOfCodes)

@@ -191,9 +191,9 @@ class QuantizedModule(nn.Module):
             return result
         check_batch_statistics(captured.graph)
         if training:
-            look = captured.seen.values
+            look, trained = captured.seen.values, stats[STEP]
             values, stats = run(placement, captured.inputs, stats, training=True, look=look)
-            stats, steps = parted(placement, stats)
+            stats, steps = parted(placement, stats, trained)
             self._store(COLLECTION, stats)
             if self.is_mutable_collection(STEPS):
                 self._store(STEPS, steps)
@@ -233,7 +233,7 @@ class QuantizedModule(nn.Module):
         """
         check_variables(variables, _VARIABLES)
         if not args and not kwargs:
-            return check_all(variables)
+            return check_all(variables, _longest_delay(self.config))
         placement = _placed(self, variables, args, kwargs, method, {"params": jax.random.key(0)})
         check(placement, *ranges_and_steps(variables))
 
@@ -389,19 +389,23 @@ def _initialized(qmodule: QuantizedModule, method: Method, args: tuple, kwargs: 
 def _stats(qmodule: QuantizedModule, placement: Placement) -> Stats:
     """Return the state of every quantizer; create what is missing.
 
-    Where learned steps are mutable they are taken from ranges, whatever they were.
+    Where learned steps are mutable they are taken from ranges, whatever they were; one whose start
+    is delayed starts once.
     """
     kept, steps = ranges_and_steps(qmodule.variables)
+    learned = placement.learned
     if qmodule.is_mutable_collection(STEPS):
-        steps = {name: observer.init().step for name, observer in placement.learned.items()}
+        first = {name: observer.init().step for name, observer in learned.items()}
+        delayed = {name for name, observer in learned.items() if observer.spec.quant_delay}
+        steps = first | {name: steps[name] for name in delayed.intersection(steps)}
         qmodule._store(STEPS, steps)
     check_steps(placement, steps)
     stats = restored(placement, kept, steps)
     missing = [name for name in (STEP, *placement.stateful) if name not in stats]
     stats |= {name: initial(placement.stateful.get(name)) for name in missing}
-    created = parted(placement, stats)[0]
+    created = parted(placement, stats, 0)[0]
     qmodule._store(COLLECTION, {name: created[name] for name in missing})
-    return stats
+    return stats | {n: o.forgetful(stats[n], stats[STEP]) for n, o in learned.items()}
 
 
 def _quantized(method: Method, intermediates: Filter = False) -> Callable[..., PyTree] | None:
@@ -447,6 +451,11 @@ def _check_statistics_stay(captured: Capture) -> None:
 
 def _function(method: Method) -> Any:
     return getattr(method, "__func__", method)
+
+
+def _longest_delay(config: SimQATConfig) -> int:
+    specs = [spec for owner in (config, *config.rules) for spec in (owner.weight, owner.activation)]
+    return max(spec.quant_delay for spec in specs if spec is not None)
 
 
 def _alone(module: nn.Module) -> nn.Module:

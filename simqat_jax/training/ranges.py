@@ -57,9 +57,17 @@ def restored(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]
     return {STEP: stats[STEP], **known} if stats.get(STEP) is not None else known
 
 
-def parted(placement: Placement, stats: Stats) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Return what `quant_stats` and `quant_params` hold of joined states."""
-    pairs = {name: o.parted(stats[name]) for name, o in placement.learned.items()}
+def parted(
+    placement: Placement, stats: Stats, trained: ArrayLike
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Return what `quant_stats` and `quant_params` hold of joined states.
+
+    Args:
+      placement: the planned model.
+      stats: after a call, or several.
+      trained: how many training steps there were before.
+    """
+    pairs = {name: o.parted(stats[name], trained) for name, o in placement.learned.items()}
     ranges = {name: range_ for name, (range_, _) in pairs.items()}
     return {**stats, **ranges}, {name: step for name, (_, step) in pairs.items()}
 
@@ -80,8 +88,8 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
     check_mapping("quant_stats", stats, "Pass the collection that init and apply return.")
     _check_numbers(placement, stats)
     _check_folds(placement, stats)
-    _check_learned(placement, steps)
     known = restored(placement, stats, steps)
+    _check_learned(placement, steps, known.get(STEP, 0))
     missing = [name for name in (*placement.stateful, STEP) if name not in known]
     if missing:
         raise ValueError(
@@ -90,6 +98,8 @@ def check(placement: Placement, stats: Stats, steps: Stats) -> dict[str, Any]:
             "collection mutable in a call of the same method: apply(..., mutable=['quant_stats'])."
             f"{_integers(placement)}"
         )
+    early = {n: o.for_evaluation(known[n], known[STEP]) for n, o in placement.learned.items()}
+    known = {**known, **early}
     ends = {name: q.observer.range(known[name]) for name, q in placement.stateful.items()}
     concrete = {name: pair for name, pair in ends.items() if _is_concrete(pair[0])}
     empty = [name for name, (lo, hi) in concrete.items() if _is_empty(lo, hi)]
@@ -117,8 +127,12 @@ def _integers(placement: Placement) -> str:
     )
 
 
-def check_all(variables: Mapping[str, Any]) -> None:
+def check_all(variables: Mapping[str, Any], delay: int) -> None:
     """Check every range and learned step that variables hold, whatever call needs it.
+
+    Args:
+      variables: all of a model.
+      delay: of the learned step that starts last.
 
     Raises:
       TypeError: variables that are traced; a collection that holds anything but ranges.
@@ -140,10 +154,16 @@ def check_all(variables: Mapping[str, Any]) -> None:
     unset = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, step in jax.tree.leaves_with_path(steps)
-        if not np.all(np.asarray(step) > 0)
+        if not _is_step(step, early=bool(delay) and int(stats.get(STEP, delay + 1)) <= delay)
     ]
     if unset:
         raise ValueError(f"the learned steps of {', '.join(unset)} are not above 0. {_OBSERVE}")
+
+
+def _is_step(step: ArrayLike, *, early: bool) -> bool:
+    """Whether a learned step is above 0, or `early` and none yet."""
+    least = np.min(np.asarray(step))
+    return bool(least > 0 or (early and least == 0))
 
 
 def _is_concrete(value: object) -> bool:
@@ -169,16 +189,20 @@ def check_steps(placement: Placement, steps: Stats) -> None:
         )
 
 
-def _check_learned(placement: Placement, steps: Stats) -> None:
+def _check_learned(placement: Placement, steps: Stats, trained: ArrayLike) -> None:
     """Raise ValueError if a learned step is missing or, where values are at hand, not above 0."""
     check_steps(placement, steps)
-    known = {name: steps[name] for name in placement.learned if _is_concrete(steps[name])}
-    unset = [name for name, step in known.items() if not np.all(np.asarray(step) > 0)]
+    if not _is_concrete(trained):
+        return
+    known = {name: o for name, o in placement.learned.items() if _is_concrete(steps[name])}
+    early = {name: bool(observer.is_early(trained)) for name, observer in known.items()}
+    unset = [name for name in known if not _is_step(steps[name], early=early[name])]
     if unset:
         raise ValueError(
             f"the learned steps of {', '.join(unset)} are not above 0. Set them from data with "
-            f"apply(..., mutable=['{COLLECTION}', '{STEPS}']) before training; if training "
-            "brought them there, give them a lower learning rate."
+            f"apply(..., mutable=['{COLLECTION}', '{STEPS}']) before training, or once their "
+            "quant_delay has passed; if training brought them there, give them a lower learning "
+            "rate."
         )
 
 

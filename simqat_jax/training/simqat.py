@@ -82,7 +82,8 @@ class LearnedStepSizeQuantizationAwareTraining(SimQAT):
     `SimQAT` of the same configuration with `observer="learned"` for weights and activations. The
     steps are the collection `quant_params`, which is trained as `params` are:
 
-    1. Set them from data: a call with `mutable=["quant_stats", "quant_params"]`, or several.
+    1. Set them from data: a call with `mutable=["quant_stats", "quant_params"]`, or several; with
+       a `quant_delay` one call, when that is over.
     2. Train `params` and `quant_params`, with `mutable=["batch_stats", "quant_stats"]`.
 
     Args:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from simqat_jax.ir.compound import LogSoftmax
 from simqat_jax.ir.graph import Extremum
 from simqat_jax.ir.plan import Placement, Quantizer, Step
 from simqat_jax.numerics.observers import Learned, Observer, Range, State
@@ -37,6 +38,10 @@ class Simulation(Run):
                 env[v] = Value(x)
             elif v == step.output and step.clamp is not None:
                 env[v] = self.observed(quantizer, x, seen, unclamped, bounds_of(step))
+            elif isinstance(step.node, LogSoftmax) and step.node.masked:
+                # What is masked is the lowest code of any range; every range holds zero.
+                kept = jnp.where(operands[1].real == step.node.keeps, x, 0)
+                env[v] = self.observed(quantizer, x, seen, kept, FREE)
             else:
                 env[v] = self.put_on_grid(quantizer, x, seen)
 

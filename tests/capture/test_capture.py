@@ -323,7 +323,7 @@ def test_a_clamp_is_fused(function, fused):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: nn.log_softmax(x, (0, 1)),
+        lambda x: jax.nn.logsumexp(x),
         lambda x: x - x.var(),
         lambda x: x / jnp.linalg.norm(x),
     ],

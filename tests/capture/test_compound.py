@@ -102,6 +102,7 @@ def test_a_sum_along_another_axis_makes_no_softmax():
 # Masks that are added ---------------------------------------------------------------------------
 
 TOKENS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 0, 0, 0], [8, 0, 0, 0, 0, 0], [2] * 6])
+ALIBI = -0.5 * jnp.abs(jnp.arange(6.0)[:, None] - jnp.arange(6.0)[None])[None]
 FUTURE = np.triu(np.full((1, 6, 6), -1e9, np.float32), 1)
 
 
@@ -137,6 +138,14 @@ ADDED = {
     "a sum of two": lambda w, m: w + (FUTURE + jnp.where(m == 0, -1e9, 0.0)),
     "one behind the other": lambda w, m: (w + FUTURE) - 1e4 * (1 - m),
     "behind a selection": lambda w, m: jnp.where(m == 0, -1e9, w + FUTURE),
+    "near for a grid, far for exp": lambda w, m: w + jnp.where(m > 0, -1e4, -1e4 + 900.0),
+    "of 100": lambda w, m: w + (1.0 - m) * -100.0,
+    "distances in it": lambda w, m: w + jnp.where(CAUSAL, ALIBI, -jnp.inf),
+    "distances in a sum": lambda w, m: w + (ALIBI + FUTURE),
+    "distances behind it": lambda w, m: jnp.where(CAUSAL, w, -1e9) - jnp.abs(ALIBI),
+    "learned ones beside it": lambda w, m: w + (learned() + FUTURE),
+    "learned ones in it": lambda w, m: w + jnp.where(CAUSAL, learned(), -1e9),
+    "learned ones behind it": lambda w, m: jnp.where(m == 0, -1e9, w) + learned(),
     "selected twice": lambda w, m: jnp.where(CAUSAL, jnp.where(m == 0, -1e9, w), -jnp.inf),
 }
 
@@ -152,29 +161,25 @@ def test_numbers_far_apart_are_a_mask(name):
     "biased",
     [
         lambda w, m: w + jnp.where(m > 0, 0.0, -1.0),
-        lambda w, m: w + jnp.where(m > 0, -1e4, -1e4 + 900.0),
-        lambda w, m: w + (1.0 - m) * -0.5e3,
-        lambda w, m: w - 0.5 * jnp.abs(jnp.arange(6.0)[:, None] - jnp.arange(6.0)[None])[None],
+        lambda w, m: w + jnp.where(m > 0, -1e4, -1e4 + 80.0),
+        lambda w, m: w + (1.0 - m) * -50.0,
+        lambda w, m: w + 40 * ALIBI,
         lambda w, m: w - 1e9 * jnp.exp(1.0 * m),
         lambda w, m: w + 1e9 * (m * jnp.tanh(w)),
         lambda w, m: w + (1e6 * jnp.sin(1.0 * m)).astype(jnp.int32),
         lambda w, m: w - 1e9 * (m.swapaxes(1, 2) * 1.0) @ (m * 1.0),
-        lambda w, m: w + (learned() + FUTURE),
-        lambda w, m: w + jnp.where(CAUSAL, learned(), -1e9),
-        lambda w, m: jnp.where(m == 0, -1e9, w) + learned(),
+        lambda w, m: w + (learned() - 1e9 * m.swapaxes(1, 2) * jnp.tanh(1.0 * m)),
     ],
     ids=[
         "of one",
         "near",
-        "of 500",
-        "distances",
+        "of 50",
+        "distances that reach far",
         "an exponential",
         "of scores",
         "cut to integers",
         "a product",
         "beside learned ones",
-        "in learned ones",
-        "below learned ones",
     ],
 )
 def test_other_numbers_are_none(biased):
@@ -183,12 +188,38 @@ def test_other_numbers_are_none(biased):
 
 
 LEARNED = {
+    "of distances": lambda w: w + ALIBI,
+    "distances taken off": lambda w: (w - jnp.abs(ALIBI)) / 2.0,
     "of a table": lambda w: w + learned(),
     "of rows of a table": lambda w: w + nn.Embed(11, 1)(DISTANCES.ravel()).reshape(1, 6, 6),
     "scaled scores": lambda w: learned() + w / 3.0,
     "behind a mask": lambda w: jnp.where(CAUSAL, w + learned(), -1e9),
     "two": lambda w: w + learned() + nn.Dense(6)(w),
 }
+
+
+BIASED = (
+    LEARNED["behind a mask"],
+    LEARNED["of distances"],
+    lambda w: w + (learned() + (ALIBI + FUTURE)),
+    lambda w: w + jnp.where(CAUSAL, learned(), -jnp.inf),
+)
+
+
+def windows(x, low=-100.0):
+    """Attention in two windows, of which one is masked in parts, as shifted windows are."""
+    q, k, v = (nn.Dense(8)(x).reshape(-1, 3, 8) for _ in range(3))
+    parts = jnp.array([[0, 0, 0], [1, 1, 2]])
+    mask = jnp.where(parts[:, None] == parts[..., None], 0.0, low)
+    scores = (q @ k.swapaxes(1, 2)).reshape(-1, 2, 3, 3) + mask[None]
+    return nn.Dense(2)((nn.softmax(scores.reshape(-1, 3, 3)) @ v).reshape(-1, 6, 8))
+
+
+@pytest.mark.parametrize("low", [-100.0, -1e4, -jnp.inf])
+def test_a_mask_in_front_of_a_reshape(low):
+    found = [row.kind for row in rows(Model(lambda x: windows(x, low)), X)]
+    assert found.count("softmax") == 1
+    assert not {"float", "add"}.intersection(found)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -200,13 +231,18 @@ def test_learned_biases_are_added_to_codes(name):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
-def test_learned_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
+def test_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
+    """Learned ones and distances, with masks and without, for any number of examples."""
     config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))
-    qmodel, variables, _ = observed(attention(LEARNED["behind a mask"]), X, config=config)
-    y = jax.jit(qmodel.apply)(variables, X)
+    model = Model(lambda x: [layer(x) for layer in (*map(attention, BIASED), windows)])
+    qmodel, variables, _ = observed(model, X, config=config)
+    y = jnp.stack(jax.jit(qmodel.apply)(variables, X))
+    floats = jnp.stack(model.apply({"params": variables["params"]}, X))
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
     integer = sq.convert(qmodel, variables, X)
     assert not integer.program.float_ops
-    np.testing.assert_array_equal(integer(X), y)
+    np.testing.assert_array_equal(jnp.stack(integer(X)), y)
+    np.testing.assert_array_equal(jnp.stack(integer(X[:3])), y[:, :3])
     path = tmp_path / f"model.{backend}"
     EXPORTS[backend](integer, path)
     assert sq.verify(integer, path, X).differing == 0

@@ -112,6 +112,19 @@ def test_learned_steps_start_from_data_and_are_trained(tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+def test_learned_steps_start_when_their_delay_is_over(tmp_path: Path) -> None:
+    spec = {"observer": "learned", "quant_delay": 11}  # the last of 12 steps quantizes
+    quant = sq.SimQATConfig(activation=sq.QuantSpec(**spec))
+    phase = _phase(tmp_path, "qat", quant=quant, step_learning_rate=0.01, steps_per_dispatch=3)
+    assert not any(training.set_steps(phase, phases.init_state(phase)).quant_params.values())
+    state, _ = _train(phase)
+    images = jnp.asarray(phase.dataset.transform(jnp.asarray(_dataset().train_images), None))
+    for name, step in state.quant_params.items():
+        assert step > 0, name
+    widest = (float(images.max()) - min(float(images.min()), 0)) / 255
+    assert state.quant_params["input"] == pytest.approx(widest, rel=0.1)
+
+
 def test_several_steps_in_a_dispatch_train_the_same(tmp_path: Path) -> None:
     one, _ = _train(_phase(tmp_path / "one"))
     phase = _phase(tmp_path / "three", steps_per_dispatch=3)

@@ -70,6 +70,34 @@ def test_a_file_of_a_later_format(saved):
         sq.IntegerModel.load(saved)
 
 
+# Equal arrays ------------------------------------------------------------------------------------
+
+
+class Unrolled(nn.Module):
+    """A cell called at each of three times."""
+
+    @nn.compact
+    def __call__(self, x):
+        cell, state = nn.Dense(40), nn.Dense(40)(x[:, 0])
+        for k in range(1, 4):
+            state = nn.relu(cell(state) + x[:, k])
+        return state
+
+
+def test_equal_arrays_are_held_once(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 4, 40)).astype(np.float32)
+    model = converted(Case(Unrolled(), (x,), 8, 2))
+    kernels = [op.arrays["kernel"] for op in model.ops if "kernel" in op.arrays]
+    model.save(tmp_path / "model")
+    loaded = sq.IntegerModel.load(tmp_path / "model")
+    assert len(kernels) == 4 and loaded == model
+    _, arrays = parts(tmp_path / "model")
+    held = [np.load(io.BytesIO(data)) for data in arrays.values()]
+    assert sum(a.shape == (40, 40) for a in held) == 2
+    assert loaded.nbytes == model.nbytes == stored_bytes(arrays)
+    np.testing.assert_array_equal(loaded(x), model(x))
+
+
 # Packed kernels ----------------------------------------------------------------------------------
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from steps import codes_of, grid, random, step_of
 
-from simqat_jax.ir.compound import Softmax
+from simqat_jax.ir.compound import LogSoftmax, Softmax
 from simqat_jax.numerics import softmax
 
 Y = grid(1 / 256, 0)
+LEAST = softmax.FARTHEST * 2.0**-22
 CAUSAL = np.tril(np.ones((1, 4, 4), bool))
 
 
@@ -44,11 +45,11 @@ def test_what_is_masked_has_no_share(keeps):
 def test_a_scale_too_small_for_a_mask_shows():
     step, mask = masked(True), jnp.asarray(CAUSAL)
     for factor, finite in ((1.0, True), (0.999, False)):
-        x = random((2, 4, 4), grid(factor * softmax.LEAST_SCALE, 120))
+        x = random((2, 4, 4), grid(factor * LEAST, 120))
         assert np.isfinite(codes_of(step, [x], Y, [mask])).all() == finite
 
 
-@pytest.mark.parametrize("scale", [softmax.LEAST_SCALE, 0.0013, 0.7])
+@pytest.mark.parametrize("scale", [LEAST, 0.0013, 0.7])
 def test_what_masks_is_a_whole_number_below_every_code(scale):
     lowest = float(softmax.lowest(scale))
     assert lowest == np.rint(lowest) and -lowest <= 2**24
@@ -66,3 +67,29 @@ def test_codes_and_terms_for_which_sums_are_exact():
     assert fits is not None
     assert codes_of(many, [random((1, softmax.MOST_TERMS + 1), eight)], Y) is None
     np.testing.assert_array_equal(codes_of(plain(1), [random((3, 1), eight)], Y), 255)
+
+
+@functools.cache
+def masked_logarithm():
+    mask = jnp.asarray(CAUSAL)
+    return step_of(
+        LogSoftmax, lambda x: nn.log_softmax(jnp.where(mask, nn.Dense(4)(x), -1e9)), (2, 4, 5)
+    )
+
+
+@pytest.mark.parametrize("scale", [0.001, 0.05, 3.0])
+def test_what_is_masked_has_the_lowest_code_of_a_logarithm(scale):
+    """However far the range reaches, and where nothing is masked it is the logarithm."""
+    y, x = grid(scale, 255), random((2, 4, 4), grid(0.05, 120))
+    got = np.asarray(codes_of(masked_logarithm(), [x], y, [jnp.asarray(CAUSAL)]))
+    real = np.where(CAUSAL, np.asarray(x.codes) * x.grid.scale, -np.inf)
+    want = np.where(CAUSAL, jax.nn.log_softmax(real, -1) / scale, -np.inf)
+    np.testing.assert_allclose(got, np.clip(want, -255, 0), atol=0.501)
+
+
+def test_a_grid_too_wide_for_a_mask_shows():
+    x, mask = random((2, 4, 4), grid(0.05, 120)), jnp.asarray(CAUSAL)
+    most = 0.05 * 2.0**22 / 256
+    for scale, finite in ((0.999 * most, True), (1.001 * most, False)):
+        got = codes_of(masked_logarithm(), [x], grid(scale, 255), [mask])
+        assert np.isfinite(got).all() == finite

@@ -249,8 +249,8 @@ def test_softmax(backend, folder, a, b, seed, length, kind, masked, keeps):
 
 
 @both
-@pytest.mark.parametrize("axis", [1, 2, 3])
-def test_softmax_along_any_axis(backend, folder, axis):
+@pytest.mark.parametrize("axis", [1, 2, 3, (1, 3), (3, 2)])
+def test_softmax_along_any_axes(backend, folder, axis):
     model = softmax(backend, (-1, 4, 5, 6), grid((0.05, 9)), grid((0.004, 0)), axis=axis)
     compared(model, folder, [codes_of(np.random.default_rng(0), (2, 4, 5, 6), "full")])
 
@@ -271,8 +271,24 @@ def test_softmax_of_many_terms(backend, folder):
     compared(model, folder, [codes_of(np.random.default_rng(0), (1, 2, 9000), "near")])
 
 
-def log_softmax(backend, shape, x, y, axis=2):
-    return model_of(backend, "log_softmax", (shape, shape), (x, y), {"axis": axis})
+def log_softmax(backend, shape, x, y, axis=2, mask=None):
+    constants = () if mask is None else (mask,)
+    attributes = {"axis": axis}
+    return model_of(backend, "log_softmax", (shape, shape), (x, y), attributes, None, constants)
+
+
+@both
+@pytest.mark.parametrize("axis", [2, (1, 3)])
+@pytest.mark.parametrize("scale", [0.02, 3.0])
+def test_log_softmax_behind_a_mask(backend, folder, axis, scale):
+    """Also of nothing, in which case all numbers are equal."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((1, 4, 5, 6)) < 0.5
+    mask[:, :, :2] = mask[..., :1] = True
+    mask[..., 1] = False
+    given = grid((0.05, 9)), grid((scale, 250)), axis, mask
+    model = log_softmax(backend, (-1, 4, 5, 6), *given)
+    compared(model, folder, [codes_of(rng, (2, 4, 5, 6), "full")])
 
 
 @both

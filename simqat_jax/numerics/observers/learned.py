@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from simqat_jax.numerics.affine import along_channel, quant_params, rounded_product
 from simqat_jax.numerics.observers.batch import Batch
@@ -34,6 +35,8 @@ class LearnedState(NamedTuple):
 
 class Learned(Observer[LearnedState, Extremes]):
     """A step that is learned; it starts from the extremes of all batches until then.
+
+    With a `quant_delay` it starts when that is over, from the batches that come then.
 
     The zero point stays that of these extremes: of what starts at zero the lowest code, on a
     symmetric grid 0, as in the paper.
@@ -67,9 +70,44 @@ class Learned(Observer[LearnedState, Extremes]):
         known: Any = step if isinstance(step, jax.ShapeDtypeStruct) else jnp.asarray(step)
         return LearnedState(known, *restored(RangeState, state))
 
-    def parted(self, state: LearnedState) -> tuple[RangeState, jax.Array]:
-        """Return what `quant_stats` and `quant_params` hold of a state."""
-        return RangeState(state.lo, state.hi, state.nonfinite), self.step(state)
+    def parted(self, state: LearnedState, trained: ArrayLike) -> tuple[RangeState, jax.Array]:
+        """Return what `quant_stats` and `quant_params` hold of a state.
+
+        Args:
+          state: what is known by now.
+          trained: how many training steps there were before; within the delay no step starts.
+        """
+        delayed = jnp.asarray(trained) < self.spec.quant_delay
+        return self._start_of(state), jnp.where(delayed, state.step, self.step(state))
+
+    def is_early(self, trained: ArrayLike) -> jax.Array:
+        """Whether a delayed step need not have started after so many training steps."""
+        delay = self.spec.quant_delay
+        return (jnp.asarray(trained) <= delay) & (delay > 0)
+
+    def forgetful(self, state: LearnedState, trained: ArrayLike) -> LearnedState:
+        """Return what is remembered when a batch comes, after so many training steps.
+
+        Until a delayed step starts, its range is that of the last batch alone: the first batches
+        tell what random parameters make of them.
+        """
+        if not self.spec.quant_delay:
+            return state
+        anew = self.is_early(trained) & (state.step == 0)
+        empty = self.start.init()
+        return state._replace(
+            lo=jnp.where(anew, empty.lo, state.lo), hi=jnp.where(anew, empty.hi, state.hi)
+        )
+
+    def for_evaluation(self, state: LearnedState, trained: ArrayLike) -> LearnedState:
+        """Return a state with the step that would start now, where one need not have started."""
+        if not self.spec.quant_delay:
+            return state
+        early = self.is_early(trained) & (state.step == 0)
+        return state._replace(step=jnp.where(early, self.step(state), state.step))
+
+    def _start_of(self, state: LearnedState) -> RangeState:
+        return RangeState(state.lo, state.hi, state.nonfinite)
 
     def measure(self, x: jax.Array, bounds: Bounds = FREE) -> Extremes:
         return self.start.measure(x, bounds)
@@ -81,7 +119,7 @@ class Learned(Observer[LearnedState, Extremes]):
         return self.start.reduce(measured, axis_name)
 
     def update(self, state: LearnedState, measured: Extremes) -> LearnedState:
-        before, _ = self.parted(state)
+        before = self._start_of(state)
         after, there = self.start.update(before, measured), state.step > 0
         return LearnedState(
             step=state.step,

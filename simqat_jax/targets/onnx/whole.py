@@ -10,7 +10,7 @@ from simqat_jax.numerics import softmax as numbers
 from simqat_jax.numerics.norms import reciprocal_count
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize, OfStatistics
-from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, OfExponentialsOfCodes, SoftmaxOfCodes
 from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.targets.onnx.writer import LAST, Writer, looked_up, quotient
 
@@ -109,18 +109,16 @@ def softmax(w: Writer, op: SoftmaxOfCodes) -> None:
     """Write a softmax, see `numerics.softmax`."""
     at, tensors = _Whole(w, op.path), w.model.tensors
     source, target = tensors[op.inputs[0]], tensors[op.outputs[0]]
-    scale, axes = np.float32(w.grid(source).scale), (op.axis,)
+    scale, axes = np.float32(w.grid(source).scale), op.axes
     types = w.onnx.TensorProto
     x = at("Cast", w.get(op.inputs[0]), to=types.INT32)
     if len(op.inputs) > 1:
-        x = _masked(at, op, x)
+        x = _masked(at, op, x, -_MASKED)
     below = at("Sub", at("ReduceMax", x, np.asarray(axes, np.int64), keepdims=1), x)
     if len(op.inputs) > 1:
         below = at("Min", below, np.int32(_MASKED))
-    table = np.zeros(_MASKED + 1, np.float32)
-    table[:_MASKED] = numbers.table(scale, numbers.unit(source.shape[op.axis]))
-    shape = [max(d, -1) for d in source.shape]
-    e = looked_up(w, table, below, shape, op.path)
+    table = numbers.table(scale, numbers.unit(numbers.terms(source.shape, axes)))
+    e = looked_up(w, _with_masked(table), below, [max(d, -1) for d in source.shape], op.path)
     each = np.float32(1) / np.float32(w.grid(target).scale)
     at.finish(op.outputs[0], at("Mul", e, quotient(w, each, at.sum(e, axes), op.path)))
 
@@ -129,12 +127,16 @@ def log_softmax(w: Writer, op: LogSoftmaxOfCodes) -> None:
     """Write the logarithm of a softmax, see `numerics.softmax`."""
     at, tensors = _Whole(w, op.path), w.model.tensors
     source, types = tensors[op.inputs[0]], w.onnx.TensorProto
-    scale, out_scale = (np.float32(w.grid(tensors[i]).scale) for i in (*op.inputs, *op.outputs))
-    largest, axes = numbers.fine_unit(source.shape[op.axis]), np.asarray([op.axis], np.int64)
+    target, axes = w.grid(tensors[op.outputs[0]]), np.asarray(op.axes, np.int64)
+    scale, out_scale = np.float32(w.grid(source).scale), np.float32(target.scale)
+    largest = numbers.fine_unit(numbers.terms(source.shape, op.axes))
     x = at("Cast", w.get(op.inputs[0]), to=types.INT32)
+    if len(op.inputs) > 1:
+        x = _masked(at, op, x, int(numbers.lowest(scale, op.reach(target))))
     below = at("Sub", at("ReduceMax", x, axes, keepdims=1), x)
-    table = numbers.table(scale, largest).astype(np.int32)
-    e = looked_up(w, table, below, [max(d, -1) for d in source.shape], op.path)
+    near = at("Min", below, np.int32(_MASKED)) if len(op.inputs) > 1 else below
+    table = _with_masked(numbers.table(scale, largest)).astype(np.int32)
+    e = looked_up(w, table, near, [max(d, -1) for d in source.shape], op.path)
     total = at("Cast", at("ReduceSum", e, axes, keepdims=1), to=types.FLOAT)
     shift = at("Div", _logarithm(at, at("Mul", total, np.float32(1 / largest))), out_scale)
     scores = at("Mul", at("Cast", below, to=types.FLOAT), -scale / out_scale)
@@ -157,9 +159,14 @@ def _logarithm(at: _Whole, m: str) -> str:
     return at("Add", at("Mul", halved, log2), at("Mul", t, series))
 
 
-def _masked(at: _Whole, op: SoftmaxOfCodes, x: str) -> str:
+def _with_masked(table: np.ndarray) -> np.ndarray:
+    """Return a table of exponentials with that of a masked number, zero, at its end."""
+    return np.append(table, np.float32(0))
+
+
+def _masked(at: _Whole, op: OfExponentialsOfCodes, x: str, below: int) -> str:
     """Put a number below all codes where a mask leaves none."""
-    mask, lowest = at.w.model.tensors[op.inputs[1]], np.int32(-_MASKED)
+    mask, lowest = at.w.model.tensors[op.inputs[1]], np.int32(below)
     if mask.value is not None:  # every code is less than 256
         return at("Min", x, np.where(mask.value == op.keeps, np.int32(_MASKED), lowest))
     cases = (x, lowest) if op.keeps else (lowest, x)

@@ -12,11 +12,12 @@ from numpy.typing import ArrayLike
 
 from simqat_jax.ir.program import Op, Tensor, grid_of
 from simqat_jax.numerics import softmax as numbers
+from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import STEPS, heron_start, reciprocal_count
 from simqat_jax.ops.arithmetic import Sum
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize, OfStatistics
-from simqat_jax.ops.softmax import LogSoftmaxOfCodes, SoftmaxOfCodes
+from simqat_jax.ops.softmax import LogSoftmaxOfCodes, OfExponentialsOfCodes, SoftmaxOfCodes
 from simqat_jax.ops.spreads import SpreadOfCodes
 from simqat_jax.targets.tflite.subgraph import Codes, reshape_target
 from simqat_jax.targets.tflite.writer import Writer
@@ -157,13 +158,10 @@ def softmax(w: Writer, op: SoftmaxOfCodes, *tensors: Codes | None) -> None:
     """Write a softmax, see `numerics.softmax`."""
     at, known = _Whole(w, op), w.source.tensors
     source, target = known[op.inputs[0]], grid_of(known[op.outputs[0]])
-    shape, axes, scale = source.shape, (op.axis,), np.float32(grid_of(source).scale)
-    x = w.whole(op.inputs[0])
-    if len(op.inputs) > 1:
-        x = _masked(at, op, shape, x, np.float32(numbers.lowest(scale)))
+    shape, axes, scale = source.shape, op.axes, np.float32(grid_of(source).scale)
     thin = _thin(shape, axes)
-    below = _below(at, shape, x, axes)
-    e = _exponentials(at, shape, below, scale, numbers.unit(shape[op.axis]))
+    below = _below(at, shape, _masked(at, op, shape, scale, target), axes)
+    e = _exponentials(at, shape, below, scale, numbers.unit(numbers.terms(shape, axes)))
     each = at("DIV", thin, np.float32(1) / np.float32(target.scale), at.sum(shape, e, axes))
     at.finish(at("MUL", shape, e, each), (target.qmin, target.qmax), tensors[-1])
 
@@ -191,10 +189,10 @@ def log_softmax(w: Writer, op: LogSoftmaxOfCodes, *tensors: Codes | None) -> Non
     """Write the logarithm of a softmax, see `numerics.softmax`."""
     at, known = _Whole(w, op), w.source.tensors
     source, target = known[op.inputs[0]], grid_of(known[op.outputs[0]])
-    shape, axes, scale = source.shape, (op.axis,), np.float32(grid_of(source).scale)
+    shape, axes, scale = source.shape, op.axes, np.float32(grid_of(source).scale)
     thin = _thin(shape, axes)
-    out_scale, largest = np.float32(target.scale), numbers.fine_unit(shape[op.axis])
-    below = _below(at, shape, w.whole(op.inputs[0]), axes)
+    out_scale, largest = np.float32(target.scale), numbers.fine_unit(numbers.terms(shape, axes))
+    below = _below(at, shape, _masked(at, op, shape, scale, target), axes)
     e = _exponentials(at, shape, below, scale, largest)
     total = _sum_of_wholes(at, shape, e, axes, 2.0**30)
     m = at("MUL", thin, total, np.float32(1 / largest))
@@ -220,8 +218,12 @@ def _logarithm(at: _Whole, shape: Shape, m: int) -> int:
     return at("ADD", shape, at("MUL", shape, halved, log2), at("MUL", shape, t, series))
 
 
-def _masked(at: _Whole, op: SoftmaxOfCodes, shape: Shape, x: int, lowest: np.float32) -> int:
-    """Put the lowest number where a mask leaves none."""
+def _masked(at: _Whole, op: OfExponentialsOfCodes, shape: Shape, scale: np.float32, y: Grid) -> int:
+    """Return whole numbers, the lowest where a mask, if there is one, leaves none."""
+    x = at.w.whole(op.inputs[0])
+    if len(op.inputs) == 1:
+        return x
+    lowest = np.float32(numbers.lowest(scale, op.reach(y)))
     mask = at.w.source.tensors[op.inputs[1]].value
     if mask is not None:  # every code is less than 256
         return at("MINIMUM", shape, x, np.where(mask == op.keeps, np.float32(256), lowest))

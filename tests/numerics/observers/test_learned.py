@@ -118,8 +118,23 @@ def test_what_is_learned_stays_and_has_its_grid(step, lo, hi):
 def test_a_state_has_two_parts():
     o = observer(**ACTIVATION)
     whole = state(0.5, -1, 2)
-    kept, step = o.parted(whole)
+    kept, step = o.parted(whole, 0)
     assert isinstance(kept, sq.RangeState) and step == 0.5
     for plain in (kept, kept._asdict(), list(kept)):
         assert o.joined(plain, step) == whole
     assert o.restore(whole._asdict()) == whole
+
+
+@pytest.mark.parametrize("role", ["activation", "weight"])
+def test_a_delayed_step_starts_from_the_data_then(role):
+    o, x = observer(role, quant_delay=2, symmetric=True), jnp.array([-1.0, 0.5, 3.0])
+    now, steps = o.init(), []
+    for trained, factor in enumerate((100, 50, 2, 1)):
+        now = o.update(o.forgetful(now, trained), o.measure(factor * x))
+        kept, step = o.parted(now, trained)
+        steps.append(step)
+        assert o.for_evaluation(now, trained).step > 0
+        now = o.joined(kept, step)
+    assert steps[:2] == [0, 0]
+    want = o.step(o.update(o.init(), o.measure(2 * x)))
+    assert want > 0 and steps[2:] == [want, want]

@@ -15,7 +15,7 @@ from experiments import checkpoints, processes
 from experiments.checkpoints import Progress
 from experiments.data import Batch, MaskedBatch
 from experiments.errors import CommonError, Preempted
-from experiments.phases import Phase, TrainState
+from experiments.phases import STEPS, Phase, TrainState
 from experiments.preemption import Notice
 from experiments.steps import make_train_step, with_steps_from
 
@@ -36,12 +36,26 @@ class Metrics(NamedTuple):
 
 
 def set_steps(phase: Phase, state: TrainState) -> TrainState:
-    """Return the state with learned steps, if there are any, from the first training batch."""
+    """Return the state with learned steps, if there are any, from the first training batch.
+
+    Of a trained network `calibrate` finds them. What random parameters make of data it has no
+    statistics for: then they are those of a training call.
+    """
     if not state.quant_params:
         return state
     experiment = phase.experiment
     images, _ = next(iter(phase.dataset.train_batches(experiment.batch_size, experiment.seed, 0)))
     images = phase.dataset.transform(jnp.asarray(images), None)
+    if phase.name == "qat_finetune":
+        assert isinstance(phase.model, sq.QuantizedModule)
+        variables = sq.calibrate(
+            phase.model, state.variables, [images], train=False, progress=False
+        )
+        return dataclasses.replace(
+            state,
+            collections={name: variables[name] for name in state.collections},
+            quant_params=variables[STEPS],
+        )
     return with_steps_from(phase, state, images, jax.random.key(0))
 
 

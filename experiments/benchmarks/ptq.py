@@ -134,8 +134,8 @@ def lite0_on_photos(arguments: Arguments) -> Workload:
         EfficientNetLite0(),
         pretrained.efficientnet_lite0(),
         [x[i : i + 32] for i in range(0, len(x), 32)],
-        lite0.preprocess(others.pixels),
-        others.labels,
+        lite0.preprocess(others.pixels[: arguments.examples]),
+        others.labels[: arguments.examples],
         ("stem", "classifier"),
     )
 

@@ -15,9 +15,9 @@ from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.variables import floats
 from simqat_jax.ir.plan import Placement, Quantizer
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema
+from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema, Learned
 from simqat_jax.training.module import Method, QuantizedModule
-from simqat_jax.training.ranges import COLLECTION, STEP, STEPS, Stats, parted
+from simqat_jax.training.ranges import COLLECTION, STEP, STEPS, Stats, initial, parted
 from simqat_jax.training.run import run
 
 _NEVER = 2**30
@@ -44,7 +44,9 @@ def calibrate(
 
     The observers `ema` and `batch` forget earlier batches, and calibration data have no order: here
     both take the extremes of all batches, as `minmax` does. Training that goes on from there
-    follows its own batches, with the observer as it is configured.
+    follows its own batches, with the observer as it is configured. The steps of `learned` are those
+    of `mse` on this call's batches, whatever they were: with few bits the grid of least squared
+    error is several times finer than that of the extremes, and steps are slow to learn.
 
     A batch with NaN or Inf in a quantized tensor is left out of all ranges; a warning names it, and
     `nonfinite_ranges` counts such batches.
@@ -74,15 +76,21 @@ def calibrate(
     call, known = EvaluationCall(qmodule, method, kwargs), floats(variables)
     observe = jax.jit(functools.partial(_observe, call))
     placement: Placement | None = None
+    observing: Mapping[str, Quantizer] = {}
     stats: Stats = {}
     broken: dict[int, list[str]] = {}
     for number, args in arguments(batches, "calibrate", progress):
         if placement is None:
             placement, stats = call.start(variables, args)
+            observing = _observing(placement).stateful
+            stats |= {name: initial(observing[name]) for name in placement.learned}
         stats, nonfinite = observe(known, stats, args)
         broken[number] = [name for name, found in jax.device_get(nonfinite).items() if found]
     _tell(broken)
     assert placement is not None, "no batch is an error"
+    for name, observer in placement.learned.items():
+        ends = observing[name].observer.range(stats[name])
+        stats[name] = observer.joined((*ends, stats[name].nonfinite), observer.init().step)
     ranges, steps = parted(placement, stats, stats[STEP])
     return {**variables, COLLECTION: ranges} | ({STEPS: steps} if steps else {})
 
@@ -110,8 +118,11 @@ def _observing(placement: Placement) -> Placement:
 
     def observing(quantizer: Quantizer) -> Quantizer:
         spec = dataclasses.replace(quantizer.spec, quant_delay=_NEVER)
-        if quantizer.has_state and issubclass(OBSERVERS[spec.observer], Ema | Batch):
+        kind = OBSERVERS[spec.observer]
+        if quantizer.has_state and issubclass(kind, Ema | Batch):
             spec = dataclasses.replace(spec, observer="minmax")
+        if issubclass(kind, Learned):
+            spec = dataclasses.replace(spec, observer="mse")
         return dataclasses.replace(quantizer, spec=spec)
 
     return dataclasses.replace(

@@ -195,7 +195,8 @@ def _check_learned(placement: Placement, steps: Stats, trained: ArrayLike) -> No
     if not _is_concrete(trained):
         return
     known = {name: o for name, o in placement.learned.items() if _is_concrete(steps[name])}
-    early = {name: bool(observer.is_early(trained)) for name, observer in known.items()}
+    count = int(np.asarray(trained))  # not an array, which is unknown while a call is traced
+    early = {name: bool(observer.is_early(count)) for name, observer in known.items()}
     unset = [name for name in known if not _is_step(steps[name], early=early[name])]
     if unset:
         raise ValueError(

@@ -82,8 +82,9 @@ class LearnedStepSizeQuantizationAwareTraining(SimQAT):
     `SimQAT` of the same configuration with `observer="learned"` for weights and activations. The
     steps are the collection `quant_params`, which is trained as `params` are:
 
-    1. Set them from data: a call with `mutable=["quant_stats", "quant_params"]`, or several; with
-       a `quant_delay` one call, when that is over.
+    1. Set them from data: by `calibrate` where parameters are trained; or by a call with
+       `mutable=["quant_stats", "quant_params"]`, or several; with a `quant_delay` by one call,
+       when that is over.
     2. Train `params` and `quant_params`, with `mutable=["batch_stats", "quant_stats"]`.
 
     Args:

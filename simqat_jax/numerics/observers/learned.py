@@ -80,10 +80,9 @@ class Learned(Observer[LearnedState, Extremes]):
         delayed = jnp.asarray(trained) < self.spec.quant_delay
         return self._start_of(state), jnp.where(delayed, state.step, self.step(state))
 
-    def is_early(self, trained: ArrayLike) -> jax.Array:
+    def is_early(self, trained: ArrayLike) -> ArrayLike:
         """Whether a delayed step need not have started after so many training steps."""
-        delay = self.spec.quant_delay
-        return (jnp.asarray(trained) <= delay) & (delay > 0)
+        return (trained <= self.spec.quant_delay) & (self.spec.quant_delay > 0)
 
     def forgetful(self, state: LearnedState, trained: ArrayLike) -> LearnedState:
         """Return what is remembered when a batch comes, after so many training steps.

@@ -119,11 +119,13 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
 
 @partial(jax.jit, static_argnums=(2, 3))  # traced once for all quantizers that are alike
 def _placed(lo: jax.Array, hi: jax.Array, spec: QuantSpec, starts_at_zero: bool) -> QuantParams:
-    lo, hi = lax.min(lo, lax.full_like(lo, 0)), lax.max(hi, lax.full_like(hi, 0))
+    hi = lax.max(hi, lax.full_like(hi, 0))
+    if not starts_at_zero:
+        lo = lax.min(lo, lax.full_like(lo, 0))
     if spec.symmetric:
-        span, steps = lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
+        span, steps = hi if starts_at_zero else lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
     else:
-        span, steps = hi - lo, spec.qmax - spec.qmin
+        span, steps = hi if starts_at_zero else hi - lo, spec.qmax - spec.qmin
     # The difference of finite values can overflow. A subnormal scale is flushed to zero by some
     # backends: such a range counts as all zero.
     scale = true_divide(lax.min(span, lax.full_like(span, np.finfo(np.float32).max)), float(steps))
@@ -131,7 +133,7 @@ def _placed(lo: jax.Array, hi: jax.Array, spec: QuantSpec, starts_at_zero: bool)
     if spec.symmetric or starts_at_zero:
         zero_point = 0 if spec.symmetric else spec.qmin
         return QuantParams(scale, lax.full_like(scale, zero_point, jnp.int32))
-    codes = spec.qmin - _rint(true_divide(lo, scale))
+    codes = spec.qmin - _rint(lax.div(lo, scale))  # the scale is a select, as in `true_divide`
     codes = lax.clamp(jnp.float32(spec.qmin), codes, jnp.float32(spec.qmax))
     return QuantParams(scale, codes.astype(jnp.int32))
 
@@ -222,27 +224,48 @@ def _fake_quant_bwd(rule, kept, g):
     return lax.select(inside, g, lax.full_like(g, 0)), None, None
 
 
+def _packed_axis(shape: tuple[int, ...]) -> int:
+    """Return the axis along which eight numbers share a byte.
+
+    One in front of the last, so that processors combine many bytes at once, where few bits are left
+    over; not the first, which is often divided among devices.
+    """
+
+    def filled(axis: int) -> float:
+        return -(-shape[axis] // 8) * 8 / max(shape[axis], 1)
+
+    last = len(shape) - 1
+    best = min(range(1, last), key=filled, default=last)
+    return best if filled(best) <= max(filled(last), 1.25) else last
+
+
 def _packed(mask: jax.Array) -> jax.Array:
-    """Store a mask in the bits of bytes, along its last axis.
+    """Store a mask in the bits of bytes.
 
     Compilers fuse the comparison that makes a mask into what reads it, so that the backward pass
     would keep the whole float tensor for it; they do not fuse this reduction.
     """
     mask = jnp.atleast_1d(mask)
-    whole = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
-    bits = whole.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
-    bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, bits.ndim - 1)
+    axis = _packed_axis(mask.shape)
+    if rest := -mask.shape[axis] % 8:
+        mask = jnp.pad(mask, [(0, rest if a == axis else 0) for a in range(mask.ndim)])
+    before, count, behind = mask.shape[:axis], mask.shape[axis] // 8, mask.shape[axis + 1 :]
+    bits = mask.astype(jnp.uint8).reshape(*before, count, 8, *behind)
+    bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, axis + 1)
     # The sum of bits that are apart is their union, and one that backends also take over devices,
-    # where the last axis is divided among them: on CPUs XLA has no union there.
-    return lax.reduce(bits, np.uint8(0), lax.add, (bits.ndim - 1,))
+    # where the axis is divided among them: on CPUs XLA has no union there.
+    return lax.reduce(bits, np.uint8(0), lax.add, (axis + 1,))
 
 
 def _unpacked(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return the mask of this shape that `_packed` stored."""
-    shifts = lax.broadcasted_iota(jnp.uint8, (*packed.shape, 8), packed.ndim)
-    bits = (packed[..., None] >> shifts) & np.uint8(1)
-    mask = bits.reshape(*packed.shape[:-1], -1) != 0
-    return mask[..., : shape[-1] if shape else 1].reshape(shape)
+    whole = shape or (1,)
+    axis = _packed_axis(whole)
+    packed = jnp.expand_dims(packed, axis + 1)
+    each = (*packed.shape[: axis + 1], 8, *packed.shape[axis + 2 :])
+    bits = (packed >> lax.broadcasted_iota(jnp.uint8, each, axis + 1)) & np.uint8(1)
+    mask = bits.reshape(*whole[:axis], packed.shape[axis] * 8, *whole[axis + 1 :]) != 0
+    return lax.slice_in_dim(mask, 0, whole[axis], axis=axis).reshape(shape)
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)

@@ -224,48 +224,27 @@ def _fake_quant_bwd(rule, kept, g):
     return lax.select(inside, g, lax.full_like(g, 0)), None, None
 
 
-def _packed_axis(shape: tuple[int, ...]) -> int:
-    """Return the axis along which eight numbers share a byte.
-
-    One in front of the last, so that processors combine many bytes at once, where few bits are left
-    over; not the first, which is often divided among devices.
-    """
-
-    def filled(axis: int) -> float:
-        return -(-shape[axis] // 8) * 8 / max(shape[axis], 1)
-
-    last = len(shape) - 1
-    best = min(range(1, last), key=filled, default=last)
-    return best if filled(best) <= max(filled(last), 1.25) else last
-
-
 def _packed(mask: jax.Array) -> jax.Array:
-    """Store a mask in the bits of bytes.
+    """Store a mask in the bits of bytes, along its last axis.
 
     Compilers fuse the comparison that makes a mask into what reads it, so that the backward pass
     would keep the whole float tensor for it; they do not fuse this reduction.
     """
     mask = jnp.atleast_1d(mask)
-    axis = _packed_axis(mask.shape)
-    if rest := -mask.shape[axis] % 8:
-        mask = jnp.pad(mask, [(0, rest if a == axis else 0) for a in range(mask.ndim)])
-    before, count, behind = mask.shape[:axis], mask.shape[axis] // 8, mask.shape[axis + 1 :]
-    bits = mask.astype(jnp.uint8).reshape(*before, count, 8, *behind)
-    bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, axis + 1)
+    whole = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -mask.shape[-1] % 8)])
+    bits = whole.reshape(*mask.shape[:-1], -1, 8).astype(jnp.uint8)
+    bits = bits << lax.broadcasted_iota(jnp.uint8, bits.shape, bits.ndim - 1)
     # The sum of bits that are apart is their union, and one that backends also take over devices,
-    # where the axis is divided among them: on CPUs XLA has no union there.
-    return lax.reduce(bits, np.uint8(0), lax.add, (axis + 1,))
+    # where the last axis is divided among them: on CPUs XLA has no union there.
+    return lax.reduce(bits, np.uint8(0), lax.add, (bits.ndim - 1,))
 
 
 def _unpacked(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return the mask of this shape that `_packed` stored."""
-    whole = shape or (1,)
-    axis = _packed_axis(whole)
-    packed = jnp.expand_dims(packed, axis + 1)
-    each = (*packed.shape[: axis + 1], 8, *packed.shape[axis + 2 :])
-    bits = (packed >> lax.broadcasted_iota(jnp.uint8, each, axis + 1)) & np.uint8(1)
-    mask = bits.reshape(*whole[:axis], packed.shape[axis] * 8, *whole[axis + 1 :]) != 0
-    return lax.slice_in_dim(mask, 0, whole[axis], axis=axis).reshape(shape)
+    shifts = lax.broadcasted_iota(jnp.uint8, (*packed.shape, 8), packed.ndim)
+    bits = (packed[..., None] >> shifts) & np.uint8(1)
+    mask = bits.reshape(*packed.shape[:-1], -1) != 0
+    return mask[..., : shape[-1] if shape else 1].reshape(shape)
 
 
 _fake_quant.defvjp(_fake_quant_fwd, _fake_quant_bwd)

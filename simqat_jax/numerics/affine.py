@@ -119,11 +119,13 @@ def quant_params(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> QuantParams:
 
 @partial(jax.jit, static_argnums=(2, 3))  # traced once for all quantizers that are alike
 def _placed(lo: jax.Array, hi: jax.Array, spec: QuantSpec, starts_at_zero: bool) -> QuantParams:
-    lo, hi = lax.min(lo, lax.full_like(lo, 0)), lax.max(hi, lax.full_like(hi, 0))
+    hi = lax.max(hi, lax.full_like(hi, 0))
+    if not starts_at_zero:
+        lo = lax.min(lo, lax.full_like(lo, 0))
     if spec.symmetric:
-        span, steps = lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
+        span, steps = hi if starts_at_zero else lax.max(-lo, hi), 2 ** (spec.num_bits - 1) - 1
     else:
-        span, steps = hi - lo, spec.qmax - spec.qmin
+        span, steps = hi if starts_at_zero else hi - lo, spec.qmax - spec.qmin
     # The difference of finite values can overflow. A subnormal scale is flushed to zero by some
     # backends: such a range counts as all zero.
     scale = true_divide(lax.min(span, lax.full_like(span, np.finfo(np.float32).max)), float(steps))
@@ -131,7 +133,7 @@ def _placed(lo: jax.Array, hi: jax.Array, spec: QuantSpec, starts_at_zero: bool)
     if spec.symmetric or starts_at_zero:
         zero_point = 0 if spec.symmetric else spec.qmin
         return QuantParams(scale, lax.full_like(scale, zero_point, jnp.int32))
-    codes = spec.qmin - _rint(true_divide(lo, scale))
+    codes = spec.qmin - _rint(lax.div(lo, scale))  # the scale is a select, as in `true_divide`
     codes = lax.clamp(jnp.float32(spec.qmin), codes, jnp.float32(spec.qmax))
     return QuantParams(scale, codes.astype(jnp.int32))
 
@@ -175,39 +177,51 @@ def dequantize(
     return (codes - zero_point).astype(jnp.float32) * scale
 
 
+class _Rule(NamedTuple):
+    """What is static about fake quantization."""
+
+    qmin: int
+    qmax: int
+    keeps_input: bool
+    """Whether the backward pass finds the mask anew, from the input, instead of keeping it."""
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fake_quant(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
-) -> jax.Array:
-    return _nearest(x, scale, zero_point, bounds)
+def _fake_quant(x: jax.Array, scale: jax.Array, zero_point: jax.Array, rule: _Rule) -> jax.Array:
+    return _nearest(x, scale, zero_point, rule)
 
 
 @partial(jax.jit, static_argnums=3)
-def _nearest(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
-) -> jax.Array:
-    return _rounded(x, scale, zero_point, bounds)[0]
+def _nearest(x: jax.Array, scale: jax.Array, zero_point: jax.Array, rule: _Rule) -> jax.Array:
+    codes = _codes(x.astype(jnp.float32), scale, zero_point)
+    codes = lax.clamp(jnp.float32(rule.qmin), codes, jnp.float32(rule.qmax))
+    return ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
 
 
-def _rounded(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bounds: tuple[int, int]
-) -> tuple[jax.Array, jax.Array]:
-    """Return values on the grid, and whether each was inside of the range."""
-    free = _codes(x.astype(jnp.float32), scale, zero_point)
-    codes = lax.clamp(jnp.float32(bounds[0]), free, jnp.float32(bounds[1]))
-    y = ((codes - zero_point.astype(jnp.float32)) * scale).astype(x.dtype)
-    return y, lax.eq(codes, free)
+def _inside(x: jax.Array, scale: jax.Array, zero_point: jax.Array, rule: _Rule) -> jax.Array:
+    """Return whether each value is inside of the range.
+
+    The codes are those of `_nearest`, in other words: what compilers find twice they compute once,
+    and a quotient that both need would be stored as a float tensor between them.
+    """
+    x = x.astype(jnp.float32)
+    quotient = lax.div(x, lax.select(lax.eq(x, x), jnp.broadcast_to(scale, x.shape), x))
+    codes = _rint(quotient) + zero_point.astype(jnp.float32)
+    return lax.eq(lax.clamp(jnp.float32(rule.qmin), codes, jnp.float32(rule.qmax)), codes)
 
 
 @partial(jax.jit, static_argnums=3)
-def _fake_quant_fwd(x, scale, zero_point, bounds):
-    y, inside = _rounded(x, scale, zero_point, bounds)
-    return y, _packed(inside)
+def _fake_quant_fwd(x, scale, zero_point, rule):
+    y = _nearest(x, scale, zero_point, rule)
+    if rule.keeps_input:
+        return y, (x, scale, zero_point)
+    return y, _packed(_inside(x, scale, zero_point, rule))
 
 
 @partial(jax.jit, static_argnums=0)
-def _fake_quant_bwd(bounds, packed, g):
-    return lax.select(_unpacked(packed, g.shape), g, lax.full_like(g, 0)), None, None
+def _fake_quant_bwd(rule, kept, g):
+    inside = _inside(*kept, rule) if rule.keeps_input else _unpacked(kept, g.shape)
+    return lax.select(inside, g, lax.full_like(g, 0)), None, None
 
 
 def _packed(mask: jax.Array) -> jax.Array:
@@ -242,13 +256,19 @@ def fake_quant(
     hi: ArrayLike,
     spec: QuantSpec,
     channel_axis: int | None = -1,
+    *,
+    keeps_input: bool = False,
 ) -> jax.Array:
-    """Round `x` to the grid that `spec` places on `[lo, hi]`, see `checked.fake_quant`."""
+    """Round `x` to the grid that `spec` places on `[lo, hi]`, see `checked.fake_quant`.
+
+    With `keeps_input` the backward pass takes `x` itself instead of a mask of bits: less work, and
+    no more memory where `x` is kept for something else.
+    """
     x = jnp.asarray(x)
     params = quant_params(lo, hi, spec)
     _check_channels("lo", params.scale, x, channel_axis)
     scale, zero_point = (along_channel(v, x.ndim, channel_axis) for v in params)
-    return _fake_quant(x, scale, zero_point, (spec.qmin, spec.qmax))
+    return _fake_quant(x, scale, zero_point, _Rule(spec.qmin, spec.qmax, keeps_input))
 
 
 @jax.custom_vjp

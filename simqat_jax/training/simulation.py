@@ -65,13 +65,21 @@ class Simulation(Run):
                 "with at least one example in a batch."
             )
         lo, hi = self.observe(quantizer, unclamped, seen, bounds)
-        rounded = self.fake_quantized(quantizer, x, lo, hi)
+        # A clamp keeps what it clamps for its own gradient.
+        rounded = self.fake_quantized(quantizer, x, lo, hi, kept=bounds != FREE)
         return Value(self.after_delay(quantizer.spec.quant_delay, rounded, x))
 
     def fake_quantized(
-        self, quantizer: Quantizer, x: jax.Array, lo: ArrayLike, hi: ArrayLike
+        self,
+        quantizer: Quantizer,
+        x: jax.Array,
+        lo: ArrayLike,
+        hi: ArrayLike,
+        *,
+        kept: bool = False,
     ) -> jax.Array:
-        rounded, observer = super().fake_quantized(quantizer, x, lo, hi), quantizer.observer
+        rounded = super().fake_quantized(quantizer, x, lo, hi, kept=kept)
+        observer = quantizer.observer
         if not isinstance(observer, Learned):
             return rounded
         return observer.with_step_gradient(rounded, x, self.stats[quantizer.name])

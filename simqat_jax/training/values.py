@@ -86,10 +86,16 @@ class Run:
         raise NotImplementedError
 
     def fake_quantized(
-        self, quantizer: Quantizer, x: jax.Array, lo: ArrayLike, hi: ArrayLike
+        self,
+        quantizer: Quantizer,
+        x: jax.Array,
+        lo: ArrayLike,
+        hi: ArrayLike,
+        *,
+        kept: bool = False,
     ) -> jax.Array:
-        """Round a tensor to the grid on a range."""
-        return fake_quant(x, lo, hi, quantizer.spec)
+        """Round a tensor to the grid on a range; `kept`: the backward pass has it anyway."""
+        return fake_quant(x, lo, hi, quantizer.spec, keeps_input=kept)
 
     def step(self, step: Step, env: Values, seen: Seen) -> None:
         """Run a step: put the tensors that leave it into `env`."""
@@ -188,14 +194,17 @@ class Run:
     def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
         """Fake-quantize a kernel, possibly with a BatchNorm folded in."""
         quantizer = self.placement.weights[node]
-        flat = kernel.reshape(-1, node.num_channels)
+        channels = node.num_channels
+        # A view of its own shape fuses with what reads the kernel; XLA takes two kernels more for
+        # the extremes of long and narrow matrices.
+        flat = kernel if kernel.shape[-1:] == (channels,) else kernel.reshape(-1, channels)
         lo, hi = self.kernel_range(quantizer, flat, seen)
         if quantizer.spec.symmetric and not quantizer.has_state and quantizer.observer.covers:
             # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
             rounded = straight_through(exact, flat)
         else:
-            rounded = self.fake_quantized(quantizer, flat, lo, hi)
+            rounded = self.fake_quantized(quantizer, flat, lo, hi, kept=True)
         return self.after_delay(quantizer.spec.quant_delay, rounded.reshape(kernel.shape), kernel)
 
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Quantization against an independent NumPy oracle, exactly."""
 
-import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -172,14 +172,48 @@ def test_a_static_zero_is_the_same_as_a_traced_one():
         assert sq.quant_params(0.0, 5.0, spec) == sq.quant_params(jnp.float32(0), 5.0, spec)
 
 
-@pytest.mark.parametrize("shape", [(), (8,), (3, 17), (2, 3, 0)])
-def test_the_backward_pass_keeps_a_bit_of_each_number(shape):
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        ((), 1),
+        ((8,), 1),
+        ((3, 17), 9),
+        ((2, 3, 0), 0),
+        ((2, 9, 24), 54),
+    ],
+)
+def test_the_backward_pass_keeps_a_bit_of_each_number(shape, kept):
     x = np.random.default_rng(0).normal(0, 150, shape).astype(F32)
     _, backward = jax.vjp(lambda x: sq.fake_quant(x, -128.0, 127.0, sq.QuantSpec()), x)
-    rows, length = (shape[:-1], shape[-1]) if shape else ((), 1)
-    assert sum(a.nbytes for a in jax.tree.leaves(backward)) == math.prod(rows) * -(-length // 8)
-    (gradient,) = backward(jnp.full(shape, 3.0))
-    np.testing.assert_array_equal(gradient, np.where((x > -128.5) & (x < 127.5), 3, 0))
+    assert sum(a.nbytes for a in jax.tree.leaves(backward)) == kept
+    cotangent = np.arange(1, x.size + 1, dtype=F32).reshape(shape)
+    (gradient,) = backward(cotangent)
+    np.testing.assert_array_equal(gradient, np.where((x > -128.5) & (x < 127.5), cotangent, 0))
+
+
+@pytest.mark.parametrize(
+    "spec", [sq.QuantSpec(), sq.QuantSpec(num_bits=4), sq.QuantSpec(symmetric=True)]
+)
+def test_the_mask_is_the_same_kept_and_found_anew(spec):
+    """On the borders of the range and a unit in the last place beside them, and on no number."""
+    lo, hi = (F32(-0.3), F32(0.7))
+    scale, zero_point = map(np.asarray, sq.quant_params(lo, hi, spec))
+    borders = (np.array([spec.qmin, spec.qmax]) - zero_point + [-0.5, 0.5]).astype(F32) * scale
+    x = [np.nextafter(b, F32(end)) for b in borders for end in (-np.inf, b, np.inf)]
+    x = np.array([*x, 0, -np.inf, np.inf, np.nan], F32)
+    codes = np.rint(x / scale) + zero_point
+    want = np.where((codes >= spec.qmin) & (codes <= spec.qmax), 3, 0)
+    for keeps_input in (False, True):
+
+        @jax.jit
+        def gradient(x, lo, hi, keeps_input=keeps_input):
+            rounded = partial(numerics.fake_quant, spec=spec, channel_axis=None)
+            y, backward = jax.vjp(lambda x: rounded(x, lo, hi, keeps_input=keeps_input), x)
+            return y, backward(jnp.full_like(x, 3))[0]
+
+        y, got = gradient(x, lo, hi)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(y, sq.fake_quant(x, lo, hi, spec))
 
 
 def test_infinities_saturate_and_nan_stays_visible():

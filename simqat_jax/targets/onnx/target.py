@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from simqat_jax.files import as_path, atomic_file
+from simqat_jax.files import atomic_file
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.rounding.onnxruntime import ONNXRUNTIME
@@ -51,7 +51,7 @@ def export_onnx(
         `metadata` no FileMetadata.
       ImportError: the extra `export` is not installed.
       ValueError: an operation or a width that cannot be written, with its path; additions that
-        mirror another runtime; metadata that do not fit the model.
+        mirror another runtime; metadata that do not fit the model; a `path` that ends in .tflite.
 
     Source:
       ONNX operators, opset 19.
@@ -59,10 +59,8 @@ def export_onnx(
     check_model(model, "export_onnx(model, path)")
     check_integer_io(integer_io)
     check_metadata(metadata)
-    path = as_path(path)
-    data = _bytes(model.program, ONNX.code_type(integer_io), metadata)
-    with atomic_file(path) as file:
-        file.write(data)
+    with atomic_file(path, ONNX.suffix) as file:
+        file.write(_bytes(model.program, ONNX.code_type(integer_io), metadata))
 
 
 def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:

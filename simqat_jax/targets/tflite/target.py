@@ -5,7 +5,7 @@ from types import ModuleType
 
 import numpy as np
 
-from simqat_jax.files import as_path, atomic_file, import_extra
+from simqat_jax.files import atomic_file, import_extra
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.rounding.xnnpack import XNNPACK
@@ -49,7 +49,7 @@ def export_tflite(
       ImportError: the extra `export` is not installed.
       ValueError: activations or weights of more than 8 bits, an operation that TFLite does not
         compute exactly, a float part that it lacks, with its path; additions that mirror another
-        runtime; metadata that do not fit the model.
+        runtime; metadata that do not fit the model; a `path` that ends in .onnx.
       OSError: an unwritable path.
 
     Source:
@@ -58,10 +58,8 @@ def export_tflite(
     check_model(model, "export_tflite(model, path)")
     check_integer_io(integer_io)
     check_metadata(metadata)
-    path = as_path(path)
-    data = _bytes(model.program, TFLITE.code_type(integer_io), metadata)
-    with atomic_file(path) as file:
-        file.write(data)
+    with atomic_file(path, TFLITE.suffix) as file:
+        file.write(_bytes(model.program, TFLITE.code_type(integer_io), metadata))
 
 
 def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:

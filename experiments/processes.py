@@ -176,7 +176,7 @@ def _connect(connection: Connection) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise ExperimentError(
-            f"cannot connect the processes: {' '.join(str(error).split())}. Where no Slurm, Open "
+            f"cannot connect the processes: {' '.join(str(error).split()).rstrip('.')}. Where no Slurm, Open "
             "MPI, Kubernetes or TPU environment names them, give --coordinator, --num-processes "
             "and --process-id in place of --distributed."
         ) from error

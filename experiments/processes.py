@@ -175,10 +175,11 @@ def _connect(connection: Connection) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
         raise ExperimentError(
-            f"cannot connect the processes: {' '.join(str(error).split()).rstrip('.')}. Where no Slurm, Open "
-            "MPI, Kubernetes or TPU environment names them, give --coordinator, --num-processes "
-            "and --process-id in place of --distributed."
+            f"cannot connect the processes: {said}. Where no Slurm, Open MPI, Kubernetes or "
+            "TPU environment names them, give --coordinator, --num-processes and --process-id in "
+            "place of --distributed."
         ) from error
     finally:
         watchdog.cancel()

@@ -28,7 +28,7 @@ test: venv
 	XLA_FLAGS=$(quickly) $(RUN) -m pytest -n 2 -m 'not nightly and not optimized'
 	$(RUN) -m pytest -n 2 -m 'optimized and not nightly'
 
-ROUNDS ?= 10
+ROUNDS ?= 3
 test-faults: venv  ## end runs of 1, 2 and 4 processes on the way, and compare what they come to
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(RUN) tests/killing.py --rounds $(ROUNDS)
 

@@ -89,7 +89,7 @@ def _reason(error: Exception) -> str:
     """Return what the system said, on one line; TensorStore puts paths and more before it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    words = " ".join(str(error).split())
+    words = " ".join(str(error).split()).partition(" [tensorstore_spec=")[0]
     said, code, _ = words.partition(" [os_error_code")
     return said.rsplit(": ", 1)[-1] if code else f"{type(error).__name__}: {words.rstrip('.')}"
 
@@ -142,7 +142,7 @@ def _restore(path: Path, target: Any) -> tuple[Any, Progress]:
     except ExperimentError:
         raise
     except Exception as error:  # Orbax and TensorStore raise what they meet: no common class.
-        raise ExperimentError(_corrupt(path, f"{type(error).__name__}: {error}")) from error
+        raise ExperimentError(_corrupt(path, _reason(error))) from error
     if not intact:
         raise ExperimentError(_corrupt(path, "its progress is not what was written"))
     if digest != _digest(state):
@@ -210,7 +210,7 @@ def _key(path: tuple) -> str:
 
 def _corrupt(path: Path, reason: str) -> str:
     return (
-        f"checkpoint {path} is corrupt: {reason}\n"
+        f"checkpoint {path} is corrupt: {reason}.\n"
         "Delete this directory to continue from the checkpoint before it, if there is one, or "
         "start again under another --name."
     )

@@ -189,8 +189,10 @@ def _sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
-        if match is None or match[1] in sizes:
+        if match is None:
             raise ExperimentError(f"--mesh {text}: write it like data=8, or data=4,model=2.")
+        if match[1] in sizes:
+            raise ExperimentError(f"--mesh {text}: the axis {match[1]} stands there twice.")
         if match[1] not in (DATA, MODEL):
             raise ExperimentError(
                 f"--mesh {text}: unknown axis {match[1]!r}; known: data (batches are divided over "

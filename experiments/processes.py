@@ -162,22 +162,8 @@ def code() -> dict[str, str]:
 
 
 def _connect(connection: Connection) -> None:
-    where = connection.coordinator or "named by the cluster's environment"
-
-    def give_up() -> None:
-        if connection.index == 0:
-            said = f"not all {connection.count} processes came to the coordinator {where}"
-        else:
-            said = f"the coordinator {where} does not answer"
-        _end(
-            f"error: {said} within {connection.timeout} s. Check that process 0 runs, that its "
-            "address and port can be reached from here, and that --num-processes is the number "
-            "that was started; --connect-timeout waits longer.",
-            1,
-        )
-
     # JAX itself aborts with a stack trace: it gets more time, so that this comes first.
-    watchdog = threading.Timer(connection.timeout, give_up)
+    watchdog = threading.Timer(connection.timeout, lambda: _end(f"error: {_late(connection)}", 1))
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -189,13 +175,32 @@ def _connect(connection: Connection) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
         raise ExperimentError(
-            f"cannot connect the processes: {' '.join(str(error).split())}. Where no Slurm, Open "
-            "MPI, Kubernetes or TPU environment names them, give --coordinator, --num-processes "
-            "and --process-id in place of --distributed."
+            f"cannot connect the processes: {said}. Where no Slurm, Open MPI, Kubernetes or "
+            "TPU environment names them, give --coordinator, --num-processes and --process-id in "
+            "place of --distributed."
         ) from error
     finally:
         watchdog.cancel()
+
+
+def _late(connection: Connection) -> str:
+    """Return who has not come in time, and the remedy."""
+    where = connection.coordinator
+    check = (
+        "that process 0 runs, that its address and port can be reached from here, and that "
+        "--num-processes is the number that was started"
+    )
+    if where is None:
+        said = "not all processes that the cluster's environment names have found each other"
+        check = "that all run, and that the first one's host can be reached from here, on any port"
+    elif connection.index == 0:
+        said = f"not all {connection.count} processes came to the coordinator {where}"
+    else:
+        said = f"the coordinator {where} does not answer"
+    late = f"{said} within {connection.timeout} s"
+    return f"{late}. Check {check}; --connect-timeout waits longer."
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -11,6 +11,8 @@ from typing import BinaryIO, Literal
 
 Extra = Literal["export", "report", "cli"]
 """What `pip install 'simqat-jax[...]'` takes."""
+EXPORTED = {".onnx": "export_onnx", ".tflite": "export_tflite"}
+"""Suffixes of the files that other runtimes read, and the function that writes such files."""
 _NEEDING: dict[Extra, str] = {
     "export": "exporting",
     "report": "drawing",
@@ -38,7 +40,7 @@ def _shown(value: object) -> str:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], suffix: str | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name only once it is whole.
 
     It is written under a name that nobody else has, also in another thread or process, and beside
@@ -46,14 +48,24 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Args:
       path: of the file; one that exists is replaced.
+      suffix: of `EXPORTED`, where the file is to be such a one. Any other name will do as well, but
+        those of the other kind: runtimes and `open_file` take files for what their names say.
 
     Raises:
       TypeError: `path` is none.
+      ValueError: the suffix of `path` is that of another kind of file.
       FileNotFoundError: there is no directory to write it to.
       IsADirectoryError: `path` is a directory.
       OSError: the directory cannot be written.
     """
     target = as_path(path)
+    named = target.suffix.lower()
+    if named != suffix and named in EXPORTED:
+        other = "" if suffix is None else f", such as {target.with_suffix(suffix)}"
+        raise ValueError(
+            f"{target} is not what this writes: {EXPORTED[named]} writes *{named}. Call that, or "
+            f"give another name{other}."
+        )
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} to write {target.name} to.")
     if target.is_dir():

@@ -95,7 +95,7 @@ def write_onnx(model: sq.IntegerModel, path: Path) -> None:
     ]
     graph = helper.make_graph(nodes, "float", ends[:1], ends[1:], initializers)
     opsets = [helper.make_opsetid("", 19)]
-    with atomic_file(path) as file:
+    with atomic_file(path, ".onnx") as file:
         onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), file)
 
 
@@ -230,5 +230,5 @@ def write_tflite(model: sq.IntegerModel, path: Path) -> None:
         else:
             raise ValueError(f"{op.path}: no float form of {op.kind} is written here.")
         numbers[op.outputs[0]] = out
-    with atomic_file(path) as file:
+    with atomic_file(path, ".tflite") as file:
         file.write(w.file(numbers[source], numbers[model.outputs[0]]))

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from simqat_jax.files import as_path
 from simqat_jax.integer.model import IntegerModel
 from simqat_jax.ir.program import Program
 from simqat_jax.numerics.arguments import check_kind, shown
@@ -26,25 +25,6 @@ def check_model(model: object, call: str) -> None:
     elif isinstance(model, str | os.PathLike):
         remedy = f"The model comes first: {call}."
     check_kind("model", model, IntegerModel, remedy)
-
-
-_WRITERS = {".onnx": "export_onnx", ".tflite": "export_tflite"}
-
-
-def file_path(path: str | os.PathLike[str], suffix: str) -> Path:
-    """Return the path of a file to write; readers go by the suffixes of all kinds of files.
-
-    Raises:
-      TypeError: no path.
-      ValueError: the suffix of another kind.
-    """
-    found = as_path(path)
-    if found.suffix in _WRITERS and found.suffix != suffix:
-        raise ValueError(
-            f"{found} has the suffix of another kind of file. Write to a name with {suffix}, or "
-            f"call {_WRITERS[found.suffix]}(model, path)."
-        )
-    return found
 
 
 IntegerIO = bool | Literal["int8", "uint8"]

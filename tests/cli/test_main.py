@@ -184,6 +184,7 @@ def test_report(simqat, folder):
         ("report none.json", "no file at none.json"),
         ("report x.npy", "x.npy is no JSON"),
         ("report analysis.json -o none/page.html", "no directory none"),
+        ("report analysis.json -o net.onnx", "net.onnx is not what this writes: export_onnx"),
         ("report analysis.json --measured none.json", "no file at none.json"),
         ("report analysis.json --measured analysis.json", "analysis.json must be a list"),
         ("report analysis.json --overlay x.npy", "neither *.onnx nor *.tflite"),

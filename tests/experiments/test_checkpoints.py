@@ -105,6 +105,10 @@ def test_corrupt_checkpoint_is_an_error_and_no_other_is_taken(tmp_path: Path) ->
             assert checkpoints.latest(tmp_path) == 2
             with pytest.raises(ExperimentError, match=re.escape(f"{newest} is corrupt")):
                 checkpoints.restore(tmp_path, 2, _state())
+        file.unlink()
+        with pytest.raises(ExperimentError, match=f"is corrupt: .*{file.name}") as error:
+            checkpoints.restore(tmp_path, 2, _state())
+        assert "tensorstore_spec" not in str(error.value)
         file.write_bytes(intact)
     checkpoints.restore(tmp_path, 2, _state())
 

@@ -40,7 +40,7 @@ def test_eight_devices_train_as_one_does() -> None:
         ("batch=1", r"--mesh batch=1: unknown axis 'batch'; known: data .* and model"),
         ("data", r"--mesh data: write it like data=8"),
         ("data=0", r"--mesh data=0: write it like"),
-        ("data=1,data=1", r"write it like"),
+        ("data=1,data=1", r"the axis data stands there twice"),
         ("", r"write it like"),
     ],
 )

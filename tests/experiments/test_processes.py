@@ -1,7 +1,9 @@
 """Several processes: agreement, SIGTERM, SIGKILL and what cannot be, over loopback."""
 
 import json
+import re
 import signal
+import threading
 from pathlib import Path
 
 import killing
@@ -98,6 +100,33 @@ def test_a_coordinator_that_does_not_answer(tmp_path: Path) -> None:
     assert statuses[1] == 1
     assert "error: the coordinator 127.0.0.1:" in said[1]
     assert "does not answer within 2 s" in said[1] and len(said[1].splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "not all processes that the cluster's environment names .* host can be reached"),
+        ({"coordinator": "a:1", "count": 4, "index": 0}, "not all 4 processes came .* a:1 within"),
+        ({"coordinator": "a:1", "count": 4, "index": 3}, "the coordinator a:1 does not answer"),
+    ],
+)
+def test_who_has_not_come_in_time(
+    options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    told = []
+
+    def end(said: str, status: int) -> None:
+        told.append((said, status))
+        ended.set()
+
+    monkeypatch.setattr(processes, "_end", end)
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: ended.wait(60))
+    monkeypatch.setattr(processes.jax.distributed, "shutdown", lambda: None)
+    with processes.connected(Connection(timeout=1, **options)):
+        pass
+    ((said, status),) = told
+    assert status == 1 and re.match(f"error: {message}", said) and "--connect-timeout" in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Codes that go in and out as int8 or as uint8, whatever the type of those inside."""
+"""Codes that go in and out, whatever the type of those inside; what files may be called."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,9 @@ from models import export
 from single_operations import both, operation
 
 import simqat_jax as sq
+from simqat_jax.files import EXPORTED
 from simqat_jax.ir.program import Program, Tensor
+from simqat_jax.targets import TARGETS
 
 GRIDS = [
     sq.Grid(scale=float(np.float32(scale)), zero_point=zero, qmin=qmin, qmax=qmax)
@@ -53,10 +55,28 @@ def test_every_code_of_every_grid(backend, io, tmp_path):
         np.testing.assert_array_equal(grid.of_file(found), code)
 
 
-def test_a_file_is_not_called_as_one_of_another_kind(tmp_path):
-    other = {"onnx": "tflite", "tflite": "onnx"}
-    for backend in other:
-        path = tmp_path / f"m.{other[backend]}"
-        with pytest.raises(ValueError, match=f"with .{backend}, or call export_{other[backend]}"):
-            export(copying(backend), path)
-        assert not path.exists()
+def test_what_writes_each_kind_of_file():
+    assert {target.suffix: f"export_{target.suffix[1:]}" for target in TARGETS.values()} == EXPORTED
+
+
+@both
+@pytest.mark.parametrize("own", [str, str.upper])
+def test_a_name_of_another_kind_of_file(backend, own, tmp_path):
+    model, other = copying(backend), "tflite" if backend == "onnx" else "onnx"
+    wrong, right = tmp_path / f"m.{own(other)}", tmp_path / f"m.{own(backend)}"
+    remedy = rf"m\.{own(other)} .* export_{other} writes .* such as .*m\.{backend}\.$"
+    with pytest.raises(ValueError, match=remedy):
+        export(model, wrong)
+    for path in (wrong, right):
+        with pytest.raises(ValueError, match=r"Call that, or give another name\.$"):
+            model.save(path)
+    export(model, right)
+    assert list(tmp_path.iterdir()) == [right]
+
+
+@both
+@pytest.mark.parametrize("name", ["m", "m.v2"])
+def test_a_name_that_says_nothing(backend, name, tmp_path):
+    export(copying(backend), tmp_path / name)
+    (tmp_path / name).rename(tmp_path / f"{name}.{backend}")
+    assert sq.open_file(tmp_path / f"{name}.{backend}", isolated=False).input_types

@@ -29,7 +29,7 @@ from rich.table import Table
 
 import simqat_jax as sq
 from experiments import mlperf_tiny
-from experiments.benchmarks.timing import interleaved
+from experiments.benchmarks.timing import Figure, timed
 from experiments.data import Dataset, in_batches, load, photos
 from experiments.errors import ExperimentError, run_or_exit
 from experiments.mlperf_tiny import NETWORKS, Published
@@ -77,6 +77,7 @@ class Row:
       differing: output codes that are not those of quantized evaluation.
       bytes: of the file.
       microseconds: for one input, median.
+      ratio: processor time to the published int8 file's, round by round.
     """
 
     what: str
@@ -85,6 +86,7 @@ class Row:
     differing: int | None = None
     bytes: int | None = None
     microseconds: float | None = None
+    ratio: Figure | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,26 +168,31 @@ def compare(
     files = {"real": real, "theirs": theirs, "ours": ours}
     one = {name: file.encoded(inputs.test[:1]) for name, file in files.items()}
     calls = {name: functools.partial(file.invoke, one[name]) for name, file in files.items()}
-    times = {name: 1e6 * t for name, t in interleaved(calls, rounds, _CALLS).items()}
+    times = timed(calls, rounds, _CALLS)
+
+    def taken(name: str) -> dict[str, Any]:
+        ratio = times[name].processor_ratio(times["theirs"])
+        return {"microseconds": 1e6 * times[name].median, "ratio": ratio}
+
     return [
         row(
             "published float file, of its own weights",
             real.run(inputs.test),
             of_real,
             bytes=real.bytes,
-            microseconds=times["real"],
+            **taken("real"),
         ),
         row(
             "published int8 file",
             theirs.run(inputs.test),
             bytes=theirs.bytes,
-            microseconds=times["theirs"],
+            **taken("theirs"),
         ),
         row(
             "int8 file of this library",
             found,
             bytes=ours.bytes,
-            microseconds=times["ours"],
+            **taken("ours"),
             differing=differing,
         ),
     ]
@@ -233,7 +240,7 @@ def show(rows: list[Row], title: str) -> None:
     """Print the table of a comparison."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for column in ("as float", "SQNR, dB", "codes that differ", "kB", "µs"):
+    for column in ("as float", "SQNR, dB", "codes that differ", "kB", "µs", "processor / int8"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -243,8 +250,13 @@ def show(rows: list[Row], title: str) -> None:
             "" if row.differing is None else f"{row.differing:,}",
             "" if row.bytes is None else f"{row.bytes / 1000:,.1f}",
             "" if row.microseconds is None else f"{row.microseconds:,.1f}",
+            "" if row.ratio is None else _spread(row.ratio),
         )
     Console().print(table)
+
+
+def _spread(figure: Figure) -> str:
+    return f"{figure.median:.2f} ({figure.low:.2f} to {figure.high:.2f})"
 
 
 def main() -> None:

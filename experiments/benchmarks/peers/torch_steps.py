@@ -7,6 +7,7 @@ Source:
 
 import copy
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def _brevitas(make: Callable[..., Any], x: Any) -> Quantized:
 
 
 def _nncf(make: Callable[..., Any], x: Any) -> Quantized:
+    # It compiles an extension first, which takes minutes where others use the machine.
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
     import nncf  # pyright: ignore[reportMissingImports]
 
     return nncf.quantize(make(PLAIN).eval(), nncf.Dataset([x])).train(), None

@@ -17,7 +17,7 @@ from simqat_jax.targets.onnx.ops import check, write_op
 from simqat_jax.targets.onnx.runtime import onnxruntime_saturates, open_onnx
 from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first, reshaping_once
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model, file_path
+from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
 
 _BLOCKS = {1: 4, 2: 4, 3: 4, 6: 2}  # channels, and columns of a block: fastest in ONNX Runtime 1.32
 _FEW = 16  # channels from which on pooling rows first gains nothing
@@ -51,8 +51,7 @@ def export_onnx(
         `metadata` no FileMetadata.
       ImportError: the extra `export` is not installed.
       ValueError: an operation or a width that cannot be written, with its path; additions that
-        mirror another runtime; metadata that do not fit the model; a path with the
-        suffix of another kind.
+        mirror another runtime; metadata that do not fit the model; a `path` that ends in .tflite.
 
     Source:
       ONNX operators, opset 19.
@@ -60,10 +59,8 @@ def export_onnx(
     check_model(model, "export_onnx(model, path)")
     check_integer_io(integer_io)
     check_metadata(metadata)
-    path = file_path(path, ONNX.suffix)
-    data = _bytes(model.program, ONNX.code_type(integer_io), metadata)
-    with atomic_file(path) as file:
-        file.write(data)
+    with atomic_file(path, ONNX.suffix) as file:
+        file.write(_bytes(model.program, ONNX.code_type(integer_io), metadata))
 
 
 def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:

@@ -12,7 +12,7 @@ from simqat_jax.numerics.rounding.xnnpack import XNNPACK
 from simqat_jax.targets.metadata import FileMetadata, check_metadata, file_ends
 from simqat_jax.targets.rewrites import in_width_blocks
 from simqat_jax.targets.subpixels import in_subpixels
-from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model, file_path
+from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
 from simqat_jax.targets.tflite.listing import list_tflite
 from simqat_jax.targets.tflite.metadata import NAME, metadata_bytes, with_labels
 from simqat_jax.targets.tflite.ops import VERSIONS, check, write_op
@@ -49,7 +49,7 @@ def export_tflite(
       ImportError: the extra `export` is not installed.
       ValueError: activations or weights of more than 8 bits, an operation that TFLite does not
         compute exactly, a float part that it lacks, with its path; additions that mirror another
-        runtime; metadata that do not fit the model; a path with the suffix of another kind.
+        runtime; metadata that do not fit the model; a `path` that ends in .onnx.
       OSError: an unwritable path.
 
     Source:
@@ -58,10 +58,8 @@ def export_tflite(
     check_model(model, "export_tflite(model, path)")
     check_integer_io(integer_io)
     check_metadata(metadata)
-    path = file_path(path, TFLITE.suffix)
-    data = _bytes(model.program, TFLITE.code_type(integer_io), metadata)
-    with atomic_file(path) as file:
-        file.write(data)
+    with atomic_file(path, TFLITE.suffix) as file:
+        file.write(_bytes(model.program, TFLITE.code_type(integer_io), metadata))
 
 
 def _bytes(program: Program, io: np.dtype | None, metadata: FileMetadata | None) -> bytes:

@@ -220,7 +220,11 @@ def _fake_quant_fwd(x, scale, zero_point, rule):
 
 @partial(jax.jit, static_argnums=0)
 def _fake_quant_bwd(rule, kept, g):
-    inside = _inside(*kept, rule) if rule.keeps_input else _unpacked(kept, g.shape)
+    if rule.keeps_input:
+        x, scale, zero_point = kept
+        inside = _inside(x, scale, zero_point, rule)
+    else:
+        inside = _unpacked(kept, g.shape)
     return lax.select(inside, g, lax.full_like(g, 0)), None, None
 
 

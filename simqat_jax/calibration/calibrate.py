@@ -83,15 +83,17 @@ def calibrate(
         if placement is None:
             placement, stats = call.start(variables, args)
             observing = _observing(placement).stateful
-            stats |= {name: initial(observing[name]) for name in placement.learned}
+            starts = {name: initial(observing[name]) for name in placement.learned}
+            stats = {**stats, **starts}
         stats, nonfinite = observe(known, stats, args)
         broken[number] = [name for name, found in jax.device_get(nonfinite).items() if found]
     _tell(broken)
     assert placement is not None, "no batch is an error"
+    learned = {}
     for name, observer in placement.learned.items():
         ends = observing[name].observer.range(stats[name])
-        stats[name] = observer.joined((*ends, stats[name].nonfinite), observer.init().step)
-    ranges, steps = parted(placement, stats, stats[STEP])
+        learned[name] = observer.joined((*ends, stats[name].nonfinite), observer.init().step)
+    ranges, steps = parted(placement, {**stats, **learned}, stats[STEP])
     return {**variables, COLLECTION: ranges} | ({STEPS: steps} if steps else {})
 
 

@@ -80,11 +80,11 @@ class Learned(Observer[LearnedState, Extremes]):
         delayed = jnp.asarray(trained) < self.spec.quant_delay
         return self._start_of(state), jnp.where(delayed, state.step, self.step(state))
 
-    def is_early(self, trained: ArrayLike) -> ArrayLike:
+    def is_early(self, trained: jax.Array | int) -> jax.Array | bool:
         """Whether a delayed step need not have started after so many training steps."""
         return (trained <= self.spec.quant_delay) & (self.spec.quant_delay > 0)
 
-    def forgetful(self, state: LearnedState, trained: ArrayLike) -> LearnedState:
+    def forgetful(self, state: LearnedState, trained: jax.Array | int) -> LearnedState:
         """Return what is remembered when a batch comes, after so many training steps.
 
         Until a delayed step starts, its range is that of the last batch alone: the first batches
@@ -98,7 +98,7 @@ class Learned(Observer[LearnedState, Extremes]):
             lo=jnp.where(anew, empty.lo, state.lo), hi=jnp.where(anew, empty.hi, state.hi)
         )
 
-    def for_evaluation(self, state: LearnedState, trained: ArrayLike) -> LearnedState:
+    def for_evaluation(self, state: LearnedState, trained: jax.Array | int) -> LearnedState:
         """Return a state with the step that would start now, where one need not have started."""
         if not self.spec.quant_delay:
             return state

@@ -15,7 +15,7 @@ from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.variables import floats
 from simqat_jax.ir.plan import Placement, Quantizer
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema, Learned
+from simqat_jax.numerics.observers import OBSERVERS, Batch, Ema, Learned, LearnedState
 from simqat_jax.training.module import Method, QuantizedModule
 from simqat_jax.training.ranges import COLLECTION, STEP, STEPS, Stats, initial, parted
 from simqat_jax.training.run import run
@@ -44,9 +44,8 @@ def calibrate(
 
     The observers `ema` and `batch` forget earlier batches, and calibration data have no order: here
     both take the extremes of all batches, as `minmax` does. Training that goes on from there
-    follows its own batches, with the observer as it is configured. The steps of `learned` are those
-    of `mse` on this call's batches, whatever they were: with few bits the grid of least squared
-    error is several times finer than that of the extremes, and steps are slow to learn.
+    follows its own batches, with the observer as it is configured. Steps of `learned` start anew,
+    from the grids of `mse`: with few bits those of the extremes are several times coarser.
 
     A batch with NaN or Inf in a quantized tensor is left out of all ranges; a warning names it, and
     `nonfinite_ranges` counts such batches.
@@ -76,25 +75,35 @@ def calibrate(
     call, known = EvaluationCall(qmodule, method, kwargs), floats(variables)
     observe = jax.jit(functools.partial(_observe, call))
     placement: Placement | None = None
-    observing: Mapping[str, Quantizer] = {}
     stats: Stats = {}
     broken: dict[int, list[str]] = {}
     for number, args in arguments(batches, "calibrate", progress):
         if placement is None:
-            placement, stats = call.start(variables, args)
-            observing = _observing(placement).stateful
-            starts = {name: initial(observing[name]) for name in placement.learned}
-            stats = {**stats, **starts}
+            placement, stats = _start(call, variables, args)
         stats, nonfinite = observe(known, stats, args)
         broken[number] = [name for name, found in jax.device_get(nonfinite).items() if found]
     _tell(broken)
     assert placement is not None, "no batch is an error"
-    learned = {}
-    for name, observer in placement.learned.items():
-        ends = observing[name].observer.range(stats[name])
-        learned[name] = observer.joined((*ends, stats[name].nonfinite), observer.init().step)
-    ranges, steps = parted(placement, {**stats, **learned}, stats[STEP])
+    ranges, steps = parted(placement, {**stats, **_learned(placement, stats)}, stats[STEP])
     return {**variables, COLLECTION: ranges} | ({STEPS: steps} if steps else {})
+
+
+def _start(call: EvaluationCall, variables: VariableDict, args: tuple) -> tuple[Placement, Stats]:
+    """Return the plan and the first states, in the place of learned steps of what observes."""
+    placement, stats = call.start(variables, args)
+    observing = _observing(placement).stateful
+    return placement, {**stats, **{name: initial(observing[name]) for name in placement.learned}}
+
+
+def _learned(placement: Placement, stats: Stats) -> dict[str, LearnedState]:
+    """Return the states of learned steps that start from what was observed in their place."""
+    seen = _observing(placement).stateful
+    return {
+        name: observer.joined(
+            (*seen[name].observer.range(stats[name]), stats[name].nonfinite), observer.init().step
+        )
+        for name, observer in placement.learned.items()
+    }
 
 
 def _observe(

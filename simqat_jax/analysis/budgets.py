@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import SupportsFloat
 
 import jax
@@ -107,12 +107,11 @@ class MaxDrop:
         """Return what measures a model: how much its score is above that of the float model.
 
         Raises:
-          ValueError: a model of several outputs; a score that is not finite.
+          ValueError: a model of several outputs, or of one without classes; a score that is not
+            finite.
         """
         aims = _output(study.outputs(None))
-        classes = aims.argmax(-1)
-        given = self.score
-        score = given or (lambda outputs: (outputs.argmax(-1) == classes).mean())
+        score = self.score or _same_classes(aims)
 
         def scored(outputs: np.ndarray) -> float:
             found = float(score(outputs))
@@ -135,8 +134,20 @@ Budget = MaxBytes | MinSqnr | MaxDrop
 """What a model may cost, or must be as good as."""
 
 
-def _output(batches: list[list[jax.Array]]) -> np.ndarray:
+def _same_classes(aims: np.ndarray) -> Callable[[np.ndarray], SupportsFloat]:
+    """Return the share of examples whose class is that of the outputs `aims`."""
+    if aims.ndim < 2 or aims.shape[-1] < 2:
+        raise ValueError(
+            f"MaxDrop compares classes, and outputs of shape {aims.shape} have none along their "
+            "last axis. Pass score=, as lambda logits: ((logits[:, 0] > 0) == y).mean()."
+        )
+    classes = aims.argmax(-1)
+    return lambda outputs: (outputs.argmax(-1) == classes).mean()
+
+
+def _output(outputs: Iterable[list[jax.Array]]) -> np.ndarray:
     """Return the only output, for all examples."""
+    batches = list(outputs)
     count = len(batches[0])
     if count > 1:
         raise ValueError(

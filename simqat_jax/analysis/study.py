@@ -1,6 +1,6 @@
 """Measure a model between float and quantized, on batches that are held in memory."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -191,10 +191,11 @@ class Study:
             total = total.plus(Error.between(got, aims))
         return total
 
-    def outputs(self, widths: Mapping[Kernel, int] | None) -> list[list[jax.Array]]:
-        """Return the outputs of each batch, with kernels of other widths; None: in float."""
+    def outputs(self, widths: Mapping[Kernel, int] | None) -> Iterator[list[jax.Array]]:
+        """Yield the outputs of each batch, with kernels of other widths; None: in float."""
         version = self._real if widths is None else self._with_kernels(self._exact, widths)
-        return [stages.finish(0, version, stages.start(arrays)) for stages, arrays in self._data]
+        for stages, arrays in self._data:
+            yield stages.finish(0, version, stages.start(arrays))
 
     def _with_kernels(self, version: Version, widths: Mapping[Kernel, int]) -> Version:
         """Return a version with kernels on grids of other widths."""

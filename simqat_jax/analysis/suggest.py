@@ -62,7 +62,7 @@ def suggest(
     Raises:
       TypeError: no Analysis, no budget, no widths.
       ValueError: a copy of an analysis, which has no data; a width that is none; a budget that
-        nothing meets.
+        nothing meets; for `MaxDrop` several outputs, or a score that is not finite.
 
     Examples:
       >>> qmodel, x = SimQAT().apply(nn.Dense(2)), jnp.linspace(-1, 2, 12).reshape(4, 3)

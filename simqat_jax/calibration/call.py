@@ -95,7 +95,7 @@ class EvaluationCall:
     def start(self, variables: VariableDict, args: tuple) -> tuple[Placement, Stats]:
         """Return the plan and the state of every range; create what is missing.
 
-        Learned steps are none yet, whatever they were: they are taken from the ranges.
+        Learned steps are none yet, whatever they were.
         """
         held = variables.get(COLLECTION, {})
         check_mapping(COLLECTION, held, "Pass the collection that init and apply return.")

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from simqat_jax.capture.classify import is_real
 from simqat_jax.capture.draft import Draft
@@ -18,8 +19,6 @@ from simqat_jax.ir.replay import constants
 
 FAR = 88.0
 """Real units: of numbers farther apart, the exponential of the difference is no normal float32."""
-NO_DIGITS = -(2.0**23)
-"""Beside so low a number float32 has no digit of a score."""
 _MOST_VALUES = 2**24
 """What is larger is not computed."""
 _MOST_LEVELS = 16
@@ -49,7 +48,12 @@ class Known(NamedTuple):
 
 
 def known_numbers(
-    draft: Draft, v: Operand, axes: Sequence[int], *, subtracted: bool
+    draft: Draft,
+    v: Operand,
+    axes: Sequence[int],
+    *,
+    subtracted: bool,
+    dtype: DTypeLike = jnp.float32,
 ) -> Known | None:
     """Return what known numbers do to scores along axes; None: they are not known, or too wide.
 
@@ -65,12 +69,17 @@ def known_numbers(
     axes = tuple(axes)
     kept = _highest_level(values, axes)
     top = values.max(axes, keepdims=True)
-    kept &= top > NO_DIGITS
+    kept &= top > without_digits(dtype)
     with np.errstate(invalid="ignore"):  # infinities of what is not kept
         bias = np.where(kept, values - top, np.float32(0))
     if bias.min(initial=0) < -FAR:
         return None
     return Known(None if kept.all() else kept, bias if bias.any() else None)
+
+
+def without_digits(dtype: DTypeLike) -> float:
+    """Return the number beside which a floating dtype has no digit of a score left."""
+    return -1 / float(jnp.finfo(dtype).eps)
 
 
 def _highest_level(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
@@ -160,8 +169,10 @@ def _unit(draft: Draft, v: Operand, known: Units) -> float | None:
             known[v] = None if node is None else _unit_behind(draft, node, known)
         elif is_real(v.value) and not isinstance(v.value, Tracer):  # of those, values are not known
             known[v] = _common(_distinct(np.asarray(v.value).ravel()))
-        unit, whole = known[v], not jnp.issubdtype(draft.aval(v).dtype, jnp.inexact)
-        if whole and (unit is None or unit % 1):  # ids, lengths, truth values; what is cut to them
+        unit, dtype = known[v], draft.aval(v).dtype
+        whole = not jnp.issubdtype(dtype, jnp.inexact)
+        wraps = isinstance(v, int) and dtype.itemsize < 4  # truth values, or numbers modulo 256
+        if whole and (unit is None or unit % 1 or wraps):  # ids, lengths; what is cut to them
             known[v] = 1.0
     return known.get(v)
 

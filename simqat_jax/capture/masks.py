@@ -19,6 +19,7 @@ from simqat_jax.capture.biases import (
     is_far,
     known_numbers,
     known_values,
+    without_digits,
 )
 from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
@@ -41,7 +42,7 @@ from simqat_jax.ir.replay import constants
 _LOW = -FAR
 """Real units: what puts so low a number in the place of scores is a mask."""
 _LARGE = 1e3
-"""What scores are divided by is no more: it would be a mask that is divided."""
+"""Scores are scaled by no more, nor by less than one of so many: a mask may be."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Added:
         are equal, as they are where a selection lets none stay.
         """
         added = -added if self.subtracts else added
-        lowest = -1 / float(jnp.finfo(added.dtype).eps)
-        return added >= jnp.maximum(jnp.max(added, axes, keepdims=True), lowest)
+        top = jnp.max(added, axes, keepdims=True)
+        return added >= jnp.maximum(top, without_digits(added.dtype))
 
 
 Mask = Selected | Added
@@ -282,14 +283,16 @@ def _summand(
     draft: Draft, node: Add, v: Operand, axes: tuple[int, ...], known: Units
 ) -> _Summand | None:
     """Return the masks and biases that a summand of scores consists of; None: others as well."""
+    if len(draft.aval(v).shape) != len(draft.avals[node.outputs[0]].shape):
+        return None if number(draft, v) is None else ((), ())  # the same for all scores
     if is_far(draft, v, known):
         return (Added(v, node.subtracts),), ()
     if isinstance(v, int) and v in draft.graph.data:
         return None
-    numbers = known_numbers(draft, v, axes, subtracted=node.subtracts)
+    dtype = draft.avals[node.outputs[0]].dtype
+    numbers = known_numbers(draft, v, axes, subtracted=node.subtracts, dtype=dtype)
     if numbers is not None:
         masks = () if numbers.kept is None else (Selected(Constant(numbers.kept), keeps=True),)
-        dtype = draft.avals[node.outputs[0]].dtype
         biases = () if numbers.bias is None else (Constant(numbers.bias.astype(dtype)),)
         return masks, tuple(Bias(bias, node) for bias in biases)
     if node.subtracts:
@@ -335,7 +338,9 @@ def _is_moved_or_scaled(draft: Draft, node: Node) -> bool:
         return False
     (factor,) = (x for x in node.inputs if x not in data)
     known = number(draft, factor)
-    return _near_sources(draft, factor) is not None and (known is None or abs(known) > 1 / _LARGE)
+    if known is None:
+        return _near_sources(draft, factor) is not None
+    return 1 / _LARGE < abs(known) < _LARGE
 
 
 def _near_sources(draft: Draft, v: Operand) -> set[Operand] | None:

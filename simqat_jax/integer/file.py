@@ -32,9 +32,9 @@ from simqat_jax.numerics.packing import pack, packed_width, unpack
 from simqat_jax.ops.floats import FloatOp, MoveOp
 from simqat_jax.ops.registry import PROGRAM_OPERATIONS
 
-FORMAT = 4
-_READ = (3, FORMAT)
-"""The formats that can be read: 3 has no packed codes, and is else the same."""
+FORMAT = 5
+_READ = (3, 4, FORMAT)
+"""The formats that can be read: 3 has no packed codes, 3 and 4 hold equal arrays again."""
 _MAGIC = "simqat_jax integer model"
 
 Arrays = dict[str, np.ndarray]

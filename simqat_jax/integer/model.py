@@ -91,14 +91,14 @@ class IntegerModel(Shown):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights and constants as they are saved."""
+        """Bytes of all weights and constants as they are saved: of equal ones once."""
         return self.program.nbytes
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, IntegerModel) and equal(self.program, other.program)
 
     def __hash__(self) -> int:
-        return hash((self.backend, self.nbytes, tuple((op.path, op.kind) for op in self.ops)))
+        return hash((self.backend, tuple((op.path, op.kind) for op in self.ops)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "IntegerModel":
         return IntegerModel(copy.deepcopy(self.program, memo))

@@ -454,8 +454,10 @@ def _function(method: Method) -> Any:
 
 
 def _longest_delay(config: SimQATConfig) -> int:
+    """Return that of the learned step that starts last."""
     specs = [spec for owner in (config, *config.rules) for spec in (owner.weight, owner.activation)]
-    return max(spec.quant_delay for spec in specs if spec is not None)
+    learned = (spec for spec in specs if spec is not None and spec.observer == "learned")
+    return max((spec.quant_delay for spec in learned), default=0)
 
 
 def _alone(module: nn.Module) -> nn.Module:

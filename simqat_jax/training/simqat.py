@@ -83,7 +83,7 @@ class LearnedStepSizeQuantizationAwareTraining(SimQAT):
     steps are the collection `quant_params`, which is trained as `params` are:
 
     1. Set them from data: by `calibrate` where parameters are trained; or by a call with
-       `mutable=["quant_stats", "quant_params"]`, or several; with a `quant_delay` by one call,
+       `mutable=["batch_stats", "quant_stats", "quant_params"]`; with a `quant_delay` by one,
        when that is over.
     2. Train `params` and `quant_params`, with `mutable=["batch_stats", "quant_stats"]`.
 

@@ -82,7 +82,7 @@ class Run:
         return self.put_on_grid(quantizer, x, seen)
 
     def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
-        """Return the range of a kernel, viewed as (inputs, output channels)."""
+        """Return the range of a kernel, shape (..., output channels)."""
         raise NotImplementedError
 
     def fake_quantized(

@@ -87,6 +87,14 @@ def test_what_cannot_be_judged(wide):
     two = sq.analyze(qmodel, variables, [x], progress=False)
     with pytest.raises(ValueError, match="MaxDrop judges one output, and this call returns 2"):
         sq.suggest(two, sq.MaxDrop(0.1), progress=False)
+    module, binary = nn.Dense(1), sq.SimQAT().apply(nn.Dense(1))
+    one = sq.calibrate(binary, module.init(jax.random.key(2), x), [x], progress=False)
+    analysis = sq.analyze(binary, one, [x], progress=False)
+    with pytest.raises(ValueError, match=r"outputs of shape \(4, 1\) have none.*Pass score="):
+        sq.suggest(analysis, sq.MaxDrop(0.1), progress=False)
+    positive = np.asarray(module.apply(one, x))[:, 0] > 0
+    remedy = sq.MaxDrop(0.5, lambda logits: ((logits[:, 0] > 0) == positive).mean())
+    assert sq.suggest(analysis, remedy, progress=False).drop <= 0.5
     budget = sq.MaxDrop(0.1, lambda logits: np.nan)
     with pytest.raises(ValueError, match="must return a finite number, got nan"):
         sq.suggest(wide.analysis, budget, progress=False)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,3 +53,7 @@ def test_nothing_counts_beside_numbers_that_leave_scores_no_digits():
     known = known_numbers(NOWHERE, Constant(lowest), (1,), subtracted=False)
     assert known is not None and known.kept is not None
     np.testing.assert_array_equal(known.kept, [[True, True], [False, False]])
+    far = Constant(np.array([[0.0, 1.0], [-1e4, -1e4 + 1]]))
+    assert known_numbers(NOWHERE, far, (1,), subtracted=False).kept is None
+    half = known_numbers(NOWHERE, far, (1,), subtracted=False, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(half.kept, [[True, True], [False, False]])

@@ -125,6 +125,20 @@ def test_learned_steps_start_when_their_delay_is_over(tmp_path: Path) -> None:
     assert state.quant_params["input"] == pytest.approx(widest, rel=0.1)
 
 
+def test_a_delay_leaves_alone_what_is_learned_without_one(tmp_path: Path) -> None:
+    late = sq.QuantSpec(observer="learned", quant_delay=6)
+    quant = sq.SimQATConfig(weight=sq.QuantSpec.weight(observer="learned"), activation=late)
+    phase = _phase(tmp_path, "qat", quant=quant, step_learning_rate=1e-30)
+    start = jax.tree.map(np.asarray, training.set_steps(phase, phases.init_state(phase)))
+    state, _ = _train(phase)
+    kernels = [name for name, step in start.quant_params.items() if np.all(step > 0)]
+    assert kernels and len(kernels) < len(start.quant_params)
+    for name, step in state.quant_params.items():
+        assert np.all(step > 0)
+        if name in kernels:  # as they were before training, though parameters moved
+            np.testing.assert_array_equal(step, start.quant_params[name])
+
+
 def test_several_steps_in_a_dispatch_train_the_same(tmp_path: Path) -> None:
     one, _ = _train(_phase(tmp_path / "one"))
     phase = _phase(tmp_path / "three", steps_per_dispatch=3)

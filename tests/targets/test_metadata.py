@@ -114,6 +114,17 @@ def test_without_metadata_scale_and_zero_point_can_be_found(model, io, tmp_path)
         assert bool(told) == (model.backend == "onnx" and bool(io))
 
 
+def test_scales_of_one_entry_are_read_like_scalars(models, tmp_path):
+    path = exported(models["onnx"], tmp_path)
+    listed, file = LISTINGS["onnx"](path), onnx.load(path)
+    for held in file.graph.initializer:
+        if not held.dims:
+            held.dims.append(1)
+    onnx.save(file, path)
+    assert LISTINGS["onnx"](path).outputs == listed.outputs
+    assert any(end.codes for end in listed.outputs)
+
+
 def test_scale_and_zero_point_are_written_in_any_case(model, tmp_path):
     path = exported(model, tmp_path, metadata=sq.FileMetadata(), integer_io=True)
     image, ids, best, scores = LISTINGS[model.backend](path).notes()

@@ -93,6 +93,17 @@ def test_check_of_learned_steps(x):
         qmodel.check(variables)
 
 
+def test_a_delay_of_other_quantizers_excuses_no_learned_step(x):
+    activation = sq.QuantSpec(quant_delay=1000)
+    config = sq.SimQATConfig(weight=sq.QuantSpec.weight(observer="learned"), activation=activation)
+    qmodel = sq.SimQAT(config).apply(TwoLayers())
+    variables = sq.calibrate(qmodel, qmodel.init(jax.random.key(0), x), [x], progress=False)
+    qmodel.check(variables)
+    unset = {name: 0 * step for name, step in variables["quant_params"].items()}
+    with pytest.raises(ValueError, match=r"learned steps of .* are not above 0"):
+        qmodel.check({**variables, "quant_params": unset})
+
+
 def test_a_training_call_that_leaves_statistics_immutable(x):
     qmodel = sq.SimQAT().apply(Normed())
     variables = qmodel.init(jax.random.key(0), x)

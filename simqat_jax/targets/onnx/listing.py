@@ -79,7 +79,9 @@ class _Reader:
         if len(constants) != 2 or None in constants:
             return None
         scale, zero = map(self._onnx.numpy_helper.to_array, constants)
-        return Codes(zero.dtype.name, float(scale), int(zero)) if scale.size == 1 else None
+        if scale.size != 1:
+            return None
+        return Codes(zero.dtype.name, scale.item(), zero.item())
 
     def _node(self, number: int, node: Any) -> FileNode:
         """Return a node; the adapter of Model Explorer numbers those without a name."""

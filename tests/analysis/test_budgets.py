@@ -94,7 +94,8 @@ def test_what_cannot_be_judged(wide):
         sq.suggest(analysis, sq.MaxDrop(0.1), progress=False)
     positive = np.asarray(module.apply(one, x))[:, 0] > 0
     remedy = sq.MaxDrop(0.5, lambda logits: ((logits[:, 0] > 0) == positive).mean())
-    assert sq.suggest(analysis, remedy, progress=False).drop <= 0.5
+    found = sq.suggest(analysis, remedy, progress=False)
+    assert found.drop is not None and found.drop <= 0.5
     budget = sq.MaxDrop(0.1, lambda logits: np.nan)
     with pytest.raises(ValueError, match="must return a finite number, got nan"):
         sq.suggest(wide.analysis, budget, progress=False)

@@ -54,6 +54,8 @@ def test_nothing_counts_beside_numbers_that_leave_scores_no_digits():
     assert known is not None and known.kept is not None
     np.testing.assert_array_equal(known.kept, [[True, True], [False, False]])
     far = Constant(np.array([[0.0, 1.0], [-1e4, -1e4 + 1]]))
-    assert known_numbers(NOWHERE, far, (1,), subtracted=False).kept is None
+    whole = known_numbers(NOWHERE, far, (1,), subtracted=False)
     half = known_numbers(NOWHERE, far, (1,), subtracted=False, dtype=jnp.bfloat16)
+    assert whole is not None and whole.kept is None
+    assert half is not None and half.kept is not None
     np.testing.assert_array_equal(half.kept, [[True, True], [False, False]])

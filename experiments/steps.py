@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,7 +33,6 @@ def make_train_step(phase: Phase) -> Callable[[TrainState, Batch], tuple[TrainSt
         # The step decides what is random: a continued run draws what the whole one would have.
         step_key = jax.random.fold_in(key, state.step)
         images = phase.dataset.transform(images, jax.random.fold_in(step_key, 1))
-        state = _with_delayed_steps(phase, state, images, step_key)
         differentiate = _differentiate(phase, state)
         if parts > 1:
             differentiate = _accumulate(differentiate, state, parts)
@@ -66,48 +64,6 @@ def with_steps_from(
     stats = {**updates["quant_stats"], "step": state.collections["quant_stats"]["step"]}
     collections = {**state.collections, "quant_stats": stats}
     return dataclasses.replace(state, collections=collections, quant_params=dict(updates[STEPS]))
-
-
-def _with_delayed_steps(
-    phase: Phase, state: TrainState, images: jax.Array, key: jax.Array
-) -> TrainState:
-    """Return the state with the learned steps, if there are any, whose `quant_delay` ends now.
-
-    Those that have started stay.
-    """
-    config = phase.experiment.quant
-    owners = (config, *config.rules)
-    specs = [spec for owner in owners for spec in (owner.weight, owner.activation)]
-    learned = (spec for spec in specs if spec is not None and spec.observer == "learned")
-    delays = sorted({spec.quant_delay for spec in learned} - {0})
-    if not state.quant_params or not delays:
-        return state
-
-    def start(state: TrainState) -> TrainState:
-        new = with_steps_from(phase, state, images, key)
-        started = {name: jnp.all(step > 0) for name, step in state.quant_params.items()}
-
-        def kept(old: Collections, new: Collections) -> Collections:
-            return {
-                name: jax.tree.map(partial(jnp.where, started[name]), old[name], value)
-                if name in started
-                else value
-                for name, value in new.items()
-            }
-
-        stats = kept(state.collections["quant_stats"], new.collections["quant_stats"])
-        return dataclasses.replace(
-            new,
-            quant_params=kept(state.quant_params, new.quant_params),
-            collections={**new.collections, "quant_stats": stats},
-        )
-
-    return jax.lax.cond(
-        jnp.isin(state.step, jnp.array(delays)),
-        start,
-        lambda state: state,
-        state,
-    )
 
 
 def _differentiate(phase: Phase, state: TrainState) -> Differentiate:

@@ -43,20 +43,69 @@ def set_steps(phase: Phase, state: TrainState) -> TrainState:
     """
     if not state.quant_params:
         return state
-    experiment = phase.experiment
-    images, _ = next(iter(phase.dataset.train_batches(experiment.batch_size, experiment.seed, 0)))
-    images = phase.dataset.transform(jnp.asarray(images), None)
+    images = _next_images(phase, 0, 0)
     if phase.name == "qat_finetune":
-        assert isinstance(phase.model, sq.QuantizedModule)
-        variables = sq.calibrate(
-            phase.model, state.variables, [images], train=False, progress=False
-        )
-        return dataclasses.replace(
-            state,
-            collections={name: variables[name] for name in state.collections},
-            quant_params=variables[STEPS],
-        )
+        return _calibrated(phase, state, images)
     return with_steps_from(phase, state, images, jax.random.key(0))
+
+
+def start_delayed_steps(phase: Phase, state: TrainState, epoch: int, step: int) -> TrainState:
+    """Return the state with those learned steps whose `quant_delay` ends in the next dispatch.
+
+    `calibrate` finds them, from the batch that comes then; what has started before stays.
+
+    Args:
+      phase: what is trained.
+      state: laid out by the phase.
+      epoch: number of the epoch, from 0.
+      step: training steps done in it.
+    """
+    done = epoch * phase.steps_per_epoch + step
+    now = range(done, done + phase.experiment.steps_per_dispatch)
+    delays = _learned_delays(phase.experiment.quant).intersection(now)
+    if not state.quant_params or not delays:
+        return state
+    state = phase.layout.local(state)
+    stats = {**state.collections["quant_stats"], "step": jnp.int32(max(delays))}
+    over = dataclasses.replace(state, collections={**state.collections, "quant_stats": stats})
+    found = _calibrated(phase, over, _next_images(phase, epoch, step))
+    starting = [name for name, steps in state.quant_params.items() if not np.all(steps > 0)]
+
+    def renewed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        return {**before, **{name: after[name] for name in starting}}
+
+    stats = renewed(state.collections["quant_stats"], found.collections["quant_stats"])
+    started = dataclasses.replace(
+        state,
+        collections={**state.collections, "quant_stats": stats},
+        quant_params=renewed(state.quant_params, found.quant_params),
+    )
+    return phase.layout.place(started)
+
+
+def _learned_delays(config: sq.SimQATConfig) -> set[int]:
+    """Return after how many training steps learned steps start, where they are delayed."""
+    owners = (config, *config.rules)
+    specs = (spec for owner in owners for spec in (owner.weight, owner.activation))
+    return {spec.quant_delay for spec in specs if spec and spec.observer == "learned"} - {0}
+
+
+def _calibrated(phase: Phase, state: TrainState, images: jax.Array) -> TrainState:
+    assert isinstance(phase.model, sq.QuantizedModule)
+    variables = sq.calibrate(phase.model, state.variables, [images], train=False, progress=False)
+    return dataclasses.replace(
+        state,
+        collections={name: variables[name] for name in state.collections},
+        quant_params=variables[STEPS],
+    )
+
+
+def _next_images(phase: Phase, epoch: int, step: int) -> jax.Array:
+    """Return the whole of a training batch, as evaluation takes it."""
+    experiment = phase.experiment
+    batches = phase.dataset.train_batches(experiment.batch_size, experiment.seed, epoch, step)
+    images, _ = next(iter(batches))
+    return phase.dataset.transform(jnp.asarray(images), None)
 
 
 def make_evaluation(phase: Phase) -> Callable[[TrainState], Metrics]:
@@ -159,6 +208,7 @@ def _train_epoch(
     since_save = 0
     steps = progress.step
     for batch in _dispatches(phase, progress.epoch, progress.step):
+        state = start_delayed_steps(phase, state, progress.epoch, steps)
         state, loss = train_step(state, batch)
         losses.append(loss)
         steps += loss.size

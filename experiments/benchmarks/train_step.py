@@ -1,7 +1,8 @@
 """Time of SimQAT training steps against the float one: running, tracing, compiling, and memory.
 
 "step" and "trace", "compile" are ratios round by round, of wall time and of processor time, which
-is what counts where others use the machine. Bytes are those that XLA counts.
+is what counts where others use the machine. Bytes are those that XLA counts. "float two_conv" folds
+BatchNorm as SimQAT's two_conv does and quantizes nothing: what no implementation of it goes below.
 
 Example:
   python -m experiments.benchmarks.train_step --models lenet5
@@ -23,6 +24,7 @@ import numpy as np
 import tyro
 
 import simqat_jax as sq
+from experiments.benchmarks.folded import Folded
 from experiments.benchmarks.records import HISTORY, Row, report
 from experiments.benchmarks.timing import Figure, Times, timed
 from experiments.benchmarks.trainer import Trainer
@@ -94,7 +96,10 @@ def _models(
 ) -> dict[str, nn.Module]:
     """Return the float model and the quantized ones, by what the table calls them."""
     models: dict[str, nn.Module] = {"float": workload.model()}
-    for fold in folds or workload.bn_folds:
+    folds = folds or workload.bn_folds
+    if "two_conv" in folds:
+        models["float two_conv"] = Folded(workload.model())
+    for fold in folds:
         config = sq.SimQATConfig(bn_fold=fold)
         models[f"SimQAT {fold}"] = sq.SimQAT(config).apply(workload.model())
     for observer in observers:

@@ -69,7 +69,7 @@ def start_delayed_steps(phase: Phase, state: TrainState, epoch: int, step: int) 
     stats = {**state.collections["quant_stats"], "step": jnp.int32(max(delays))}
     over = dataclasses.replace(state, collections={**state.collections, "quant_stats": stats})
     found = _calibrated(phase, over, _next_images(phase, epoch, step))
-    starting = [name for name, steps in state.quant_params.items() if not np.all(steps > 0)]
+    starting = [name for name, steps in state.quant_params.items() if not np.all(steps)]
 
     def renewed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         return {**before, **{name: after[name] for name in starting}}

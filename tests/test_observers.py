@@ -221,17 +221,38 @@ def test_learned_steps_in_the_plan(learned):
 def test_learned_steps_that_are_missing(learned):
     qmodel, first, _, variables, _ = learned
     for call in (qmodel.apply, lambda v, x: sq.convert(qmodel, v, x)):
-        with pytest.raises(ValueError, match=r"learned steps of input.*not above 0.*quant_params"):
+        with pytest.raises(ValueError, match=r"learned steps of input.*are 0.*quant_params"):
             call(first, IMAGES)
-    negative = {**variables["quant_params"], "input": jnp.float32(-1)}
-    with pytest.raises(ValueError, match=r"learned steps of input are not above 0.*lower learning"):
-        qmodel.apply({**variables, "quant_params": negative}, IMAGES)
     without = {k: v for k, v in variables.items() if k != "quant_params"}
     for mutable in ([], ["quant_stats"]):
         with pytest.raises(ValueError, match="hold no quant_params for input"):
             qmodel.apply(without, IMAGES, mutable=mutable)
-    y = jax.jit(qmodel.apply)({**variables, "quant_params": negative}, IMAGES)
+    y = jax.jit(qmodel.apply)({**variables, "quant_params": first["quant_params"]}, IMAGES)
     assert np.isnan(y).all()  # under jit values are not at hand
+
+
+def test_a_learned_step_that_training_brings_below_zero_is_its_magnitude(learned):
+    qmodel, _, _, variables, _ = learned
+    kernel = variables["quant_params"]["a/kernel"].at[1].multiply(-1)
+    negative = {
+        **variables["quant_params"],
+        "a/kernel": kernel,
+        "input": -variables["quant_params"]["input"],
+    }
+    below = {**variables, "quant_params": negative}
+    qmodel.check(below)
+    want = qmodel.apply(variables, IMAGES)
+    assert_same(qmodel.apply(below, IMAGES), want)
+    assert_same(sq.convert(qmodel, below, IMAGES)(IMAGES), want)
+
+    def loss(steps):
+        trained = {**variables, "quant_params": steps}
+        mutable = ["batch_stats", "quant_stats"]
+        return jnp.sum(qmodel.apply(trained, IMAGES, train=True, mutable=mutable)[0] ** 2)
+
+    up, down = jax.grad(loss)(variables["quant_params"]), jax.grad(loss)(negative)
+    for name, steps in negative.items():
+        np.testing.assert_allclose(down[name], up[name] * np.sign(steps), rtol=1e-6)
 
 
 DELAY = 3
@@ -257,7 +278,7 @@ def delayed():
         gradients, updates = jax.grad(loss, has_aux=True)(trained)
         new = jax.tree.map(lambda v, g: v - 0.05 * g, trained, gradients)
         new["quant_params"] = jax.tree.map(
-            lambda old, new, start: jnp.where(old > 0, new, start),
+            lambda old, new, start: jnp.where(old == 0, start, new),
             *(tree["quant_params"] for tree in (trained, new, updates)),
         )
         return {**variables, **updates, **new}

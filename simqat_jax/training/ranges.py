@@ -136,7 +136,7 @@ def check_all(variables: Mapping[str, Any], delay: int) -> None:
 
     Raises:
       TypeError: variables that are traced; a collection that holds anything but ranges.
-      ValueError: no ranges; one that was never observed, or is not finite; a step not above 0.
+      ValueError: no ranges; one that was never observed, or is not finite; a step of 0.
     """
     stats, steps = ranges_and_steps(variables)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((stats, steps))):
@@ -157,13 +157,14 @@ def check_all(variables: Mapping[str, Any], delay: int) -> None:
         if not _is_step(step, early=bool(delay) and int(stats.get(STEP, delay + 1)) <= delay)
     ]
     if unset:
-        raise ValueError(f"the learned steps of {', '.join(unset)} are not above 0. {_OBSERVE}")
+        raise ValueError(
+            f"the learned steps of {', '.join(unset)} are 0: they were never set. {_OBSERVE}"
+        )
 
 
 def _is_step(step: ArrayLike, *, early: bool) -> bool:
-    """Whether a learned step is above 0, or `early` and none yet."""
-    least = np.min(np.asarray(step))
-    return bool(least > 0 or (early and least == 0))
+    """Whether there is a learned step, or need not be one yet, `early`."""
+    return early or bool(np.all(np.asarray(step)))
 
 
 def _is_concrete(value: object) -> bool:
@@ -190,7 +191,7 @@ def check_steps(placement: Placement, steps: Stats) -> None:
 
 
 def _check_learned(placement: Placement, steps: Stats, trained: ArrayLike) -> None:
-    """Raise ValueError if a learned step is missing or, where values are at hand, not above 0."""
+    """Raise ValueError if a learned step is missing or, where values are at hand, 0."""
     check_steps(placement, steps)
     if not _is_concrete(trained):
         return
@@ -200,10 +201,9 @@ def _check_learned(placement: Placement, steps: Stats, trained: ArrayLike) -> No
     unset = [name for name in known if not _is_step(steps[name], early=early[name])]
     if unset:
         raise ValueError(
-            f"the learned steps of {', '.join(unset)} are not above 0. Set them from data with "
-            f"apply(..., mutable=['{COLLECTION}', '{STEPS}']) before training, or once their "
-            "quant_delay has passed; if training brought them there, give them a lower learning "
-            "rate."
+            f"the learned steps of {', '.join(unset)} are 0: they were never set. Set them by "
+            f"calibrate, or with apply(..., mutable=['{COLLECTION}', '{STEPS}']), before training, "
+            "or once their quant_delay has passed."
         )
 
 

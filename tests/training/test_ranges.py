@@ -89,7 +89,7 @@ def test_check_of_learned_steps(x):
     variables = sq.calibrate(qmodel, qmodel.init(jax.random.key(0), x), [x], progress=False)
     qmodel.check(variables)
     variables["quant_params"] = {**variables["quant_params"], "input": jnp.float32(0)}
-    with pytest.raises(ValueError, match="learned steps of input are not above 0"):
+    with pytest.raises(ValueError, match=r"learned steps of input are 0.*calibrate\("):
         qmodel.check(variables)
 
 
@@ -100,7 +100,7 @@ def test_a_delay_of_other_quantizers_excuses_no_learned_step(x):
     variables = sq.calibrate(qmodel, qmodel.init(jax.random.key(0), x), [x], progress=False)
     qmodel.check(variables)
     unset = {name: 0 * step for name, step in variables["quant_params"].items()}
-    with pytest.raises(ValueError, match=r"learned steps of .* are not above 0"):
+    with pytest.raises(ValueError, match=r"learned steps of .* are 0"):
         qmodel.check({**variables, "quant_params": unset})
 
 

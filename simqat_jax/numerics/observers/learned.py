@@ -24,7 +24,7 @@ class LearnedState(NamedTuple):
     """
 
     step: jax.Array
-    """Real units per code, float32, shape () or (C,); 0: none yet."""
+    """Real units per code, float32, shape () or (C,); its magnitude counts; 0: none yet."""
     lo: jax.Array
     """Lowest value of the range, real units, float32, same shape."""
     hi: jax.Array
@@ -36,7 +36,8 @@ class LearnedState(NamedTuple):
 class Learned(Observer[LearnedState, Extremes]):
     """A step that is learned; it starts from the extremes of all batches until then.
 
-    With a `quant_delay` it starts when that is over, from the batches that come then.
+    Its magnitude counts: where the weights of a channel vanish, training may move its small step
+    across zero. With a `quant_delay` it starts when that is over, from the batches that come then.
 
     The zero point stays that of these extremes: of what starts at zero the lowest code, on a
     symmetric grid 0, as in the paper.
@@ -119,7 +120,7 @@ class Learned(Observer[LearnedState, Extremes]):
 
     def update(self, state: LearnedState, measured: Extremes) -> LearnedState:
         before = self._start_of(state)
-        after, there = self.start.update(before, measured), state.step > 0
+        after, there = self.start.update(before, measured), state.step != 0
         return LearnedState(
             step=state.step,
             lo=jnp.where(there, before.lo, after.lo),
@@ -131,7 +132,7 @@ class Learned(Observer[LearnedState, Extremes]):
         """Return the step, or what it starts from, without gradient; 0: neither is known."""
         first = quant_params(state.lo, state.hi, self.spec).scale
         first = jnp.where(state.lo <= state.hi, first, 0)
-        return lax.stop_gradient(jnp.where(state.step > 0, state.step, first))
+        return lax.stop_gradient(jnp.where(state.step != 0, jnp.abs(state.step), first))
 
     def codes(self, state: LearnedState) -> tuple[jax.Array, jax.Array]:
         """Return the lowest and the highest code, less the zero point: -Q_N and Q_P."""
@@ -146,8 +147,8 @@ class Learned(Observer[LearnedState, Extremes]):
         return lo, rounded_product(highest, step)
 
     def range(self, state: LearnedState) -> Range:
-        lo, hi = self.ends(state, lax.stop_gradient(state.step))
-        there = state.step > 0
+        lo, hi = self.ends(state, jnp.abs(lax.stop_gradient(state.step)))
+        there = state.step != 0
         return jnp.where(there, lo, jnp.inf), jnp.where(there, hi, -jnp.inf)
 
     def training_range(self, state: LearnedState, before: LearnedState | None = None) -> Range:
@@ -212,12 +213,11 @@ def _forward(y, x, step, lowest, highest, share):
 
 def _backward(kept, g):
     x, step, lowest, highest, share = kept
-    there = step > 0
-    v = x.astype(jnp.float32) / jnp.where(there, step, 1)
+    v = x.astype(jnp.float32) / jnp.where(step == 0, 1, jnp.abs(step))
     slope = jnp.where(v <= lowest, lowest, jnp.where(v >= highest, highest, jnp.rint(v) - v))
     axes = tuple(range(x.ndim - 1 if step.ndim else x.ndim))  # channels are the last one
     total = jnp.sum(g.astype(jnp.float32) * slope, axis=axes).reshape(jnp.shape(step))
-    return g, jnp.zeros_like(x), jnp.where(there, total * share, 0), None, None, None
+    return g, jnp.zeros_like(x), total * share * jnp.sign(step), None, None, None
 
 
 _with_step_gradient.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from simqat_jax.ir.graph import Constant, Node
 from simqat_jax.ir.plan import Placement
 from simqat_jax.numerics.grid import Codes, real_values
 from simqat_jax.numerics.rounding import ROUNDINGS
-from simqat_jax.ops.operation import ExactStep
+from simqat_jax.ops.operation import Everywhere, ExactStep
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.module import trace
 from simqat_jax.training.planner import place_quantizers
@@ -63,7 +63,8 @@ def codes_of(
     codes = [*inputs, *[None] * (len(reals) - len(inputs))]
     fields = {"layers": (), "quantize_kernel": lambda kernel: kernel} | given
     at = ExactStep(step, codes, reals, grid=y, rounding=ROUNDINGS[backend], **fields)
-    return operation_of(step.node).codes(at)
+    codes = operation_of(step.node).codes(at)
+    return codes.codes if isinstance(codes, Everywhere) else codes
 
 
 def random(shape: Sequence[int], on: sq.Grid, seed: int = 0) -> Codes:

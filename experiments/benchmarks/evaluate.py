@@ -10,6 +10,7 @@ Example:
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
@@ -37,13 +38,16 @@ def measure(
     x = images[:batch]
     floats = {name: tree for name, tree in variables.items() if name != "quant_stats"}
     integer = sq.convert(qmodel, variables, x, train=False)
-    evaluations: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "float": functools.partial(workload.model().apply, floats, train=False),
-        "simulation": functools.partial(qmodel.apply, variables, train=False),
-        "integer model": integer,
+    evaluations: dict[str, tuple[Callable[..., Any], tuple]] = {
+        "float": (functools.partial(workload.model().apply, train=False), (floats, x)),
+        "simulation": (functools.partial(qmodel.apply, train=False), (variables, x)),
+        "integer model": (integer, (x,)),
     }
-    compiled = {name: jax.jit(f).lower(x).compile() for name, f in evaluations.items()}
-    times = timed({name: functools.partial(f, x) for name, f in compiled.items()}, rounds, calls)
+    compiled = {
+        name: functools.partial(jax.jit(f).lower(*args).compile(), *args)
+        for name, (f, args) in evaluations.items()
+    }
+    times = timed(compiled, rounds, calls)
     figures = {
         name: {
             "call, ms": Figure.of(taken.wall).times(1e3),
@@ -52,7 +56,7 @@ def measure(
         }
         for name, taken in times.items()
     }
-    differing = compiled["simulation"](x) != compiled["integer model"](x)
+    differing = compiled["simulation"]() != compiled["integer model"]()
     return figures, int(differing.sum())
 
 

@@ -10,11 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from simqat_jax.numerics.convolution import convolve
+from simqat_jax.numerics.contraction import partial_sums, summed_axes
 from simqat_jax.numerics.requantize import FREE, Bounds
 
 V = TypeVar("V")
@@ -191,6 +190,17 @@ class Contraction(Node):
         """Whether it is a convolution."""
         return self.primitive == "conv_general_dilated"
 
+    @property
+    def summed_length(self) -> int:
+        """The length of the longest axis that is summed over, without windows; 1: there is none."""
+        shape = shape_of(self.eqn.invars[1]).shape
+        axes = summed_axes(self.primitive, self.eqn.params, shape)
+        return 1 if axes is None else shape[axes[1]]
+
+    def partial_sums(self, x: jax.Array, y: jax.Array, parts: int) -> list[jax.Array]:
+        """Multiply whole numbers, see `numerics.contraction.partial_sums`."""
+        return partial_sums(self.primitive, self.eqn.params, x, y, parts)
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Product(Node):
@@ -233,16 +243,15 @@ class Product(Node):
 
     def linear(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Multiply whole numbers, float32, as the product does; exact up to 2^24."""
+        return self.partial_sums(x, kernel, 1)[0]
+
+    def partial_sums(self, x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
+        """Return what adds up to the product, see `Contraction.partial_sums`."""
         for node in self.before:
             fixed = [jnp.asarray(v.value, x.dtype) for v in node.inputs if isinstance(v, Constant)]
             x = node.eqn.primitive.bind(x, *fixed, **node.eqn.params)
-        params = self.contraction.eqn.params
-        if self.contraction.convolves:
-            result = convolve(x, kernel, np.float32, **params)
-        else:
-            dims, highest = params["dimension_numbers"], lax.Precision.HIGHEST
-            result = lax.dot_general(x, kernel, dims, precision=highest)
-        return result.transpose(self.order).reshape(self.shape)
+        products = self.contraction.partial_sums(x, kernel, parts)
+        return [product.transpose(self.order).reshape(self.shape) for product in products]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

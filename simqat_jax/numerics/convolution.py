@@ -13,14 +13,17 @@ _PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation"),
     *("dimension_numbers", "feature_group_count"),
 )
+_NARROW = 512
+"""Input channels of a group times output channels; below, XLA on CPU has no kernel of int8."""
 
 
 def convolve(x: jax.Array, kernel: jax.Array, dtype: DTypeLike, **params: Any) -> jax.Array:
     """Convolve whole numbers; exact wherever `dtype` holds the sums.
 
-    On CPU a convolution is one. Libraries of other platforms may transform its inputs first
-    (Winograd, FFT), which is not exact, and know no sums of 8-bit codes in 32 bits: there it is a
-    matrix product of windows.
+    On CPU a convolution is one; of integers with few channels in float32 where that holds the sums:
+    for them XLA has no kernel but its own loops. Libraries of other platforms may transform its
+    inputs first (Winograd, FFT), which is not exact, and know no sums of 8-bit codes in 32 bits:
+    there it is a matrix product of windows.
 
     Args:
       x: data, whole numbers, float or integer.
@@ -31,7 +34,21 @@ def convolve(x: jax.Array, kernel: jax.Array, dtype: DTypeLike, **params: Any) -
     exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": np.dtype(dtype)}
     exact |= {name: params[name] for name in _PARAMS}
     whole = partial(lax.conv_general_dilated, batch_group_count=1, **exact)
+    if _is_narrow(kernel, params["dimension_numbers"]):
+        whole = partial(_in_float, dtype, params)
     return lax.platform_dependent(x, kernel, cpu=whole, default=partial(by_windows, **exact))
+
+
+def _is_narrow(kernel: jax.Array, numbers: lax.ConvDimensionNumbers) -> bool:
+    """Whether a kernel of 8-bit codes has few channels, and float32 holds its sums."""
+    out, into = (kernel.shape[axis] for axis in numbers.rhs_spec[:2])
+    fan_in = kernel.size // out
+    return kernel.dtype == np.int8 and into * out < _NARROW and fan_in * 2**14 <= 2**24
+
+
+def _in_float(dtype: DTypeLike, params: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    operands = (v.astype(jnp.float32) for v in (x, kernel))
+    return convolve(*operands, np.float32, **params).astype(dtype)
 
 
 def by_windows(

@@ -1,11 +1,11 @@
 """Exact sums of centered codes (`code - zero_point`), carried as whole float32 numbers.
 
-A float32 holds every integer up to 2^24: what may pass it is computed digit by digit.
+A float32 holds every integer up to 2^24: what may pass it is computed part by part of what is
+summed up, or digit by digit.
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,11 @@ _INT32 = 2**31
 MOST = int(0.99 * _INT32)
 """The largest magnitude of a sum, its bias included, that an integer layer may have."""
 
-Linear = Callable[[jax.Array, jax.Array], jax.Array]
-"""A convolution or matrix product of data and a kernel, float32."""
+_FEWEST = 8
+"""How many entries of an axis a part has at least: smaller matrix products take longer."""
+
+Linear = Callable[[jax.Array, jax.Array, int], Sequence[jax.Array]]
+"""A convolution or matrix product of data and a kernel, float32, in so many parts to be added."""
 
 
 def _digits(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
@@ -32,17 +35,24 @@ def _digits(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
 
 
 def linear(
-    layer: Linear, x: Codes, kernel: Codes, fan_in: int, kernel_bits: int | None = None
+    layer: Linear,
+    x: Codes,
+    kernel: Codes,
+    fan_in: int,
+    summed: int = 1,
+    kernel_bits: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None] | None:
     """Convolve or multiply centered codes exactly.
 
-    Sums that may pass 2^24 are computed digit by digit of the weights and of the input.
+    Sums that may pass 2^24 are computed in parts, and where these have few entries digit by digit
+    of the weights and of the input.
 
     Args:
-      layer: the layer as a function of data and kernel, without bias.
+      layer: the layer as a function of data, kernel and a number of parts, without bias.
       x: the input.
       kernel: the kernel.
       fan_in: how many products a sum adds up.
+      summed: the length of the axis whose parts the layer sums.
       kernel_bits: of a code of the kernel besides its sign; by default those of a symmetric grid.
 
     Returns:
@@ -51,16 +61,26 @@ def linear(
     """
     weight_bits = kernel.grid.num_bits - 1 if kernel_bits is None else kernel_bits
     largest = x.grid.largest
+    rounded = largest * fan_in * 2**weight_bits >= 2**30
+    approximate = layer(x.codes, kernel.codes, 1)[0] if rounded else None
+    at_once = _EXACT // (largest * 2**weight_bits) // (fan_in // summed)
+    if at_once >= min(_FEWEST, summed):
+        parts = layer(x.codes, kernel.codes, math.ceil(summed / at_once))
+        return sum(part.astype(jnp.int32) for part in parts), approximate
     width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
     if width < 1:
         return None
     digit_bits = int(math.log2(_EXACT / (min(largest, 2**width) * fan_in)))
     total = jnp.zeros((), jnp.int32)
     for place, part in enumerate(_digits(x.codes, width, math.ceil(largest.bit_length() / width))):
-        sums = _by_digits(partial(layer, part), kernel.codes, weight_bits, digit_bits)
+        sums = _by_digits(
+            lambda digit, part=part: layer(part, digit, 1)[0],
+            kernel.codes,
+            weight_bits,
+            digit_bits,
+        )
         total = total + (sums << (place * width))
-    rounded = largest * fan_in * 2**weight_bits >= 2**30
-    return total, layer(x.codes, kernel.codes) if rounded else None
+    return total, approximate
 
 
 def _by_digits(

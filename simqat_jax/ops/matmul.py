@@ -49,13 +49,9 @@ class MatMulOperation(Operation):
         assert isinstance(node, MatMul)
         if a is None or b is None or not _fits(node, a.codes.shape, a.grid, b.grid):
             return None
-        dims = node.contraction.eqn.params["dimension_numbers"]
-
-        def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
-            return lax.dot_general(x, y, dims, precision=lax.Precision.HIGHEST)
-
-        terms = _terms(node, a.codes.shape)
-        sums = linear(multiply, a, b, terms, b.grid.largest.bit_length())
+        terms, multiply = _terms(node, a.codes.shape), node.contraction
+        summed, bits = multiply.summed_length, b.grid.largest.bit_length()
+        sums = linear(multiply.partial_sums, a, b, terms, summed, bits)
         if sums is None:
             return None
         factor = combined(node, at.reals)

@@ -96,12 +96,12 @@ class Operation:
         del step
         return ""
 
-    def codes(self, at: "ExactStep") -> jax.Array | None:
+    def codes(self, at: "ExactStep") -> "jax.Array | Everywhere | None":
         """Compute the codes of a quantized step from those of its inputs.
 
         Returns:
-          Centered codes, float32, NaN where int32 does not hold the sum; None where the step has
-          no exact integer form.
+          Centered codes, float32, NaN where the step has no exact integer form, as where int32 does
+          not hold a sum; None where it has none anywhere.
         """
         del at
         return None
@@ -149,6 +149,13 @@ class SharedGridOperation(IntegerOperation):
 
     def is_quantized(self, node: Node, situation: Situation) -> bool:
         return not situation.per_channel and super().is_quantized(node, situation)
+
+
+class Everywhere(NamedTuple):
+    """Codes that are nowhere NaN, so that evaluation need not compute the step in float as well."""
+
+    codes: jax.Array
+    """Centered, float32."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from simqat_jax.ops.moves import Reshape, Transpose, reshaped, turned
 from simqat_jax.ops.operation import (
     Clamp,
     Demand,
+    Everywhere,
     ExactStep,
     LoweredStep,
     Operation,
@@ -144,7 +145,7 @@ class ProductOperation(Operation):
     def is_quantized(self, node: Node, situation: Situation) -> bool:
         return True
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> jax.Array | Everywhere | None:
         x = at.inputs[0]
         if x is None:
             return None
@@ -154,7 +155,7 @@ class ProductOperation(Operation):
         node, kernel = at.step.node, layer.kernel
         assert isinstance(node, Product)
         fan_in = kernel.codes.size // node.num_channels
-        sums = linear(node.linear, x, kernel, fan_in)
+        sums = linear(node.partial_sums, x, kernel, fan_in, node.contraction.summed_length)
         if sums is None:
             return None
         acc, approximate = sums
@@ -170,7 +171,7 @@ class ProductOperation(Operation):
         multiplier = per_channel(true_divide(unit, at.grid.params.scale))
         codes = at.requantized(acc + added, multiplier)
         if approximate is None:
-            return codes
+            return Everywhere(codes)
         held = jnp.abs(approximate + added.astype(jnp.float32)) <= MOST
         return jnp.where(held, codes, jnp.nan)
 

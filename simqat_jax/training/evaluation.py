@@ -21,7 +21,7 @@ from simqat_jax.numerics.grid import (
     real_values,
 )
 from simqat_jax.numerics.observers import Range
-from simqat_jax.ops.operation import ExactStep
+from simqat_jax.ops.operation import Everywhere, ExactStep
 from simqat_jax.ops.products import kernel_codes
 from simqat_jax.ops.registry import operation_of
 from simqat_jax.training.values import Run, Seen, Value, Values, read
@@ -121,14 +121,17 @@ class Evaluation(Run):
         """Quantize a step's result, computed in integers where the step has an integer form."""
         grid, kernel = self.grid(quantizer, x), self.placement.weights.get(step.node)
         codes = self.integer_form(step, grid, operands, env) if step.quantized else None
-        rounded = centered_codes(x, grid)
-        codes = rounded if codes is None else jnp.where(jnp.isnan(codes), rounded, codes)
+        if isinstance(codes, Everywhere):
+            codes = codes.codes
+        else:
+            rounded = centered_codes(x, grid)
+            codes = rounded if codes is None else jnp.where(jnp.isnan(codes), rounded, codes)
         delay = kernel.spec.quant_delay if kernel is not None and step.quantized else 0
         return self.evaluated(quantizer, Codes(codes, grid), x, delay)
 
     def integer_form(
         self, step: Step, grid: Grid, operands: list[Value], env: Values
-    ) -> jax.Array | None:
+    ) -> jax.Array | Everywhere | None:
         """Compute the codes of a step's output from those of its inputs, if that is exact."""
         inputs = [self.operand_codes(step, i, value, env) for i, value in enumerate(operands)]
         if grid.per_channel or any(v is not None and v.grid.per_channel for v in inputs):

@@ -86,3 +86,29 @@ def test_gpu_programs_hold_no_convolution_of_codes():
     for function, unused in ((model, 0), (lambda x: qmodel.apply(variables, x), 2)):
         assert convolutions(function, "cpu") == 2 + unused
         assert convolutions(function, "cuda") == unused
+
+
+@pytest.mark.parametrize(
+    ("side", "into", "out", "as_floats"),
+    [(32, 1, 1, True), (33, 1, 1, False), (1, 16, 31, True), (1, 16, 32, False)],
+)
+def test_codes_of_few_channels_are_summed_in_float32_where_that_is_exact(
+    side, into, out, as_floats
+):
+    """On CPU; 32 x 32 products of -128 and -128 are 2^24."""
+    x = jnp.full((1, side, side, into), -128, jnp.int8)
+    kernel = jnp.full((side, side, into, out), -128, jnp.int8).at[0, 0, 0, 0].set(-127)
+    params = {
+        "window_strides": (1, 1),
+        "padding": ((0, 0), (0, 0)),
+        "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1),
+        "dimension_numbers": lax.conv_dimension_numbers(x.shape, kernel.shape, NUMBERS[2]),
+        "feature_group_count": 1,
+    }
+    traced = jax.jit(lambda x, kernel: convolve(x, kernel, np.int32, **params)).trace(x, kernel)
+    sums = traced.lower().compile()(x, kernel)
+    want = np.full((1, 1, 1, out), side * side * into * 2**14)
+    want[..., 0] -= 128
+    np.testing.assert_array_equal(sums, want)
+    assert ("f32" in str(traced.jaxpr)) == as_floats

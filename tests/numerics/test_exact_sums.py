@@ -23,18 +23,21 @@ def as_int32(sums):
     return np.asarray(sums).astype(np.uint64).astype(np.uint32).view(np.int32)
 
 
-def matmul(x, w):
-    """Sums in float32, rounded once."""
-    exact = np.asarray(x, np.int64) @ np.asarray(w, np.int64)
-    return jnp.asarray(exact.astype(np.float32))
+def pieces(x, w, parts):
+    """Parts of what is summed, int64."""
+    split = [np.array_split(np.asarray(v, np.int64), parts, a) for v, a in ((x, 1), (w, 0))]
+    return zip(*split, strict=True)
 
 
-def strict_matmul(x, w):
+def matmul(x, w, parts=1):
+    """Sums in float32, each rounded once."""
+    return [jnp.asarray((a @ b).astype(np.float32)) for a, b in pieces(x, w, parts)]
+
+
+def strict_matmul(x, w, parts=1):
     """As `matmul`; an error where an addition on the way may round."""
-    exact = np.asarray(x, np.int64) @ np.asarray(w, np.int64)
-    largest = np.abs(np.asarray(x, np.int64)) @ np.abs(np.asarray(w, np.int64))
-    assert largest.max() <= 2**24, largest.max()
-    return jnp.asarray(exact.astype(np.float32))
+    assert all((np.abs(a) @ np.abs(b)).max() <= 2**24 for a, b in pieces(x, w, parts))
+    return matmul(x, w, parts)
 
 
 CASES = list(product((4, 8, 16), (2, 8, 16), (1, 3, 64, 600, 5000)))
@@ -42,7 +45,8 @@ CASES = list(product((4, 8, 16), (2, 8, 16), (1, 3, 64, 600, 5000)))
 
 @pytest.mark.parametrize("x_bits, w_bits, fan_in", CASES)
 @pytest.mark.parametrize("extreme", [False, True])
-def test_sums_of_products_are_exact(x_bits, w_bits, fan_in, extreme):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_sums_of_products_are_exact(x_bits, w_bits, fan_in, extreme, in_parts):
     rng = np.random.default_rng(fan_in)
     x_grid, w_grid = grid(x_bits), grid(w_bits, signed=True)
     x = rng.integers(0, x_grid.qmax, (2, fan_in), endpoint=True)
@@ -51,7 +55,7 @@ def test_sums_of_products_are_exact(x_bits, w_bits, fan_in, extreme):
         x, w = np.full_like(x, x_grid.qmax), np.full_like(w, w_grid.qmin)
     codes = (Codes(jnp.asarray(a, jnp.float32), g) for a, g in ((x, x_grid), (w, w_grid)))
     largest = x_grid.qmax * fan_in * 2 ** (w_bits - 1)
-    got = exact_sums.linear(matmul, *codes, fan_in)
+    got = exact_sums.linear(matmul, *codes, fan_in, fan_in if in_parts else 1)
     assert got is not None
     sums, rounded = got
     np.testing.assert_array_equal(sums, as_int32(x @ w))
@@ -61,8 +65,9 @@ def test_sums_of_products_are_exact(x_bits, w_bits, fan_in, extreme):
 
 
 @pytest.mark.parametrize("x_bits, w_bits, fan_in", CASES)
-def test_no_partial_sum_rounds(x_bits, w_bits, fan_in):
-    """Of the digits with which sums below 2^30 are computed, at their largest."""
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_no_partial_sum_rounds(x_bits, w_bits, fan_in, in_parts):
+    """Of the parts or digits with which sums below 2^30 are computed, at their largest."""
     x_grid, w_grid = grid(x_bits), grid(w_bits, signed=True)
     if x_grid.qmax * fan_in * 2 ** (w_bits - 1) >= 2**30:
         pytest.skip("also computes the rounded sums, which do round")
@@ -73,27 +78,32 @@ def test_no_partial_sum_rounds(x_bits, w_bits, fan_in):
                 Codes(jnp.full((1, fan_in), x, jnp.float32), x_grid),
                 Codes(jnp.full((fan_in, 1), w, jnp.float32), w_grid),
                 fan_in,
+                fan_in if in_parts else 1,
             )
 
 
 def test_few_products_take_one_pass_over_the_layer():
     calls = []
 
-    def layer(x, w):
-        calls.append(1)
-        return matmul(x, w)
+    def layer(x, w, parts):
+        calls.append(parts)
+        return matmul(x, w, parts)
 
-    def passes(x_bits, w_bits, fan_in):
+    def passes(x_bits, w_bits, fan_in, summed=1):
         calls.clear()
         x, w = jnp.ones((1, fan_in)), jnp.ones((fan_in, 1))
-        exact_sums.linear(
-            layer, Codes(x, grid(x_bits)), Codes(w, grid(w_bits, signed=True)), fan_in
-        )
-        return len(calls)
+        grids = grid(x_bits), grid(w_bits, signed=True)
+        exact_sums.linear(layer, Codes(x, grids[0]), Codes(w, grids[1]), fan_in, summed)
+        return list(calls)
 
-    assert passes(8, 8, 9) == passes(8, 8, 257) == 1  # 256 * 257 * 128 is 2^23 and some
-    assert passes(8, 8, 576) == 2
-    assert 2 <= passes(16, 8, 9) <= 4
+    assert passes(8, 8, 9) == passes(8, 8, 514) == [1]  # 255 * 514 * 128 is just below 2^24
+    assert passes(8, 8, 515) == passes(8, 8, 576) == [1, 1]
+    assert 2 <= len(passes(16, 8, 9)) <= 4
+    assert passes(8, 8, 515, 515) == passes(8, 8, 576, 64) == [2]  # windows of 9: 57 channels
+    assert passes(8, 8, 4608, 512) == [9]
+    assert passes(8, 8, 49 * 64, 64) == [7]
+    assert passes(8, 8, 121 * 64, 64) == [1, 1, 1]  # four channels are too few for a part
+    assert len(passes(16, 8, 9, 9)) > 1
 
 
 def test_more_products_than_one_bit_allows_are_refused():

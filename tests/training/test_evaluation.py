@@ -240,3 +240,18 @@ def test_sixteen_bits_are_the_same_with_and_without_jit():
     np.testing.assert_array_equal(
         evaluated(qmodel, variables, x), np.asarray(qmodel.apply(variables, x))
     )
+
+
+def test_layers_are_computed_once():
+    """In integers, without the simulation that only a gradient needs."""
+
+    class Layers(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(5, (3, 3))(x))
+            return nn.Dense(3)(nn.relu(nn.Conv(6, (3, 3), use_bias=False)(x)).mean((1, 2)))
+
+    qmodel, variables = calibrated(Layers(), IMAGE)
+    compiled = jax.jit(qmodel.apply).lower(variables, IMAGE).compile().as_text()
+    assert compiled.count(" convolution(") == 2
+    assert compiled.count(" dot(") == 1

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from simqat_jax.capture.contractions import Axes, Form, form_of, identity, transposition
+from simqat_jax.capture.contractions import Axes, Form, identity, transposition
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.interception import Recorder
@@ -126,18 +126,14 @@ class _Finder:
             self.missed.append(Unquantizable(name.path, obstacle))
             return
         self.draft.instead[node] = []
-        single = unrepeated(self.draft, node, 0 if swapped else 1, self.once)
-        form = form_of(node.eqn if single is None else single.eqn, swapped)
-        if single is not None:
-            kernel = single.kernel
-            form = form._replace(output=tuple(form.output[a] for a in single.order))
+        kernel, form, turns = unrepeated(self.draft, node, swapped, self.once)
         before: list[Node] = []
         if form.data == identity(form.data):
             x, before = self.before(node, x)
         else:
             x = self.draft.turned(node, x, form.data)
         kernel, casts = self.kernel(node, kernel, form.kernel)
-        tail = self.result_of(node, form, turns=single is not None)
+        tail = self.result_of(node, form, turns=turns)
         contraction = dataclasses.replace(
             node,
             inputs=(_last(before, x), _last(casts, kernel)),

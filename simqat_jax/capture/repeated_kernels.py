@@ -9,24 +9,24 @@ from typing import NamedTuple
 from jax import lax
 from jax.extend import core
 
-from simqat_jax.capture.contractions import Axes, product_axes, rebound, traced
+from simqat_jax.capture.contractions import Form, form_of, identity, product_axes, rebound, traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.repetitions import computed_once
-from simqat_jax.ir.graph import Add, BatchNorm, Contraction, Node, shape_of
+from simqat_jax.ir.graph import Add, BatchNorm, Contraction, Node, Operand, shape_of
 
 
-class Unrepeated(NamedTuple):
-    """A product with one kernel for all examples.
+class Operands(NamedTuple):
+    """What a product of data and a kernel is made of.
 
     Attributes:
-      kernel: the first of those that were repeated.
-      eqn: the product with it.
-      order: in which order the axes of its result are those of the product as it was captured.
+      kernel: one for all examples, where it was repeated.
+      form: of the product with it.
+      unrepeated: whether it was.
     """
 
-    kernel: int
-    eqn: core.JaxprEqn
-    order: Axes
+    kernel: Operand
+    form: Form
+    unrepeated: bool
 
 
 def shapes_once(draft: Draft) -> dict[int, tuple[int, ...]]:
@@ -39,46 +39,54 @@ def shapes_once(draft: Draft) -> dict[int, tuple[int, ...]]:
 
 
 def unrepeated(
-    draft: Draft, node: Contraction, side: int, once: Mapping[int, tuple[int, ...]]
-) -> Unrepeated | None:
-    """Return a product whose kernel repeats along the batch with the first kernel of it.
+    draft: Draft, node: Contraction, swapped: bool, once: Mapping[int, tuple[int, ...]]
+) -> Operands:
+    """Return kernel and form of a product; of kernels that repeat along the batch, the first.
 
     With a batch of one, where nothing repeats, the batch is what the data's first axis is.
 
     Args:
       draft: the new nodes come in front of the product.
       node: the product.
-      side: which operand its kernel is.
+      swapped: the data is its second operand.
       once: what `shapes_once` returned.
-
-    Returns:
-      None for any other product.
     """
+    side = 0 if swapped else 1
+    kernel, form = node.inputs[side], form_of(node.eqn, swapped)
+    repeats = _repeated_axes(draft, node, side, once)
+    full = identity(shape_of(node.eqn.invars[side]).shape)
+    kept = [a for a in full if a not in repeats]
+    if not repeats or _would_take_more(draft, node, side, kept):
+        return Operands(kernel, form, unrepeated=False)
+    one = _first_along(draft, node, kernel, repeats)
+    avals = (draft.aval(one if n == side else v) for n, v in enumerate(node.inputs))
+    eqn = rebound(node.eqn, *avals, dimension_numbers=_numbers_without(node.eqn, side, kept))
+    form, made = form_of(eqn, swapped), _names(eqn, side, kept)
+    order = tuple(form.output[made.index(name)] for name in _names(node.eqn, side, full))
+    return Operands(one, form._replace(output=order), unrepeated=True)
+
+
+def _repeated_axes(
+    draft: Draft, node: Contraction, side: int, once: Mapping[int, tuple[int, ...]]
+) -> list[int]:
+    """Return the axes of a kernel that are the batch, along which it repeats."""
     kernel, full = node.inputs[side], shape_of(node.eqn.invars[side]).shape
-    if node.convolves or not isinstance(kernel, int):
-        return None
+    if node.convolves or not isinstance(kernel, int) or _is_converted(draft, kernel):
+        return []
     thin, single = once.get(kernel, full), draft.graph.batch == 1
     batch = node.eqn.params["dimension_numbers"][1]
-    repeats = [
+    return [
         a
         for of_data, a in zip(batch[1 - side], batch[side], strict=True)
         if thin[a] < full[a] or (single and of_data == 0 and full[a] == 1)
     ]
-    kept = [a for a, _ in enumerate(full) if a not in repeats]
-    if not repeats or _is_converted(draft, kernel) or _would_take_more(draft, node, side, kept):
-        return None
-    one = _first_along(draft, node, kernel, repeats)
-    avals = (draft.aval(one if n == side else v) for n, v in enumerate(node.inputs))
-    eqn = rebound(node.eqn, *avals, dimension_numbers=_numbers_without(node.eqn, side, kept))
-    made, asked = _names(eqn, side, kept), _names(node.eqn, side, range(len(full)))
-    return Unrepeated(one, eqn, tuple(map(made.index, asked)))
 
 
-def _first_along(draft: Draft, node: Node, v: int, axes: Sequence[int]) -> int:
+def _first_along(draft: Draft, node: Node, v: Operand, axes: Sequence[int]) -> int:
     """Return the first of a tensor along axes, which are left out."""
-    lengths = [1 if a in axes else n for a, n in enumerate(draft.avals[v].shape)]
+    lengths = [1 if a in axes else n for a, n in enumerate(draft.aval(v).shape)]
     start = [0] * len(lengths)
-    first = traced(lambda x: lax.slice(x, start, lengths), draft.avals[v])
+    first = traced(lambda x: lax.slice(x, start, lengths), draft.aval(v))
     taken = draft.once((v, "first", *axes), node, lambda: draft.made(node, v, first))
     squeezed = traced(lambda x: lax.squeeze(x, axes), draft.avals[taken])
     return draft.once((taken, "left out", *axes), node, lambda: draft.made(node, taken, squeezed))

@@ -18,7 +18,7 @@ X = jax.random.normal(jax.random.key(0), (BATCH, BATCH, 6))
 @pytest.fixture
 def repeated(monkeypatch):
     """Leave kernels repeated, once called."""
-    return lambda: monkeypatch.setattr(products, "unrepeated", lambda *_: None)
+    return lambda: monkeypatch.setattr(products, "shapes_once", lambda _: {})
 
 
 def queries(*shape):

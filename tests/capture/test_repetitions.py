@@ -96,7 +96,7 @@ def unmoved(monkeypatch):
 
     def leave():
         monkeypatch.setattr(capture, "move_repetitions", lambda graph: graph)
-        monkeypatch.setattr(products_of, "unrepeated", lambda *_: None)
+        monkeypatch.setattr(products_of, "shapes_once", lambda _: {})
 
     return leave
 

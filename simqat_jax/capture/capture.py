@@ -20,6 +20,7 @@ from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Sco
 from simqat_jax.capture.passes import dependent, name_random, prune, random_keys, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
+from simqat_jax.capture.repetitions import move_repetitions
 from simqat_jax.capture.state import Beside, beside, stored
 from simqat_jax.capture.unreachable import unreachable_products
 from simqat_jax.config import SimQATConfig
@@ -147,7 +148,7 @@ def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)
     graph = simplify(find_compound(graph))
-    return keep_exact(keep_norms_float(name_random(graph)))
+    return move_repetitions(keep_exact(keep_norms_float(name_random(graph))))
 
 
 @dataclasses.dataclass(frozen=True)

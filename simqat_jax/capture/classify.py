@@ -37,6 +37,14 @@ _FUNCTIONS = (
     "tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv integer_pow square pow "
     "div rem clamp select_n ge gt le lt eq ne and or not xor is_finite nextafter".split()
 )
+POINTWISE = frozenset(_FUNCTIONS) | set(
+    "add sub add_any mul max min convert_element_type copy stop_gradient name".split()
+)
+"""What works on each element by itself."""
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split()
+)
+"""What leaves out axes, and works along no other."""
 _CLASSES: dict[str, type[Node]] = {
     **dict.fromkeys(_MOVES, Move),
     **dict.fromkeys(_FUNCTIONS, Elementwise),

@@ -69,8 +69,19 @@ def transposition(aval: jax.ShapeDtypeStruct, order: Axes) -> core.JaxprEqn:
     return traced(lambda x: lax.transpose_p.bind(x, permutation=order), aval)
 
 
-def _rebound(eqn: core.JaxprEqn, *avals: jax.ShapeDtypeStruct, **params: object) -> core.JaxprEqn:
+def rebound(eqn: core.JaxprEqn, *avals: jax.ShapeDtypeStruct, **params: object) -> core.JaxprEqn:
+    """Return an equation of other operands, with some parameters changed."""
     return traced(lambda *xs: eqn.primitive.bind(*xs, **{**eqn.params, **params}), *avals)
+
+
+def product_axes(eqn: core.JaxprEqn) -> list[tuple[int | None, int | None]]:
+    """Return for each axis of a matrix product that of each operand; None: it has none."""
+    sums, batch = eqn.params["dimension_numbers"]
+    axes: list[tuple[int | None, int | None]] = list(zip(*batch, strict=True))
+    for side, v in enumerate(eqn.invars):
+        free = [a for a in range(shape_of(v).ndim) if a not in (*sums[side], *batch[side])]
+        axes += [(a, None) if side == 0 else (None, a) for a in free]
+    return axes
 
 
 def _matrix_product(eqn: core.JaxprEqn, swapped: bool) -> Form:
@@ -90,7 +101,7 @@ def _matrix_product(eqn: core.JaxprEqn, swapped: bool) -> Form:
         numbers = tuple(tuple(map(tuple, pair)) for pair in dims)
         precision = eqn.params["precision"]
         precision = precision[::step] if isinstance(precision, tuple) else precision
-        eqn = _rebound(eqn, x, inner, dimension_numbers=numbers, precision=precision)
+        eqn = rebound(eqn, x, inner, dimension_numbers=numbers, precision=precision)
     return Form(
         data=identity(x.shape),
         kernel=order,
@@ -112,7 +123,7 @@ def _convolution(eqn: core.JaxprEqn) -> Form:
     if (data, order, out) != (identity(data),) * 3:
         spec = (0, last, *range(1, last))
         standard = lax.ConvDimensionNumbers(spec, (last, last - 1, *range(last - 1)), spec)
-        eqn = _rebound(eqn, in_order(x, data), inner, dimension_numbers=standard)
+        eqn = rebound(eqn, in_order(x, data), inner, dimension_numbers=standard)
     return Form(
         data=data,
         kernel=order,

@@ -270,7 +270,7 @@ def _layer(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     if tuple(shape_of(v).shape for v in at.eqn.invars) != call.shapes:  # vmap or grad
         return flat.emit(at, Float, call.op, bound(at.eqn))
     make = functools.partial(call.make, layer=dataclasses.replace(call.layer, path=at.path))
-    return flat.emit(at, make, call.op, _inlined(at.eqn))
+    return flat.emit(at, make, call.op, inlined(at.eqn))
 
 
 def _remat(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
@@ -435,6 +435,7 @@ def bound(eqn: core.JaxprEqn) -> _Run:
     return run
 
 
-def _inlined(eqn: core.JaxprEqn) -> _Run:
+def inlined(eqn: core.JaxprEqn) -> _Run:
+    """Return what computes the function that an equation calls, operation by operation."""
     closed = eqn.params["jaxpr"]
     return lambda *values: tuple(eval_jaxpr(closed.jaxpr, closed.consts, *values))

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from simqat_jax.capture.contractions import Axes, Form, form_of, identity, transposition
+from simqat_jax.capture.contractions import Axes, Form, identity, transposition
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.interception import Recorder
 from simqat_jax.capture.passes import chain, dependent
+from simqat_jax.capture.repeated_kernels import shapes_once, unrepeated
 from simqat_jax.ir.graph import (
     Add,
     Constant,
@@ -92,6 +93,7 @@ class _Finder:
         self.recorder = recorder
         self.draft = Draft(graph)
         self.fed = dependent(graph.nodes, graph.arguments)
+        self.once = shapes_once(self.draft)
         self.parameters = _parameters(graph)
         self.missed: list[Unquantizable] = []
 
@@ -123,15 +125,15 @@ class _Finder:
         if obstacle is not None:
             self.missed.append(Unquantizable(name.path, obstacle))
             return
-        form = form_of(node.eqn, swapped)
         self.draft.instead[node] = []
+        kernel, form, turns = unrepeated(self.draft, node, swapped, self.once)
         before: list[Node] = []
         if form.data == identity(form.data):
             x, before = self.before(node, x)
         else:
             x = self.draft.turned(node, x, form.data)
         kernel, casts = self.kernel(node, kernel, form.kernel)
-        tail = self.result_of(node, form)
+        tail = self.result_of(node, form, turns=turns)
         contraction = dataclasses.replace(
             node,
             inputs=(_last(before, x), _last(casts, kernel)),
@@ -183,14 +185,14 @@ class _Finder:
             casts = [self.draft.converted(node, kernel, shape_of(casts[0].eqn.outvars[0]).dtype)]
         return kernel, casts
 
-    def result_of(self, node: Contraction, form: Form) -> _Tail:
+    def result_of(self, node: Contraction, form: Form, *, turns: bool) -> _Tail:
         """Return the result of a contraction, its axes in the order that was captured.
 
         `jnp.einsum` puts the axes of its result in order by a transposition, which belongs to it.
         """
         (out,) = node.outputs
         order, last = form.output, node
-        if order != identity(order) or form.channel_axes[:1] == (0,):
+        if turns or order != identity(order) or form.channel_axes[:1] == (0,):
             user = self.draft.only_reader(out, node)
             if isinstance(user, Move) and user.primitive == "transpose":
                 turned = tuple(order[a] for a in user.eqn.params["permutation"])

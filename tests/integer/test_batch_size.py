@@ -64,6 +64,52 @@ def queries(x):
     return nn.Dense(3)(nn.Dense(6)(x)[:, :2] * q + jnp.tanh(q))
 
 
+class Queries(nn.Module):
+    """What is computed of queries meets the data in a sum."""
+
+    @nn.compact
+    def __call__(self, x):
+        q = jnp.tile(self.param("q", nn.initializers.normal(1.0), (1, 3, 6)), (x.shape[0], 1, 1))
+        h = nn.relu(nn.Dense(6)(nn.LayerNorm()(q)))
+        return nn.Dense(3)(nn.Dense(6)(x) + nn.Dense(6)(h) + q)
+
+
+class Perceiver(nn.Module):
+    """Queries attend to the data."""
+
+    @nn.compact
+    def __call__(self, x):
+        q = jnp.repeat(self.param("q", nn.initializers.normal(1.0), (1, 2, 6)), x.shape[0], 0)
+        attention = nn.MultiHeadDotProductAttention(2)
+        return nn.Dense(3)(q + attention(nn.LayerNorm()(q), nn.Dense(6)(x)))
+
+
+class DetrLayer(nn.Module):
+    """Queries attend to each other, then to the data."""
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[0], 2, 6)
+        position = jnp.broadcast_to(nn.Embed(2, 6)(jnp.arange(2))[None], shape)
+        target = jnp.zeros(shape)
+        q = target + position
+        target = nn.LayerNorm()(target + nn.MultiHeadDotProductAttention(2)(q, q, target))
+        return nn.Dense(3)(nn.MultiHeadDotProductAttention(2)(target + position, nn.Dense(6)(x)))
+
+
+class Pma(nn.Module):
+    """Attention from seeds, its heads by hand."""
+
+    @nn.compact
+    def __call__(self, x):
+        seeds = self.param("seeds", nn.initializers.normal(1.0), (2, 6))
+        seeds = jnp.broadcast_to(seeds, (x.shape[0], 2, 6))
+        q, k, v = nn.Dense(6)(seeds), nn.Dense(6)(x), nn.Dense(6)(x)
+        q, k, v = (a.reshape(*a.shape[:2], 2, 3).transpose(0, 2, 1, 3) for a in (q, k, v))
+        weights = nn.softmax(q @ k.transpose(0, 1, 3, 2) / jnp.sqrt(6.0))
+        return nn.Dense(3)((weights @ v).transpose(0, 2, 1, 3).reshape(seeds.shape) + seeds)
+
+
 def masked(x):
     h = nn.Dense(4)(x)
     mask = jnp.tril(jnp.ones((3, 3), bool))[None].repeat(x.shape[0], 0)
@@ -103,7 +149,10 @@ DEPENDENT = {
     "unbatched image": (lambda x: nn.Dense(3)(nn.Conv(4, (3, 3))(x).mean((0, 1))), IMAGE),
     "constants that differ along it": (numbered, ROW),
     "a constant counted by it": (lambda x: nn.Dense(3)(x) + jnp.ones_like(x).sum(), ROW),
-    "a product of constants": (lambda x: nn.Dense(6)(x) + nn.Dense(6)(jnp.ones_like(x)), ROW),
+    "a product of constants that differ": (
+        lambda x: nn.Dense(6)(x) + nn.Dense(6)(jnp.cumsum(jnp.ones_like(x), 0)),
+        ROW,
+    ),
     "halves": (lambda x: jnp.split(nn.Dense(4)(jnp.concatenate([x, -x], 0)), 2), ROW),
     "last example": (lambda x: nn.Dense(3)(nn.Dense(5)(x)[-1]), ROW),
     "float function of it": (lambda x: nn.standardize(nn.Dense(4)(x), axis=0), ROW),
@@ -123,6 +172,11 @@ FREE = {
     "zeros behind": (zeros_behind, ROW),
     "zero carry": (zero_carry, ROW),
     "learned queries": (queries, TOKENS),
+    "a product of constants": (lambda x: nn.Dense(6)(x) + nn.Dense(6)(jnp.ones_like(x)), ROW),
+    "a network of queries": (Queries(), TOKENS),
+    "attention from queries": (Perceiver(), TOKENS),
+    "attention between queries": (DetrLayer(), TOKENS),
+    "pooling by attention": (Pma(), TOKENS),
     "a mask in float": (masked, TOKENS),
     "a mask with a constant column": (padded_mask, TOKENS),
     "a constant among real values": (among_reals, ROW),
@@ -168,9 +222,10 @@ def test_every_other_model_takes_any(name, backend, tmp_path):
 
 
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
-def test_a_single_sample_tells_as_much(backend, tmp_path):
+@pytest.mark.parametrize("body", [Vit(), Perceiver()], ids=lambda b: type(b).__name__)
+def test_a_single_sample_tells_as_much(body, backend, tmp_path):
     """With one example nothing is repeated, and nothing tells constants of examples apart."""
-    evaluate, model, x = converted(Vit(), (1, 3, 6), backend)
+    evaluate, model, x = converted(body, (1, 3, 6), backend)
     assert model.tensors[model.inputs[0]].shape == (-1, 3, 6)
     more = jnp.concatenate([x, 0.5 * x, -x])
     assert_same(model(more), evaluate(more))

@@ -47,8 +47,8 @@ def _is_narrow(kernel: jax.Array, numbers: lax.ConvDimensionNumbers) -> bool:
 
 
 def _in_float(dtype: DTypeLike, params: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    operands = (v.astype(jnp.float32) for v in (x, kernel))
-    return convolve(*operands, np.float32, **params).astype(dtype)
+    sums = convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), np.float32, **params)
+    return sums.astype(dtype)
 
 
 def by_windows(

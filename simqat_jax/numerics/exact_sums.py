@@ -66,7 +66,7 @@ def linear(
     at_once = _EXACT // (largest * 2**weight_bits) // (fan_in // summed)
     if at_once >= min(_FEWEST, summed):
         parts = layer(x.codes, kernel.codes, math.ceil(summed / at_once))
-        return sum(part.astype(jnp.int32) for part in parts), approximate
+        return sum((p.astype(jnp.int32) for p in parts), jnp.zeros((), jnp.int32)), approximate
     width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
     if width < 1:
         return None

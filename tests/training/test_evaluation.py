@@ -1,6 +1,7 @@
 """Evaluation: exactly the integer computation, here once more in int64 NumPy."""
 
 import itertools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -252,6 +253,6 @@ def test_layers_are_computed_once():
             return nn.Dense(3)(nn.relu(nn.Conv(6, (3, 3), use_bias=False)(x)).mean((1, 2)))
 
     qmodel, variables = calibrated(Layers(), IMAGE)
-    compiled = jax.jit(qmodel.apply).lower(variables, IMAGE).compile().as_text()
+    compiled: Any = jax.jit(qmodel.apply).lower(variables, IMAGE).compile().as_text()
     assert compiled.count(" convolution(") == 2
     assert compiled.count(" dot(") == 1

@@ -40,7 +40,6 @@ def twice(x):
 PRODUCTS = {
     "heads": (lambda x: heads(x, "bqhd,bkhd->bhqk"), 10),
     "heads, data first": (lambda x: heads(x, "bqhd,bkhd->bhkq"), 10),
-    "rows": (lambda x: jnp.einsum("bqd,bkd->bqk", queries(5, 6), nn.Dense(6)(x)), 5),
     "twice": (twice, 5),
     "columns": (lambda x: nn.softmax(nn.Dense(6)(x) @ queries(6, 5)), 5),
 }

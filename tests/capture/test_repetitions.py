@@ -64,8 +64,7 @@ MOVED = {
 }
 KEPT = {
     "softmax": lambda q: nn.softmax(nn.Dense(6)(q), 0),
-    "sums": lambda q: nn.Dense(6)(jnp.cumsum(q, 0)),
-    "total": lambda q: nn.Dense(6)(q.sum(0, keepdims=True)),
+    "total": lambda q: nn.Dense(6)(jnp.cumsum(q, 0).sum(0, keepdims=True)),
     "joined": lambda q: nn.Dense(6)(q.reshape(-1, 6)).reshape(q.shape),
     "multiplied": lambda q: jnp.einsum("bmd,bc->cmd", q, jnp.linspace(0, 1, 16).reshape(4, 4)),
 }

@@ -1,7 +1,7 @@
 """Errors that the user of an experiment can put right."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 
 class ExperimentError(Exception):
@@ -14,6 +14,17 @@ class CommonError(ExperimentError):
 
 class Preempted(Exception):
     """SIGTERM has ended the run, after a checkpoint that the message names."""
+
+
+def check_models(names: Sequence[str], known: Collection[str]) -> None:
+    """Check what a benchmark's `--models` names.
+
+    Raises:
+      ExperimentError: an unknown model.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ExperimentError(f"--models {unknown[0]} is none of {', '.join(known)}.")
 
 
 def run_or_exit(main: Callable[[], None], if_interrupted: str = "") -> None:

@@ -60,10 +60,12 @@ def start_delayed_steps(phase: Phase, state: TrainState, epoch: int, step: int) 
       epoch: number of the epoch, from 0.
       step: training steps done in it.
     """
+    if not state.quant_params:
+        return state
     done = epoch * phase.steps_per_epoch + step
     now = range(done, done + phase.experiment.steps_per_dispatch)
     delays = _learned_delays(phase.experiment.quant).intersection(now)
-    if not state.quant_params or not delays:
+    if not delays:
         return state
     state = phase.layout.local(state)
     stats = {**state.collections["quant_stats"], "step": jnp.int32(max(delays))}

@@ -27,7 +27,7 @@ import simqat_jax as sq
 from experiments.benchmarks.memory import Taken, taken
 from experiments.benchmarks.records import HISTORY, Row, report
 from experiments.benchmarks.timing import Figure
-from experiments.errors import ExperimentError, run_or_exit
+from experiments.errors import check_models, run_or_exit
 from experiments.models import ResNet8, ResNet18, ResNet20, ResNet50, VisionTransformer
 from experiments.models.resnet import BottleneckBlock, ResNet
 
@@ -107,9 +107,7 @@ def main(
     Raises:
       ExperimentError: an unknown model.
     """
-    unknown = [name for name in models if name not in MODELS]
-    if unknown:
-        raise ExperimentError(f"--models {unknown[0]} is none of {', '.join(MODELS)}.")
+    check_models(models, MODELS)
     if alone:
         make, image = MODELS[models[0]]
         with tempfile.TemporaryDirectory() as folder:

@@ -20,32 +20,38 @@ from experiments.benchmarks.deploy import trained
 from experiments.benchmarks.records import HISTORY, Row, report
 from experiments.benchmarks.timing import Figure, timed
 from experiments.benchmarks.workloads import WORKLOADS, Workload
-from experiments.errors import ExperimentError, run_or_exit
+from experiments.errors import check_models, run_or_exit
+
+Evaluations = dict[str, tuple[Callable[..., Any], tuple]]
+"""By name: a function, and its arguments in front of the images."""
+
+
+def evaluations(workload: Workload) -> tuple[Evaluations, jax.Array]:
+    """Return the ways to evaluate a network, the float one first, and images."""
+    qmodel, variables, images = trained(workload, "tflite")
+    floats = {name: tree for name, tree in variables.items() if name != "quant_stats"}
+    found: Evaluations = {
+        "float": (functools.partial(workload.model().apply, train=False), (floats,)),
+        "simulation": (functools.partial(qmodel.apply, train=False), (variables,)),
+        "integer model": (sq.convert(qmodel, variables, images[:1], train=False), ()),
+    }
+    return found, images
 
 
 def measure(
-    workload: Workload, batch: int, calls: int, rounds: int
+    ways: Evaluations, x: jax.Array, calls: int, rounds: int
 ) -> tuple[dict[str, dict[str, Figure]], int]:
     """Return the figures of each way to evaluate, and how many codes two of them differ in.
 
     Args:
-      workload: what is timed.
-      batch: images in a call.
+      ways: what `evaluations` returned.
+      x: the images of a call.
       calls: calls in one timing.
       rounds: interleaved timings.
     """
-    qmodel, variables, images = trained(workload, "tflite")
-    x = images[:batch]
-    floats = {name: tree for name, tree in variables.items() if name != "quant_stats"}
-    integer = sq.convert(qmodel, variables, x, train=False)
-    evaluations: dict[str, tuple[Callable[..., Any], tuple]] = {
-        "float": (functools.partial(workload.model().apply, train=False), (floats, x)),
-        "simulation": (functools.partial(qmodel.apply, train=False), (variables, x)),
-        "integer model": (integer, (x,)),
-    }
     compiled = {
-        name: functools.partial(jax.jit(f).lower(*args).compile(), *args)
-        for name, (f, args) in evaluations.items()
+        name: functools.partial(jax.jit(f).lower(*args, x).compile(), *args, x)
+        for name, (f, args) in ways.items()
     }
     times = timed(compiled, rounds, calls)
     figures = {
@@ -73,14 +79,13 @@ def main(
     Raises:
       ExperimentError: an unknown model.
     """
-    unknown = [name for name in models if name not in WORKLOADS]
-    if unknown:
-        raise ExperimentError(f"--models {unknown[0]} is none of {', '.join(WORKLOADS)}.")
+    check_models(models, WORKLOADS)
     rows = []
     for name in models:
         workload = WORKLOADS[name]
+        ways, images = evaluations(workload)
         for batch, calls in zip(workload.batches, workload.calls, strict=True):
-            found, differing = measure(workload, batch, calls, rounds)
+            found, differing = measure(ways, images[:batch], calls, rounds)
             for what, figures in found.items():
                 case = {"model": name, "batch": str(batch), "evaluation": what}
                 rows.append(Row(case=case, figures=figures))

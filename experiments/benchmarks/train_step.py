@@ -28,7 +28,7 @@ from experiments.benchmarks.folded import Folded
 from experiments.benchmarks.records import HISTORY, Row, report
 from experiments.benchmarks.timing import Figure, Times, timed
 from experiments.benchmarks.trainer import Trainer
-from experiments.errors import ExperimentError, run_or_exit
+from experiments.errors import check_models, run_or_exit
 from experiments.models import LeNet5, MobileNetV2, ResNet20, ResNet50, VisionTransformer
 from simqat_jax.numerics.spec import ObserverName
 
@@ -187,9 +187,7 @@ def main(
     Raises:
       ExperimentError: an unknown model.
     """
-    unknown = [name for name in models if name not in WORKLOADS]
-    if unknown:
-        raise ExperimentError(f"--models {unknown[0]} is none of {', '.join(WORKLOADS)}.")
+    check_models(models, WORKLOADS)
     rows = []
     for name in models:
         workload = WORKLOADS[name]

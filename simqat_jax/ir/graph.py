@@ -241,10 +241,6 @@ class Product(Node):
         """Whether the output channels are the last axis of the output, and nothing else is."""
         return self.channel_axes == (len(self.shape) - 1,)
 
-    def linear(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Multiply whole numbers, float32, as the product does; exact up to 2^24."""
-        return self.partial_sums(x, kernel, 1)[0]
-
     def partial_sums(self, x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
         """Return what adds up to the product, see `Contraction.partial_sums`."""
         for node in self.before:

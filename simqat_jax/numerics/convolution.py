@@ -1,5 +1,6 @@
 """Convolutions of whole numbers, exact on every platform."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ def convolve(x: jax.Array, kernel: jax.Array, dtype: DTypeLike, **params: Any) -
     exact |= {name: params[name] for name in _PARAMS}
     whole = partial(lax.conv_general_dilated, batch_group_count=1, **exact)
     if _is_narrow(kernel, params["dimension_numbers"]):
-        whole = partial(_in_float, dtype, params)
+        whole = partial(_in_float, whole, dtype)
     return lax.platform_dependent(x, kernel, cpu=whole, default=partial(by_windows, **exact))
 
 
@@ -46,9 +47,11 @@ def _is_narrow(kernel: jax.Array, numbers: lax.ConvDimensionNumbers) -> bool:
     return kernel.dtype == np.int8 and into * out < _NARROW and fan_in * 2**14 <= 2**24
 
 
-def _in_float(dtype: DTypeLike, params: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    sums = convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), np.float32, **params)
-    return sums.astype(dtype)
+def _in_float(
+    convolution: Callable[..., jax.Array], dtype: DTypeLike, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    return convolution(x, kernel, preferred_element_type=np.float32).astype(dtype)
 
 
 def by_windows(

@@ -6,6 +6,7 @@ Example:
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ class Arguments:
     """Budgets: dB below the SQNR of 8 bits, one row each."""
     drops: tuple[float, ...] = (0.02,)
     """Budgets: share of the calibration data whose class may be another than float's, one row
-    each."""
+    each. Of 50 examples one is 2 %."""
     calibration: int = 400
     """Examples to calibrate and to analyze on."""
     examples: int = 1000
@@ -79,6 +80,18 @@ def of_benchmark(name: str, arguments: Arguments) -> ptq.Workload:
     return work._replace(batches=batches)
 
 
+class Unmet(NamedTuple):
+    """A budget that no widths meet.
+
+    Attributes:
+      budget: what was asked for.
+      reason: as `suggest` says it.
+    """
+
+    budget: str
+    reason: str
+
+
 class Row(NamedTuple):
     """What a budget comes to.
 
@@ -101,7 +114,7 @@ class Row(NamedTuple):
     accuracy: float
 
 
-def check(network: ptq.Workload, arguments: Arguments) -> list[Row]:
+def check(network: ptq.Workload, arguments: Arguments) -> Iterator[Row | Unmet]:
     """Suggest widths for each budget, and calibrate with them; the first row is that of 8 bits."""
     given = np.concatenate(network.batches)
     x, labels = network.x[: arguments.examples], network.labels[: arguments.examples]
@@ -126,16 +139,19 @@ def check(network: ptq.Workload, arguments: Arguments) -> list[Row]:
     variables = sq.calibrate(qmodel, network.variables, network.batches)
     analysis = sq.analyze(qmodel, variables, network.batches, network.variables)
     most = sq.suggest(analysis, sq.MaxBytes(10**12), widths=(8,)).nbytes
-    rows = [row("8 bits", most, analysis.sqnr, sq.SimQATConfig())]
+    yield row("8 bits", most, analysis.sqnr, sq.SimQATConfig())
     sizes = [int(share * most) for share in arguments.shares]
     least = [analysis.sqnr - loss for loss in arguments.losses]
     budgets = [(f"{size:,} bytes", sq.MaxBytes(size)) for size in sizes]
     budgets += [(f"{decibels:.2f} dB", sq.MinSqnr(decibels)) for decibels in least]
     budgets += [(f"{drop:.1%} drop", sq.MaxDrop(drop)) for drop in arguments.drops]
     for name, budget in budgets:
-        found = sq.suggest(analysis, budget)
-        rows.append(row(name, found.nbytes, found.sqnr, found.config))
-    return rows
+        try:
+            found = sq.suggest(analysis, budget)
+        except ValueError as error:
+            yield Unmet(name, str(error))
+        else:
+            yield row(name, found.nbytes, found.sqnr, found.config)
 
 
 def _logits(module: nn.Module, variables: Any, x: np.ndarray) -> np.ndarray:
@@ -161,12 +177,18 @@ def main() -> None:
     table = Table(title=f"{arguments.network}, {len(x):,} examples, float {top:.2%}")
     for column in ("budget", "bytes", "in model", "promised", "kept", "as float", "top-1"):
         table.add_column(column, justify="right")
+    console = Console(width=80)
     for row in check(network, arguments):
+        if isinstance(row, Unmet):
+            table.add_row(row.budget, "unmet")
+            console.print(f"{row.budget}: {row.reason}", highlight=False)
+            continue
+        console.print(f"{row.budget}: {row.accuracy:.2%}", highlight=False)
         sizes = f"{row.nbytes:,}", f"{row.in_model:,}"
         noise = f"{row.promised:.2f} dB", f"{row.kept:.2f} dB"
         shares = f"{row.alike:.2%}", f"{row.accuracy:.2%}"
         table.add_row(row.budget, *sizes, *noise, *shares)
-    Console(width=80).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":

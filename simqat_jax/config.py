@@ -15,8 +15,6 @@ from simqat_jax.rules import Rule, checked_width, weight_spec
 
 FloatParts = Literal["allow", "refuse"]
 """What `convert` does with what has no exact integer form."""
-Keys = tuple[str, ...]
-"""Of dictionaries, one inside the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,11 +132,13 @@ class SimQATConfig:
         What it leaves out has its default; `weight_bits` and `activation_bits` are taken as well.
 
         Args:
-          fields: by name; `version` may be left out.
+          fields: by name; `version` may be left out. Or a dictionary with one such within, as
+            `config.json` and `results.json` of a run have it.
 
         Raises:
           TypeError: no dictionary, a field of the wrong type.
-          ValueError: another version, an unknown field; what the fields refuse.
+          ValueError: another version, an unknown field; several configurations within; what the
+            fields refuse.
 
         Examples:
           >>> config = SimQATConfig.from_dict({"weight_bits": 4, "rules": [{"path": "head"}]})
@@ -147,6 +147,9 @@ class SimQATConfig:
         """
         if not isinstance(fields, Mapping):
             raise TypeError(f"the recipe must be a dictionary, got {shown(fields)}.")
+        within = list(_recipes_inside(fields))
+        if len(within) == 1 and not fields.keys() & _parameters(cls).keys():
+            return cls.from_dict(within[0][1])
         given = dict(fields)
         version = given.pop("version", RECIPE_VERSION)
         if version != RECIPE_VERSION:
@@ -155,11 +158,10 @@ class SimQATConfig:
                 f"{RECIPE_VERSION}. Write it again with SimQATConfig.to_json."
             )
         unknown = given.keys() - _parameters(cls).keys()
-        inside = next(_recipes_inside(fields), None) if unknown else None
-        if inside is not None:
-            keys = "".join(f"[{key!r}]" for key in inside)
+        if unknown and within:
             raise ValueError(
-                f"the dictionary is no recipe, but holds one: SimQATConfig.from_dict(given{keys})."
+                f"the dictionary is no recipe, but holds {len(within)}. Pass one of them: "
+                f"SimQATConfig.from_dict(given{within[0][0]})."
             )
         return _from_fields(cls, given, "the recipe")
 
@@ -209,13 +211,14 @@ def _parameters(kind: type) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(kind).parameters)
 
 
-def _recipes_inside(given: Mapping[str, Any], path: Keys = ()) -> Iterator[Keys]:
-    """Yield where a dictionary holds what `to_dict` returned: settings of a run, for instance."""
+def _recipes_inside(given: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping]]:
+    """Yield what `to_dict` returned, within a dictionary, and where: "['settings']['quant']"."""
     for key, value in given.items():
         if isinstance(value, Mapping):
+            where = f"{path}[{key!r}]"
             if {"version", "weight", "activation"} <= value.keys():
-                yield (*path, key)
-            yield from _recipes_inside(value, (*path, key))
+                yield where, value
+            yield from _recipes_inside(value, where)
 
 
 def _from_fields(kind: type[T], given: Any, where: str) -> T:

@@ -1,6 +1,6 @@
 """Analyze a quantized model: which tensor is clipped, which layer hurts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from simqat_jax.calibration.batches import Batches, arguments
 from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.ir.plan import Placement
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.arguments import check_flag, check_mapping
+from simqat_jax.numerics.arguments import check_flag, check_mapping, shown
 from simqat_jax.training.module import Method, QuantizedModule
 from simqat_jax.training.ranges import STEP, ranges_and_steps, restored
 
@@ -67,6 +67,7 @@ def analyze(
     data = [args for _, args in arguments(batches, "analyze", False)]
     study = Study(call, variables, float_variables, data)
     placement, layers = study.stages.placement, study.stages.layers
+    ranges = _ranges(placement, history)
     line = Counter("analyze", study.batches * (1 + len(layers.names)), progress)
     compared = study.compare(line.done)
     line.end()
@@ -75,7 +76,7 @@ def analyze(
         tensors=_tensors(study, compared),
         sqnr=compared.error.sqnr,
         examples=study.examples,
-        ranges=_ranges(placement, history),
+        ranges=ranges,
         study=study,
     )
 
@@ -124,6 +125,11 @@ def _ranges(
     placement: Placement, history: Sequence[VariableDict]
 ) -> dict[str, tuple[RangeAt, ...]]:
     """Return what each range was in some states of training, in their order."""
+    if isinstance(history, Mapping):
+        raise TypeError(
+            "history must be a list of variables, each of one training step, got "
+            f"{shown(history)}. Pass history=[variables]."
+        )
     found: dict[str, list[RangeAt]] = {name: [] for name in placement.stateful} if history else {}
     for variables in history:
         check_mapping("history", variables, "Pass a list of variables, each of one training step.")

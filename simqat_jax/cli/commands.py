@@ -86,6 +86,8 @@ class Bench:
 
     def run(self) -> int:
         """Print the median and the 99th percentile."""
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"--json {self.json}: there is no folder {self.json.parent}; make it.")
         files = [self.file] if self.against is None else [self.file, self.against]
         found = bench(files, self.threads, self.batch, self.calls)
         foot = f"{self.calls} calls of {self.batch} examples on {self.threads} threads, of "

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         command = _parsed(sys.argv[1:] if arguments is None else arguments)
-        return 0 if command is None else command.run()
+        status = 0 if command is None else command.run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `simqat inspect FILE | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # runtimes raise errors of their own
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"simqat: {reason}", file=sys.stderr)

@@ -160,7 +160,12 @@ class End:
     @property
     def text(self) -> str:
         """Return what it is: what was given, then type, scale and zero point."""
-        return _sentences(self.about.description, kind_text(self.dtype, self.codes))
+        return sentences(self.about.description, self.kind)
+
+    @property
+    def kind(self) -> str:
+        """Return type, scale and zero point."""
+        return kind_text(self.dtype, self.codes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it, without what is empty."""
@@ -235,19 +240,23 @@ def notes(
     title = " ".join(filter(None, (metadata.name, metadata.version)))
     made = ", ".join(filter(None, (title, metadata.author, metadata.license)))
     if made or metadata.description:
-        yield _sentences(made, metadata.description)
+        yield sentences(made, metadata.description)
     for name, about in ends:
-        parts = [about.description]
-        if about.means:
-            mean, std = (_listed(v) for v in (about.means, about.stds))
-            parts.append(f"made of raw values by (raw - {mean}) / {std}")
-        if about.labels:
-            listed = "" if whole else f": {some(about.labels)}"
-            parts.append(f"{len(about.labels)} labels{listed}")
+        parts = (about.description, *told(about, whole))
         if any(parts):
-            yield f"{name}: {_sentences(*parts)}"
+            yield f"{name}: {sentences(*parts)}"
         if whole:
             yield from (f"  {place} {label}" for place, label in enumerate(about.labels))
+
+
+def told(about: TensorMetadata, whole: bool = False) -> Iterator[str]:
+    """Yield what is said besides a description; `whole`: labels are listed elsewhere."""
+    if about.means:
+        mean, std = (_listed(v) for v in (about.means, about.stds))
+        yield f"made of raw values by (raw - {mean}) / {std}"
+    if about.labels:
+        listed = "" if whole else f": {some(about.labels)}"
+        yield f"{len(about.labels)} labels{listed}"
 
 
 def _numbers(field: str, given: Any) -> tuple[float, ...]:
@@ -285,7 +294,8 @@ def _check_fits(end: End, tensor: Tensor) -> None:
         )
 
 
-def _sentences(*parts: str) -> str:
+def sentences(*parts: str) -> str:
+    """Join what is not empty."""
     return ". ".join(part.rstrip(".") for part in parts if part)
 
 

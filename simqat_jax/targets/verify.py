@@ -8,7 +8,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +303,11 @@ def verify_files(
     return status
 
 
+class _OneLine(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `simqat-verify MODEL FILE --data DATA`, an alias of `simqat verify`.
 
@@ -310,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       0 where all codes are equal, 1 where some differ, 2 where something could not be checked;
       then one line says why.
     """
-    parser = argparse.ArgumentParser(prog="simqat-verify", description=__doc__)
+    parser = _OneLine(prog="simqat-verify", description=__doc__)
     parser.add_argument("model", type=Path, help="an integer model, as IntegerModel.save wrote it")
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="file", help="*.onnx or *.tflite, written from it"

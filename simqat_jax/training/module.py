@@ -139,8 +139,7 @@ class QuantizedModule(nn.Module):
         if capture_intermediates:  # as Flax does
             mutable = union_filters(mutable, "intermediates")
         result = super().apply(variables, *args, method=called, mutable=mutable, **kwargs)
-        if self._sample is None:
-            _remember(self, variables, args, {**kwargs, "method": method})
+        _remember(self, variables, args, {**kwargs, "method": method})
         return result
 
     @nn.nowrap
@@ -166,6 +165,7 @@ class QuantizedModule(nn.Module):
         check_method(method, self.module)
         output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
         variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
+        object.__setattr__(self, "_sample", None)  # of another model, perhaps
         _remember(self, variables, args, {**kwargs, "method": method})
         return output, variables
 
@@ -298,6 +298,7 @@ def trace(
       ValueError: what the call itself raises; an exclusion that matches nothing.
     """
     check_method(method, qmodule.module)
+    _remember(qmodule, variables, args, {**kwargs, "method": method})
     floats = {k: v for k, v in variables.items() if k not in OWN}
     own = type(qmodule.module).__call__, QuantizedModule.__call__
     if method == "__call__" or _function(method) in own:
@@ -319,6 +320,9 @@ def trace(
 def _remember(
     qmodule: QuantizedModule, variables: VariableDict, args: tuple, kwargs: Kwargs
 ) -> None:
+    """Keep the shapes of the first call from outside, for `print`."""
+    if qmodule.scope is not None or qmodule._sample is not None:
+        return
     kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
     sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))
     object.__setattr__(qmodule, "_sample", sample)

@@ -1,12 +1,14 @@
 """SimQAT: wrap a Flax module so that it trains and evaluates with simulated quantization."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 
 from simqat_jax.config import SimQATConfig
 from simqat_jax.numerics.arguments import shown
 from simqat_jax.training.module import QuantizedModule
+from simqat_jax.training.network import short
 
 
 class SimQAT:
@@ -34,6 +36,9 @@ class SimQAT:
             )
         self.config = config
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({short(self.config)})"
+
     def apply(self, module: nn.Module, *, name: str | None = None) -> "QuantizedModule":
         """Return a module that computes `module` with simulated quantization.
 
@@ -56,8 +61,11 @@ class SimQAT:
             )
         if isinstance(module, type) or not isinstance(module, nn.Module):
             remedy = f" Construct it: {module.__name__}(...)." if isinstance(module, type) else ""
+            if isinstance(module, Mapping):
+                remedy = " These may be its variables: the module comes first."
             raise TypeError(
-                f"SimQAT.apply takes an instance of a flax.linen Module, got {module!r}.{remedy}"
+                "SimQAT.apply takes an instance of a flax.linen Module, got "
+                f"{shown(module)}.{remedy}"
             )
         if isinstance(module, QuantizedModule):
             raise ValueError("SimQAT was applied twice: the module is already quantization-aware.")

@@ -203,6 +203,12 @@ def test_ranges_of_training_and_progress(analyzed, capsys):
 # What is wrong ------------------------------------------------------------------------------------
 
 
+def test_one_state_in_the_place_of_a_history(analyzed):
+    with pytest.raises(TypeError, match=r"must be a list .* Pass history=\[variables\]"):
+        args = analyzed.qmodel, analyzed.variables, analyzed.batches[:1]
+        sq.analyze(*args, history=analyzed.variables)
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [([], "yielded nothing"), ([np.zeros((0, 5), np.float32)], "no example")],

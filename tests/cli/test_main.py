@@ -1,6 +1,7 @@
 """The command `simqat`: what it prints, and its status."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -202,6 +203,38 @@ def test_damaged_files(simqat, folder, suffix):
     for verb in ("inspect", "bench"):
         status, _, err = simqat(f"{verb} bad.{suffix}")
         assert status == 2 and err.count("\n") == 1 and f"bad.{suffix}" in err
+
+
+def test_bench_looks_for_the_folder_of_its_file_first(simqat, folder):
+    status, out, err = simqat("bench net.tflite --json nowhere/found.json")
+    assert (status, out) == (2, "") and "there is no folder nowhere; make it" in err
+    (folder / "nowhere").mkdir()
+    assert simqat("bench net.tflite --calls 2 --json nowhere/found.json")[0] == 0
+
+
+def test_a_reader_that_has_enough(folder):
+    command = [sys.executable, "-m", "simqat_jax.cli", "inspect", "net.onnx"]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        command, cwd=folder, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000])
+def test_what_protobuf_reads_as_an_empty_message(simqat, folder, content):
+    (folder / "junk.onnx").write_bytes(content)
+    status, _, err = simqat("inspect junk.onnx")
+    assert status == 2 and err.count("\n") == 1 and "junk.onnx is no ONNX file" in err
+
+
+def test_the_alias_says_what_is_missing_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        verification.main(["tflite.integer"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "--data" in err
 
 
 def test_the_alias_says_what_it_could_not_check(simqat):

@@ -150,7 +150,8 @@ def test_onnx_runtime_reads_it(models, tmp_path):
     real = (codes.astype(np.float32) - outputs[1]["zero_point"]) * np.float32(outputs[1]["scale"])
     np.testing.assert_array_equal(real, model(X, IDS)["scores"])
     infos = {info.name: info.doc_string for info in onnx.load(path).graph.input}
-    assert infos["input"].startswith("an image. int8 codes: real = ")
+    made = "made of raw values by (raw - [1, 2, 3]) / 64"
+    assert infos["input"].startswith(f"an image. {made}. int8 codes: real = ")
 
 
 IDS32 = IDS.astype(np.int32)

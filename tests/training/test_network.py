@@ -48,6 +48,14 @@ def test_a_call_tells_the_layers_as_init_does():
     assert str(called) == str(made)
 
 
+def test_what_makes_variables_without_init_tells_the_layers():
+    floats = TwoLayers().init(KEY, X)
+    calibrated, planned = (sq.SimQAT().apply(TwoLayers()) for _ in range(2))
+    variables = sq.calibrate(calibrated, floats, [X], progress=False)
+    planned.plan(variables, X)
+    assert str(calibrated) == str(planned) and "Dense_0: Dense" in str(planned)
+
+
 class Dropping(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
@@ -70,6 +78,10 @@ def test_one_line_that_says_what_it_is():
     config = sq.SimQATConfig(weight_bits=4, exclude=["head", "stem"])
     text = repr(sq.SimQAT(config).apply(TwoLayers()))
     assert text == "QuantizedModule(TwoLayers: 4-bit weights, 8-bit activations, 2 exclusions)"
+
+
+def test_what_applies_it_says_so_too():
+    assert repr(sq.SimQAT()) == "SimQAT(8-bit weights, 8-bit activations)"
 
 
 def test_copies_are_equal():

@@ -32,6 +32,8 @@ def list_onnx(path: Path) -> Listing:
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
     except Exception as error:  # of protobuf, which has classes of its own
         raise ValueError(f"{path} is no ONNX file, or damaged: {error}") from error
+    if not (model.ir_version and model.graph.output):  # protobuf reads much as an empty message
+        raise ValueError(f"{path} is no ONNX file, or damaged: it has no graph with outputs.")
     listing = _Reader(onnx, model.graph).listing()
     return dataclasses.replace(listing, said=said_by(lambda: read_metadata(model)))
 

@@ -4,7 +4,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from simqat_jax.targets.metadata import Described, End, FileMetadata, TensorMetadata
+from simqat_jax.targets.metadata import (
+    Described,
+    End,
+    FileMetadata,
+    TensorMetadata,
+    sentences,
+    told,
+)
 
 OnnxObject = Any
 """A message of ONNX, which has no types."""
@@ -30,7 +37,7 @@ def describe(
     graph = model.graph
     for key, ends, infos in zip(_ENDS, (inputs, outputs), (graph.input, graph.output), strict=True):
         for end, info in zip(ends, infos, strict=True):
-            info.doc_string = end.text
+            info.doc_string = sentences(end.about.description, *told(end.about), end.kind)
         _put(model, key, json.dumps([end.to_dict() for end in ends], ensure_ascii=False))
 
 
@@ -41,12 +48,16 @@ def read_metadata(model: OnnxObject) -> Described:
     """
     properties = {p.key: p.value for p in model.metadata_props}
     about = {field: properties.get(key, "") for field, key in _PROPERTIES.items()}
-    told = [end for key in _ENDS for end in json.loads(properties.get(key, "[]"))]
-    ends = {end["name"]: {k: end[k] for k in _TOLD if k in end} for end in told}
-    tensors = [
-        (info.name, TensorMetadata(**ends.get(info.name, {}) | {"description": info.doc_string}))
-        for info in (*model.graph.input, *model.graph.output)
-    ]
+    given = [end for key in _ENDS for end in json.loads(properties.get(key, "[]"))]
+    ends = {end["name"]: {k: end[k] for k in _TOLD if k in end} for end in given}
+
+    def said(info: OnnxObject) -> TensorMetadata:
+        about, text = ends.get(info.name, {}), info.doc_string
+        for part in told(TensorMetadata(**about)):
+            text = text.replace(f"{part}. ", "")
+        return TensorMetadata(**about | {"description": text})
+
+    tensors = [(info.name, said(info)) for info in (*model.graph.input, *model.graph.output)]
     return FileMetadata(description=model.doc_string, **about), tensors
 
 

@@ -66,9 +66,8 @@ def analyze(
     call = EvaluationCall(qmodule, method, kwargs)
     data = [args for _, args in arguments(batches, "analyze", False)]
     study = Study(call, variables, float_variables, data)
-    placement, layers = study.stages.placement, study.stages.layers
-    ranges = _ranges(placement, history)
-    line = Counter("analyze", study.batches * (1 + len(layers.names)), progress)
+    ranges = _ranges(study.stages.placement, history)
+    line = Counter("analyze", study.batches * (1 + len(study.stages.layers.names)), progress)
     compared = study.compare(line.done)
     line.end()
     return Analysis(

@@ -165,7 +165,7 @@ class QuantizedModule(nn.Module):
         check_method(method, self.module)
         output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
         variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
-        object.__setattr__(self, "_sample", None)  # of another model, perhaps
+        object.__setattr__(self, "_sample", None)  # init decides anew
         _remember(self, variables, args, {**kwargs, "method": method})
         return output, variables
 

@@ -25,8 +25,8 @@ QUICKLY := --xla_cpu_use_fusion_emitters=false
 quickly = $(shell XLA_FLAGS=$(QUICKLY) $(RUN) -c 'import jax; jax.devices()' >/dev/null 2>&1 && echo $(QUICKLY))
 
 test: venv
-	XLA_FLAGS=$(quickly) $(RUN) -m pytest -n 2 -m 'not nightly and not optimized'
-	$(RUN) -m pytest -n 2 -m 'optimized and not nightly'
+	XLA_FLAGS=$(quickly) $(RUN) -m pytest -n 2 --dist worksteal -m 'not nightly and not optimized'
+	$(RUN) -m pytest -n 2 --dist worksteal -m 'optimized and not nightly'
 
 ROUNDS ?= 3
 test-faults: venv  ## end runs of 1, 2 and 4 processes on the way, and compare what they come to
@@ -37,7 +37,7 @@ test-versions:  ## the tests marked so, with the oldest and the newest that pypr
 	$(if $(NEWEST),$(MAKE) test-newest,@echo "SKIPPED: the newest; no python3.14, 3.13 or 3.12.")
 
 test-oldest test-newest: test-%: .venv-%/.installed
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python -m pytest -n 2 -m versions \
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal -m versions \
 	  --ignore-glob 'tests/*experiments*'
 
 .venv-oldest/.installed: pyproject.toml .ci/lower_bounds.py

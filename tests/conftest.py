@@ -1,10 +1,16 @@
 """Every silent rank promotion is an error, as is every warning (pyproject.toml)."""
 
 import os
+import time
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than running small models. Tests of bits ask for `optimized`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# What has been compiled serves all workers, the commands that they start, and the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import compilation
 import hypothesis
@@ -20,6 +26,15 @@ hypothesis.settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
 )
 hypothesis.settings.load_profile("simqat")
+
+
+def pytest_configure(config):
+    """Forget what was compiled days ago, once a run."""
+    if not hasattr(config, "workerinput"):
+        old = time.time() - 3 * 24 * 3600
+        for file in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob("*"):
+            if file.stat().st_mtime < old:
+                file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")

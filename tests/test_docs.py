@@ -353,12 +353,37 @@ COLUMNS = 80
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS.rglob("*.md")], ids=lambda p: p.stem)
 def test_code_on_a_page_is_not_cut_off(page):
     blocks = re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert not [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS]
+    assert not too_wide(blocks)
 
 
-@pytest.mark.parametrize(
-    "path", [*(ROOT / "notebooks").glob("*.ipynb")], ids=lambda path: path.stem
-)
+def too_wide(blocks: list[str]) -> list[str]:
+    """The lines of code that a page shows only when scrolled."""
+    return [line for block in blocks for line in block.splitlines() if len(line) > COLUMNS]
+
+
+def cells(path: pathlib.Path) -> list[str]:
+    """The code of a notebook, a string for each cell."""
+    found = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+NOTEBOOKS = [*(ROOT / "notebooks").glob("*.ipynb")]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_code_in_a_notebook_is_not_cut_off(path):
+    assert cells(path) and not too_wide(cells(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_need_the_package_alone(path):
+    """And not the experiments, which are in the repository and not in the wheel."""
+    code = "\n".join(cells(path))
+    assert "import simqat_jax as sq" in code
+    assert not re.search(r"^\s*(from|import) experiments\b", code, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_hide_what_draws(path):
     """The site shows the figure, and its code on request."""
     cells = json.loads(path.read_text())["cells"]

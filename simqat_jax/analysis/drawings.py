@@ -11,10 +11,13 @@ from simqat_jax.analysis.measurement import Measurement
 from simqat_jax.analysis.measures import decibels
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
 from simqat_jax.files import atomic_file, import_extra
+from simqat_jax.ir.table import shortened
 
 _ACROSS, _DOWN = 4, 6
 """Histograms or ranges of a figure; of more there are more figures."""
 _MOST_LAYERS = 40
+_TITLE = 36
+"""Letters of a title, at most."""
 _BLUE, _RED = "#3b7dd8", "#c2410c"
 _TICKS = 32
 """Codes that are marked in a histogram, at most."""
@@ -122,7 +125,7 @@ def _histogram(axes: Any, tensor: TensorAnalysis) -> None:
             axes.axvspan(edge, edge + out, color=_RED, alpha=0.2, lw=0)
             axes.bar(edge, np.sqrt(count), out, align="edge", color=_RED)
     axes.set_yticks([])
-    axes.set_title(_end(tensor.name), fontsize=8)
+    axes.set_title(shortened(tensor.name, _TITLE), fontsize=8)
     axes.tick_params(labelsize=7)
     text = f"{decibels(tensor.sqnr)}, {tensor.clipped:.2%} clipped"
     text += f", a line for {marked.step} codes" if marked.step > 1 else ""
@@ -136,7 +139,7 @@ def _range(axes: Any, part: tuple[str, Sequence[RangeAt]]) -> None:
     axes.fill_between(steps, lows, highs, color=_BLUE, alpha=0.3)
     for values in (lows, highs):
         axes.plot(steps, values, color=_BLUE, marker=".")
-    axes.set_title(_end(name), fontsize=8)
+    axes.set_title(shortened(name, _TITLE), fontsize=8)
     axes.tick_params(labelsize=7)
     axes.set_xlabel("step", fontsize=7)
 
@@ -144,7 +147,3 @@ def _range(axes: Any, part: tuple[str, Sequence[RangeAt]]) -> None:
 def _figure(width: float, height: float) -> Figure:
     module: Any = import_extra("matplotlib.figure", "report")
     return module.Figure(figsize=(width, height), layout="constrained")
-
-
-def _end(name: str) -> str:
-    return name if len(name) <= 36 else f"...{name[-33:]}"

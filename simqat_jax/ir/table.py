@@ -125,7 +125,7 @@ def _told_apart(paths: Sequence[str]) -> int:
 
 
 def _longest_word(texts: Sequence[str]) -> int:
-    return max((len(word) for text in texts for word in _bound(text).split()), default=0)
+    return max((len(word) for text in texts for word in _bound(text).split(" ")), default=0)
 
 
 def _broken(text: str, column: Column, width: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Literal
 _NARROW = 80
 _LEAST = 12
 """Characters of a column that gives up some, at least."""
-_PART = 7
+_PART = 6
 """Characters of a part of a path, at least."""
 _BETWEEN = "  "
 _NO_BREAK = "\N{NO-BREAK SPACE}"

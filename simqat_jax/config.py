@@ -34,7 +34,8 @@ class SimQATConfig:
       freeze_bn: training step from which BatchNorm uses its running statistics and leaves them
         alone; None: never.
       exclude: module paths that stay float, with everything inside them: `"Dense_2"`, `"head/*"`
-        (patterns as in `Rule.path`). A pattern that matches no module is an error.
+        (patterns as in `Rule.path`). A pattern that matches no module or product is an
+        error: another operation takes `Rule(path=..., quantize=False)`.
       rules: what is quantized otherwise, behind `exclude`; the first that matches decides. A rule
         that decides nothing, or a part of one without effect, is an error.
       backend: whose rounding of sums and products of tensors evaluation mirrors, code for code:

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.analysis.measurement import Measurement
+from simqat_jax.analysis.measures import decibels
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
-from simqat_jax.analysis.table import decibels
 from simqat_jax.files import atomic_file, import_extra
+from simqat_jax.ir.table import shortened
 
 _ACROSS, _DOWN = 4, 6
 """Histograms or ranges of a figure; of more there are more figures."""
 _MOST_LAYERS = 40
+_TITLE = 36
+"""Letters of a title, at most."""
 _BLUE, _RED = "#3b7dd8", "#c2410c"
-_FEW = 64
-"""Codes that are drawn as lines, at most."""
+_TICKS = 32
+"""Codes that are marked in a histogram, at most."""
 Figure = Any
 """A `matplotlib.figure.Figure`; matplotlib may be missing."""
 
@@ -89,20 +92,43 @@ def _pages(name: str, parts: Sequence[Any], draw: Any) -> Iterator[tuple[str, Fi
         yield name if len(pages) == 1 else f"{name}-{number}", figure
 
 
-def _histogram(axes: Any, tensor: TensorAnalysis) -> None:
-    """Draw how often values lie where, as the page does, with codes as lines where they are few."""
+def marked_codes(tensor: TensorAnalysis) -> range:
+    """Return the codes of a grid that are marked, counted from the lowest: all, or each 2nd, ..."""
     codes = tensor.spec.qmax - tensor.spec.qmin + 1
-    lo, hi = tensor.grid
-    half = (hi - lo) / (2 * (codes - 1) or 1)  # bins reach half a step beyond the lowest code
+    every = 1
+    while codes > every * _TICKS:
+        every *= 2
+    return range(0, codes, every)
+
+
+def clipped_counts(tensor: TensorAnalysis) -> tuple[float, float]:
+    """Return how many values lie below and above the grid."""
+    everything = sum(tensor.counts) / ((1 - tensor.clipped) or 1)
+    return everything * tensor.below, everything * tensor.above
+
+
+def _histogram(axes: Any, tensor: TensorAnalysis) -> None:
+    """Draw how often values lie where, as the page does: codes as lines, what is clipped in red."""
+    marked = marked_codes(tensor)
+    (lo, hi), steps = tensor.grid, marked.stop - 1
+    half = (hi - lo) / (2 * steps or 1)  # bins reach half a step beyond the lowest code
     edges = np.linspace(lo - half, hi + half, len(tensor.counts) + 1)
     axes.stairs(np.sqrt(tensor.counts), edges, fill=True, color=_BLUE)
-    if codes <= _FEW:
-        across = axes.get_xaxis_transform()  # values along x, shares of the height along y
-        axes.vlines(np.linspace(lo, hi, codes), 0, 1, "0.4", lw=0.5, transform=across)
+    across = axes.get_xaxis_transform()  # values along x, shares of the height along y
+    places = lo + (hi - lo) * np.array(marked) / (steps or 1)
+    axes.vlines(places, 0, 1, "0.4", lw=0.3, transform=across)
+    margin = 3 * (edges[1] - edges[0])
+    for count, edge, out in zip(
+        clipped_counts(tensor), edges[[0, -1]], (-margin, margin), strict=True
+    ):
+        if count:
+            axes.axvspan(edge, edge + out, color=_RED, alpha=0.2, lw=0)
+            axes.bar(edge, np.sqrt(count), out, align="edge", color=_RED)
     axes.set_yticks([])
-    axes.set_title(_end(tensor.name), fontsize=8)
+    axes.set_title(shortened(tensor.name, _TITLE), fontsize=8)
     axes.tick_params(labelsize=7)
     text = f"{decibels(tensor.sqnr)}, {tensor.clipped:.2%} clipped"
+    text += f", a line for {marked.step} codes" if marked.step > 1 else ""
     axes.set_xlabel(text, fontsize=7, color=_RED if tensor.clipped > 0.001 else "black")
 
 
@@ -113,7 +139,7 @@ def _range(axes: Any, part: tuple[str, Sequence[RangeAt]]) -> None:
     axes.fill_between(steps, lows, highs, color=_BLUE, alpha=0.3)
     for values in (lows, highs):
         axes.plot(steps, values, color=_BLUE, marker=".")
-    axes.set_title(_end(name), fontsize=8)
+    axes.set_title(shortened(name, _TITLE), fontsize=8)
     axes.tick_params(labelsize=7)
     axes.set_xlabel("step", fontsize=7)
 
@@ -121,7 +147,3 @@ def _range(axes: Any, part: tuple[str, Sequence[RangeAt]]) -> None:
 def _figure(width: float, height: float) -> Figure:
     module: Any = import_extra("matplotlib.figure", "report")
     return module.Figure(figsize=(width, height), layout="constrained")
-
-
-def _end(name: str) -> str:
-    return name if len(name) <= 36 else f"...{name[-33:]}"

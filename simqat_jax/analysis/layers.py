@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from simqat_jax.ir.plan import Placement, Step
-from simqat_jax.training.decisions import path_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ def layers_of(placement: Placement, leaves: int) -> Layers:
     for step in placement.steps:
         made = [v for node in step.nodes for v in node.outputs if v in placement.at]
         if made or step.node in placement.weights or step in with_constants:
-            name = path_of(placement, step) or step.node.op
+            name = step.path or step.node.op
             steps.append(name)
             kinds.setdefault(name, step.node.kind)
         else:

@@ -1,5 +1,6 @@
 """What is measured of a tensor, summed up over batches."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -157,3 +158,10 @@ def joined(one: Summaries, other: Summaries) -> Summaries:
 
 def _spanned(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
     return min(one[0], other[0]), max(one[1], other[1])
+
+
+def decibels(value: float, sign: str = "") -> str:
+    """Write a ratio; an infinite one is that of values without an error."""
+    if math.isinf(value) and value > 0:
+        return "exact"
+    return f"{round(value, 1) + 0.0:{sign}.1f} dB"  # no "-0.0"

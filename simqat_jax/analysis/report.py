@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import NamedTuple
 
-from simqat_jax.analysis.drawings import write_pngs
+from simqat_jax.analysis.drawings import clipped_counts, marked_codes, write_pngs
 from simqat_jax.analysis.measurement import Measurement, check_measurements
+from simqat_jax.analysis.measures import decibels
 from simqat_jax.analysis.result import Analysis, RangeAt, TensorAnalysis
-from simqat_jax.analysis.table import decibels
 from simqat_jax.files import as_path, atomic_file, import_extra
 from simqat_jax.numerics.arguments import check_kind, check_mapping
 
 _WIDTH, _HEIGHT = 64, 24
 """Of a drawing, in its own units."""
-_TICKS = 32
-"""Codes that are marked below a histogram, at most."""
 
 
 def report(
@@ -169,8 +167,7 @@ def _longest(values: Sequence[float]) -> float:
 def _drawing(tensor: TensorAnalysis) -> _Drawing:
     """Draw how often values lie where: by the square root, so that tails can be seen."""
     assert len(tensor.counts) == _WIDTH, "a bar for each unit"
-    inside = sum(tensor.counts) / ((1 - tensor.clipped) or 1)
-    below, above = inside * tensor.below, inside * tensor.above
+    below, above = clipped_counts(tensor)
     most = math.sqrt(max(*tensor.counts, below, above, 1))
 
     def top(count: float) -> str:
@@ -182,15 +179,13 @@ def _drawing(tensor: TensorAnalysis) -> _Drawing:
         for x, count in ((-2, below), (_WIDTH + 1, above))
         if count
     ]
-    codes = tensor.spec.qmax - tensor.spec.qmin + 1
-    every = 1
-    while codes > every * _TICKS:
-        every *= 2
-    ticks = [f"M{_WIDTH * (code + 0.5) / codes:.2f},24v2" for code in range(0, codes, every)]
+    marked = marked_codes(tensor)
+    codes = marked.stop
+    ticks = [f"M{_WIDTH * (code + 0.5) / codes:.2f},24v2" for code in marked]
     (lo, hi), width = tensor.grid, _WIDTH / codes
     zero = width * (0.5 + (codes - 1) * -lo / (hi - lo)) if hi > lo else 0
     bars = f"M0,{_HEIGHT}{bars}V{_HEIGHT}Z"
-    return _Drawing(bars, "".join(outside), "".join(ticks), every, codes, zero)
+    return _Drawing(bars, "".join(outside), "".join(ticks), marked.step, codes, zero)
 
 
 def _curve(points: Sequence[RangeAt]) -> _Curve:

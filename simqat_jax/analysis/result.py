@@ -5,18 +5,33 @@ import html
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simqat_jax.analysis.measures import decibels
 from simqat_jax.analysis.plain import plain, read_json, restored
 from simqat_jax.analysis.study import Study
-from simqat_jax.analysis.table import decibels, table
 from simqat_jax.files import as_path, atomic_file, import_extra
+from simqat_jax.ir.table import Column, table
 from simqat_jax.numerics.observers import Role
 from simqat_jax.numerics.spec import QuantSpec
 
 _LAYERS, _TENSORS = 20, 10
 """Rows of the printed tables; all there is, is in `layers` and `tensors`."""
+_OF_LAYERS = (
+    Column("layer", "path"),
+    Column("kind", right=True),
+    Column("bits", right=True),
+    Column("it alone", right=True),
+    Column("gain if float", right=True),
+)
+_OF_TENSORS = (
+    Column("tensor", "path"),
+    Column("values", right=True),
+    Column("grid", right=True),
+    Column("clipped", right=True),
+    Column("SQNR", right=True),
+)
 _VERSION = 1
 """Of the dictionary that `to_dict` returns."""
 _WRITTEN = "Pass a file that Analysis.save wrote with this version."
@@ -135,9 +150,9 @@ class Analysis:
                 decibels(layer.alone_quantized),
                 decibels(layer.gain, sign="+"),
             )
-            for layer in self.layers
+            for layer in self.layers[:_LAYERS]
         ]
-        lines += table(("layer", "kind", "bits", "it alone", "gain if float"), rows, _LAYERS)
+        lines += [*table(_OF_LAYERS, rows), *_rest(self.layers, _LAYERS)]
         lines += ["", "tensors, the least like float first"]
         rows = [
             (
@@ -147,9 +162,9 @@ class Analysis:
                 f"{tensor.clipped:.2%}",
                 decibels(tensor.sqnr),
             )
-            for tensor in worst
+            for tensor in worst[:_TENSORS]
         ]
-        lines += table(("tensor", "values", "grid", "clipped", "SQNR"), rows, _TENSORS)
+        lines += [*table(_OF_TENSORS, rows), *_rest(worst, _TENSORS)]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,11 +222,12 @@ class Analysis:
         Raises:
           ImportError: the extra `report` is not installed.
         """
-        figure = import_extra("matplotlib.figure", "report").Figure(
-            figsize=(8, 1 + 0.3 * len(self.layers[:most])), layout="constrained"
-        )
         shown = self.layers[:most][::-1]
         names = [layer.name for layer in shown]
+        width = 7.5 + 0.085 * max(map(len, names), default=0)  # inches; of a letter, at 10 points
+        figure = import_extra("matplotlib.figure", "report").Figure(
+            figsize=(width, 1 + 0.3 * len(shown)), layout="constrained"
+        )
         for axes, title, values in zip(
             figure.subplots(1, 2, sharey=True),
             ("SQNR of the outputs, it alone quantized, dB", "gain if it is float, dB"),
@@ -221,3 +237,7 @@ class Analysis:
             axes.barh(names, [v if math.isfinite(v) else 0 for v in values])
             axes.set_xlabel(title)
         return figure
+
+
+def _rest(rows: Sequence[object], most: int) -> list[str]:
+    return [f"and {len(rows) - most} more"] if len(rows) > most else []

@@ -276,7 +276,8 @@ def _check_patterns(recorder: Recorder, module: nn.Module) -> None:
         if not any(rule.matches(name.split("/")) for name in names):
             raise ValueError(
                 f"SimQATConfig.exclude holds {pattern!r}, which matches no module of "
-                f"{type(module).__name__}. Its modules and products: {names}."
+                f"{type(module).__name__}. Its modules and products: {names}. "
+                f"An operation that is neither takes Rule(path={pattern!r}, quantize=False)."
             )
 
 

@@ -8,15 +8,16 @@ from typing import NamedTuple
 import numpy as np
 
 from simqat_jax.analysis.measurement import Measurement
-from simqat_jax.ir.sheet import Column, Line, Sheet
+from simqat_jax.ir.sheet import Line, Sheet
+from simqat_jax.ir.table import Column
 from simqat_jax.numerics.arguments import check_whole
 from simqat_jax.targets.listing import FileEnd
 from simqat_jax.targets.open_file import open_file, target_of
 
 _WARM_UP = 10
 _COLUMNS = (
-    Column("file", "end"),
-    Column("runtime", "start"),
+    Column("file", "path"),
+    Column("runtime", "words"),
     Column("p50 ms"),
     Column("p99 ms"),
     Column("p50, ratio"),

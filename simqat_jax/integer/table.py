@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 
 from simqat_jax.ir.program import Op, Program, Tensor
-from simqat_jax.ir.sheet import Column, Line, Sheet, number, some
+from simqat_jax.ir.sheet import Line, Sheet, number, some
+from simqat_jax.ir.table import Column
 from simqat_jax.numerics.packing import packed_width
 
 _COLUMNS = (
-    Column("layer", "end"),
-    Column("kind", "end"),
-    Column("shape", "start"),
+    Column("layer", "path"),
+    Column("kind", "words"),
+    Column("shape", "words"),
     Column("weight"),
-    Column("output", "start"),
+    Column("output", "words"),
     Column("bytes"),
 )
 

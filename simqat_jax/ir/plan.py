@@ -57,6 +57,8 @@ class Step:
       quantized: whether it runs on integers once converted.
       reason: why it does not, where the operation alone does not tell.
       rule: the place of the rule that decides it; None: none does.
+      path: what rules match; of an operation that is no module the module's path and its name, with
+        a number from the second quantized one on: "Block_0/add_1". Empty: the whole model.
     """
 
     node: Node
@@ -67,6 +69,7 @@ class Step:
     quantized: bool = False
     reason: str = ""
     rule: int | None = None
+    path: str = ""
 
     @property
     def nodes(self) -> tuple[Node, ...]:

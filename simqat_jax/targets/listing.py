@@ -4,15 +4,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from simqat_jax.ir.sheet import Column, Line, Sheet, some
+from simqat_jax.ir.sheet import Line, Sheet, some
+from simqat_jax.ir.table import Column
 from simqat_jax.targets.metadata import Codes, Described, FileMetadata, kind_text, notes
 
 _COLUMNS = (
-    Column("layer", "end"),
-    Column("operator", "start"),
-    Column("shape", "start"),
+    Column("layer", "path"),
+    Column("operator", "words"),
+    Column("shape", "words"),
     Column("type"),
-    Column("weights", "start"),
+    Column("weights", "words"),
     Column("bytes"),
 )
 

@@ -17,6 +17,7 @@ class Decision(NamedTuple):
     """How an operation is quantized.
 
     Attributes:
+      path: of the operation, as rules match it.
       rule: the place of the rule that decides it; None: the config does.
       quantize: False: it stays float.
       weight: of its kernel.
@@ -24,6 +25,7 @@ class Decision(NamedTuple):
       bn_fold: of the BatchNorm behind it.
     """
 
+    path: str
     rule: int | None
     quantize: bool
     weight: QuantSpec
@@ -31,7 +33,7 @@ class Decision(NamedTuple):
     bn_fold: BatchNormFold
 
     def finished(self, step: Step, weights: Container[Node], refused: Mapping[str, str]) -> Step:
-        """Add to a step how its BatchNorm is folded, and why it stays float.
+        """Add to a step its path, how its BatchNorm is folded, and why it stays float.
 
         Args:
           step: what is decided about.
@@ -44,7 +46,7 @@ class Decision(NamedTuple):
         reason = refused.get("/".join(step.node.path), "") if blamed else ""
         reason = reason or ("" if self.quantize else "excluded")
         fold = self.bn_fold if step.norm is not None and step.node in weights else "none"
-        return dataclasses.replace(step, fold=fold, reason=reason, rule=self.rule)
+        return dataclasses.replace(step, fold=fold, reason=reason, rule=self.rule, path=self.path)
 
 
 class Decisions:
@@ -56,12 +58,13 @@ class Decisions:
 
     def about(self, path: Sequence[str], kind: str) -> Decision:
         """Return what is decided about an operation, or an input of the model."""
-        return self.of(deciding(self.rules, path, kind))
+        return self.of(deciding(self.rules, path, kind), path)
 
-    def of(self, place: int | None) -> Decision:
-        """Return what the rule in a place decides; None: what the config does."""
+    def of(self, place: int | None, path: Sequence[str]) -> Decision:
+        """Return what the rule in a place decides of a path; None: what the config does."""
         rule, config = Rule() if place is None else self.rules[place], self.config
         return Decision(
+            "/".join(path),
             place,
             rule.quantize,
             rule.weight or config.weight,
@@ -87,7 +90,7 @@ def check_rules(placement: Placement, config: SimQATConfig) -> None:
             raise ValueError(f"{own} decides nothing. {_why(placement, rule)}")
         for part in rule.parts:
             if not _has_effect(placement, place, part):
-                names = dict.fromkeys([*(path_of(placement, step) for step in about), *inputs])
+                names = dict.fromkeys([*(step.path for step in about), *inputs])
                 raise ValueError(
                     f"{own}: {part} has no effect on what it decides: "
                     f"{', '.join(list(names)[:8])}{', ...' if len(names) > 8 else ''}. "
@@ -112,25 +115,16 @@ def _has_effect(placement: Placement, place: int, part: str) -> bool:
 
 
 def _why(placement: Placement, rule: Rule) -> str:
-    names = {step: path_of(placement, step) for step in placement.steps}
-    matching = [step for step, name in names.items() if rule.matches(name.split("/"))]
+    matching = [step for step in placement.steps if rule.matches(step.path.split("/"))]
     taken = next(
         (s for s in matching if s.rule is not None and rule.op in (None, s.node.kind)), None
     )
     if taken is not None:
-        return f"What it matches, {names[taken]}, an earlier rule decides: put it in front."
+        return f"What it matches, {taken.path}, an earlier rule decides: put it in front."
     if matching:
         kinds = ", ".join(sorted({step.node.kind for step in matching}))
         return f"What its path matches are operations of other kinds: {kinds}."
-    known = list(dict.fromkeys(p for name in names.values() for p in around(name.split("/"))))
+    paths = (step.path.split("/") for step in placement.steps)
+    known = list(dict.fromkeys(name for path in paths for name in around(path)))
     near = difflib.get_close_matches(rule.path, known, n=5, cutoff=0.4) or known[:10]
     return f"No module or operation has such a path; near it are {', '.join(map(repr, near))}."
-
-
-def path_of(placement: Placement, step: Step) -> str:
-    """Return the path that rules about a step match."""
-    if step.node.layer is not None:
-        return "/".join(step.node.layer.path)
-    if step.output in placement.at:
-        return placement.at[step.output].name.removesuffix("/output")
-    return "/".join((*step.node.path, step.node.op))

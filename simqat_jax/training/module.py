@@ -1,5 +1,6 @@
 """The module that computes a Flax module with simulated quantization."""
 
+import html
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -100,6 +101,10 @@ class QuantizedModule(nn.Module):
             variables, args, kwargs = self._sample
             plan = self.plan(variables, *args, **kwargs)
         return network(type(self.module).__name__, self.config, plan)
+
+    @nn.nowrap
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     @nn.nowrap
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 
 from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.sheet import terminal_width
+from simqat_jax.ir.table import terminal_width
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.training.plan_table import Plan, Row
 
@@ -80,6 +80,5 @@ def _wrapped(line: str) -> list[str]:
         line,
         terminal_width(),
         subsequent_indent=f"{indent}    ",
-        break_long_words=False,
         break_on_hyphens=False,
     )

@@ -88,13 +88,11 @@ def _row(
     placement: Placement, config: SimQATConfig, quantizers: dict[str, QuantizerInfo], step: Step
 ) -> Row:
     node = step.node
-    layer = node.layer
     output = placement.at.get(step.output)
     weight = placement.weights.get(node)
     keeps = placement.grids.get(step.output) if output is None else None
-    path = "/".join(layer.path if layer is not None else (*node.path, node.op))
     return Row(
-        path=path or node.op,
+        path=step.path or node.op,
         kind=node.kind,
         op=" + ".join(map(_describe, step.nodes)),
         weight=None if weight is None else quantizers[weight.name],

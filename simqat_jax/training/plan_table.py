@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from simqat_jax.ir.sheet import Column, Line, Sheet, number, some
+from simqat_jax.ir.sheet import Line, Sheet, number, some
+from simqat_jax.ir.table import Column
 from simqat_jax.numerics.folding import BatchNormFold
 from simqat_jax.numerics.observers import Role
 from simqat_jax.numerics.spec import QuantSpec
@@ -70,7 +71,8 @@ class Row:
     """One operation of a plan.
 
     Attributes:
-      path: the layer's path, or the path and the name of a functional operation.
+      path: the layer's path, or the path and the name of a functional operation, as `Rule.path`
+        takes it: "Block_0/add_1".
       kind: "conv", "dense", "matmul", "lookup", "batch_norm", "norm", "spread", "softmax",
         "log_softmax", "add", "mul", "extremum", "position", "mean", "concat", "elementwise",
         "clamp", "pass" or "float".
@@ -188,8 +190,8 @@ class Plan:
 
     def _sheet(self) -> Sheet:
         ruled = any(rule for *_, rule in self.inputs) or any(row.rule for row in self.rows)
-        titles = [Column("layer", "end"), Column("what it is", "start")]
-        titles += [Column("weight"), Column("output", "start")]
+        titles = [Column("layer", "path"), Column("what it is", "words")]
+        titles += [Column("weight"), Column("output", "words")]
         lines = [*self._input_lines(), *map(self._line, self.rows)]
         if not ruled:
             lines = [dataclasses.replace(line, cells=line.cells[:-1]) for line in lines]

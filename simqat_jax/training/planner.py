@@ -167,7 +167,7 @@ class _Planner:
         key = self.graph.repeated.get(step.output)
         node = self.last.get(key, step).node
         if isinstance(node, Float) and node.excluded_by is not None:
-            return self.decisions.of(node.excluded_by)
+            return self.decisions.of(node.excluded_by, (*node.path, node.op))
         if node.layer is not None:
             return self.decisions.about(node.layer.path, node.kind)
         name = self.names.get(key) or self.namer.unused("/".join((*node.path, node.op)), "/output")

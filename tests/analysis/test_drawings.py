@@ -36,15 +36,36 @@ def test_models(drawn):
 def test_histograms_lie_on_their_grids(drawn, analyzed):
     axes = dict(zip(analyzed.analysis.tensors, drawn["tensors"].axes, strict=False))
     tensor = analyzed.analysis.tensors["first/output"]
-    (steps,) = axes["first/output"].patches
+    steps = axes["first/output"].patches[0]
     values, edges, _ = steps.get_data()
     np.testing.assert_allclose(values**2, tensor.counts)
     step = (tensor.grid[1] - tensor.grid[0]) / 15
     assert edges[0] == pytest.approx(tensor.grid[0] - step / 2)
     assert edges[-1] == pytest.approx(tensor.grid[1] + step / 2)
-    (lines,) = axes["first/output"].collections
+    lines = axes["first/output"].collections[0]
     places = [segment[0][0] for segment in lines.get_segments()]
     np.testing.assert_allclose(places, tensor.grid[0] + step * np.arange(16), atol=1e-6)
+
+
+def test_codes_of_8_bits_and_what_is_clipped(analyzed):
+    tensor = analyzed.analysis.tensors["input"]
+    counts = (75,) + 63 * (0,)
+    tensor = dataclasses.replace(
+        tensor,
+        spec=sq.QuantSpec.activation(),
+        grid=(0.0, 255.0),
+        counts=counts,
+        below=0.25,
+        above=0.0,
+    )
+    drawn = dict(figures(dataclasses.replace(analyzed.analysis, tensors={"input": tensor}), []))
+    (axes,) = drawn["tensors"].axes
+    (lines,) = axes.collections
+    assert [line[0][0] for line in lines.get_segments()] == list(range(0, 256, 8))
+    assert axes.get_xlabel().endswith("25.00% clipped, a line for 8 codes")
+    _, shade, bar = axes.patches
+    assert shade.get_extents().x1 == bar.get_extents().x1  # both end where the grid begins
+    assert bar.get_x() == -0.5 and bar.get_width() < 0 and bar.get_height() ** 2 == 25
 
 
 def test_ranges(drawn):

@@ -66,6 +66,28 @@ def test_what_is_shown_fits_a_line_or_is_the_table(analyzed):
     assert page.startswith("<pre>outputs: 9.2 dB") and "a&lt;b" in page
 
 
+def test_rows_can_be_told_apart(analyzed, monkeypatch):
+    names = [f"Block_{k}/MultiHeadDotProductAttention_0/dot_general_1" for k in range(3)]
+    layers = tuple(dataclasses.replace(analyzed.analysis.layers[0], name=name) for name in names)
+    analysis = dataclasses.replace(analyzed.analysis, layers=layers)
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = str(analysis).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line[:8] for line in lines[4:7]] == ["Block_0/", "Block_1/", "Block_2/"]
+    monkeypatch.setenv("COLUMNS", "120")
+    assert all(name in str(analysis) for name in names)
+
+
+def test_titles_of_a_plot_do_not_meet(analyzed):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "Block_0/" * 10):
+        named = dataclasses.replace(analyzed.analysis.layers[0], name=name)
+        figure = dataclasses.replace(analyzed.analysis, layers=(named,)).plot()
+        figure.draw_without_rendering()
+        left, right = (axes.xaxis.label.get_window_extent() for axes in figure.axes)
+        assert left.x1 < right.x0
+
+
 def test_a_plot_has_a_bar_for_each_layer(analyzed):
     pytest.importorskip("matplotlib")
     left, right = analyzed.analysis.plot(most=2).axes

@@ -192,7 +192,7 @@ def test_a_bias_of_one_number_for_each_channel_belongs_to_the_product():
 
     qmodel, variables = initialized(Written(body), SEQUENCES)
     plan = qmodel.plan(variables, SEQUENCES)
-    assert [row.path for row in plan.rows] == ["w", "v", "add", "u", "add", "last"]
+    assert [row.path for row in plan.rows] == ["w", "v", "add", "u", "add_1", "last"]
 
 
 def test_a_kernel_that_is_used_twice_has_one_quantizer():

@@ -96,7 +96,7 @@ def test_an_earlier_rule_for_a_kind_keeps_it_out_of_a_float_module():
     plan = planned(*rules)[2]
     assert {"Block_0/Conv_0/kernel", "Block_0/Conv_1/kernel"} <= plan.quantizers.keys()
     floats = {path for path, note in plan.floats if "excluded" in note}
-    assert floats == {"Block_0/add"}
+    assert floats == {"Block_0/add", "Block_0/add_1"}
 
 
 def test_exclude_is_a_rule_in_front():
@@ -104,6 +104,8 @@ def test_exclude_is_a_rule_in_front():
     plan = planned(sq.Rule(path="Block_*", weight=W4), **config)[2]
     assert "Block_1/Conv_0/kernel" not in plan.quantizers
     assert {row.rule for row in plan.rows if row.path.startswith("Block_1/")} == {"exclude[0]"}
+    with pytest.raises(ValueError, match=r"takes Rule\(path='Block_1/add_1', quantize=False\)"):
+        planned(exclude=["Block_1/add_1"])
 
 
 def test_files_of_a_model_with_rules(tmp_path):

@@ -46,6 +46,7 @@ def test_a_call_tells_the_layers_as_init_does():
     called = sq.SimQAT().apply(TwoLayers())
     jax.jit(lambda v, x: called.apply(v, x, mutable=["quant_stats"]))(variables, X)
     assert str(called) == str(made)
+    assert made._repr_html_().startswith("<pre>TwoLayers, quantized: bn_fold=&#x27;")
 
 
 def test_what_makes_variables_without_init_tells_the_layers():

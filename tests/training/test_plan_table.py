@@ -92,14 +92,16 @@ def plan(x):
     return qmodel.plan(variables, x)
 
 
-def test_a_line_an_operation_of_80_columns(plan, monkeypatch):
+def test_a_row_an_operation_of_80_columns(plan, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = str(plan).splitlines()
     assert max(map(len, lines)) <= 80
     titles = next(i for i, line in enumerate(lines) if line.startswith("layer"))
     table = lines[titles + 1 : titles + 2 + len(plan.rows)]
     assert table[0].startswith("input") and table[-1].startswith("cumsum")
-    assert table[1].startswith("…") and "some_of_them_are  Dense 4" in table[1]
+    assert table[1].startswith("a_lay") and "_are  Dense 4" in table[1]
+    for q in plan.quantizers.values():
+        assert q.role == "weight" or q.limits in str(plan)  # no range is cut
     assert " 8 bits* " in table[1]  # the one kernel of three that has ranges by channel
     assert " 4 bits " in table[2] and table[2].endswith("rules[0]")
     assert "* not as most are" in str(plan)
@@ -113,6 +115,24 @@ def test_details_of_some_operations(plan):
     assert "4 bits, symmetric, narrow, per tensor, batch" in text and "decided by rules[0]" in text
     with pytest.raises(ValueError, match="no operation has a path like 'blok'"):
         plan.details("blok")
+
+
+class Sums(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(5)(x)
+        return nn.Dense(5)(x + y) + (x + y) * 0.5
+
+
+def test_rows_have_the_names_that_rules_take(x):
+    qmodel, variables = initialized(Sums(), x)
+    names = [row.path for row in qmodel.plan(variables, x).rows if row.output]
+    assert {"add", "add_1"} < set(names) and len(set(names)) == len(names)
+    for name in names:
+        rules = (sq.Rule(path=name, activation_bits=6),)
+        changed = initialized(Sums(), x, rules=rules)[0].plan(variables, x)
+        assert [r.path for r in changed.rows if r.output and r.output.spec.num_bits == 6] == [name]
+        assert changed.details(name).splitlines()[0] == name
 
 
 def test_notebooks(plan):

@@ -182,9 +182,11 @@ class _Process:
             yield
             return
 
-        def end() -> None:
+        process = self._process
+
+        def end() -> None:  # without `self`: a timer's thread outlives it for a moment
             late.set()
-            self._process.kill()
+            process.kill()
 
         timer = threading.Timer(self._timeout, end)
         timer.daemon = True

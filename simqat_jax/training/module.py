@@ -96,10 +96,8 @@ class QuantizedModule(nn.Module):
 
     @nn.nowrap
     def __str__(self) -> str:
-        plan = None
-        if self._sample is not None:
-            variables, args, kwargs = self._sample
-            plan = self.plan(variables, *args, **kwargs)
+        known = self._sample
+        plan = None if known is None else self.plan(known.variables, *known.args, **known.kwargs)
         return network(type(self.module).__name__, self.config, plan)
 
     @nn.nowrap
@@ -170,8 +168,7 @@ class QuantizedModule(nn.Module):
         check_method(method, self.module)
         output, made = super().init_with_output(rngs, *args, method=_quantized(method), **kwargs)
         variables = cast(dict[str, Any], made)  # or as Flax is configured to return them
-        object.__setattr__(self, "_sample", None)  # init decides anew
-        _remember(self, variables, args, {**kwargs, "method": method})
+        _remember(self, variables, args, {**kwargs, "method": method}, anew=True)
         return output, variables
 
     def _run(
@@ -323,10 +320,15 @@ def trace(
 
 
 def _remember(
-    qmodule: QuantizedModule, variables: VariableDict, args: tuple, kwargs: Kwargs
+    qmodule: QuantizedModule,
+    variables: VariableDict,
+    args: tuple,
+    kwargs: Kwargs,
+    *,
+    anew: bool = False,
 ) -> None:
-    """Keep the shapes of the first call from outside, for `print`."""
-    if qmodule.scope is not None or qmodule._sample is not None:
+    """Keep the shapes of a call from outside, of the first or `anew`, for `print`."""
+    if qmodule.scope is not None or not (anew or qmodule._sample is None):
         return
     kwargs = {k: v for k, v in kwargs.items() if k not in _FLAGS}
     sample = _Sample(*jax.tree.map(_shape, (dict(variables), args, kwargs)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilation import optimized
-from models import RNGS
+from models import RNGS, by_night
 from zoo import CASES, Case
 
 import simqat_jax as sq
@@ -110,7 +110,7 @@ class Subject:
         return run(self.floats.variables)
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=by_night(CASES), scope="module")
 def subject(request):
     return Subject(CASES[request.param])
 

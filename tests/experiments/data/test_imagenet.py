@@ -72,7 +72,7 @@ def test_worker_processes_yield_the_same(dataset: data.ImageData) -> None:
     _assert_same(list(dataset.train_batches(4, 0, 0, 2)), list(parallel.train_batches(4, 0, 0, 2)))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.nightly)])
 def test_processes_read_parts_of_the_same_batches(dataset: data.ImageData, workers: int) -> None:
     """Each example once in an epoch, augmented the same, for any number of processes."""
     part = data.load("imagenet2012", SIZE, workers)

@@ -300,7 +300,6 @@ def trace(
       ValueError: what the call itself raises; an exclusion that matches nothing.
     """
     check_method(method, qmodule.module)
-    _remember(qmodule, variables, args, {**kwargs, "method": method})
     floats = {k: v for k, v in variables.items() if k not in OWN}
     own = type(qmodule.module).__call__, QuantizedModule.__call__
     if method == "__call__" or _function(method) in own:
@@ -316,7 +315,9 @@ def trace(
         dry=dry,
         intermediates=intermediates,
     )
-    return capture(call, config=qmodule.config, forbidden=QuantizedModule)
+    captured = capture(call, config=qmodule.config, forbidden=QuantizedModule)
+    _remember(qmodule, variables, args, {**kwargs, "method": method})
+    return captured
 
 
 def _remember(

@@ -4,9 +4,11 @@ import copy
 import pickle
 import warnings
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 from models import TwoLayers
 
 import simqat_jax as sq
@@ -53,6 +55,8 @@ def test_what_makes_variables_without_init_tells_the_layers():
     floats = TwoLayers().init(KEY, X)
     calibrated, planned = (sq.SimQAT().apply(TwoLayers()) for _ in range(2))
     variables = sq.calibrate(calibrated, floats, [X], progress=False)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        planned.plan(variables, X[:, :-1])
     planned.plan(variables, X)
     assert str(calibrated) == str(planned) and "Dense_0: Dense" in str(planned)
 

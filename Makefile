@@ -54,7 +54,7 @@ test-oldest test-newest: test-%: .venv-%/.installed
 
 notebooks: venv  ## run them; the second one only where TFDS_DATA_DIR says where CIFAR-10 is
 	$(if $(TFDS_DATA_DIR),,@echo "02_cifar10_resnet.ipynb is skipped: TFDS_DATA_DIR is not set.")
-	$(RUN) -m pytest --nbmake --nbmake-timeout=1200 -n 2 \
+	XLA_FLAGS=$(quickly) $(RUN) -m pytest --nbmake --nbmake-timeout=1200 -n 2 \
 	  notebooks/01_mnist_lenet5.ipynb $(if $(TFDS_DATA_DIR),notebooks/02_cifar10_resnet.ipynb) \
 	  notebooks/03_vision_transformer.ipynb notebooks/04_low_bits.ipynb \
 	  notebooks/05_why_did_accuracy_drop.ipynb

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from compilation import quickly
 from zoo import ALIKE, Case
 
 import simqat_jax as sq
@@ -42,7 +43,10 @@ def step(qmodel: sq.QuantizedModule, variables: Any, *args: Any, **kwargs) -> tu
 def observed(
     model: nn.Module, *args: Any, config: sq.SimQATConfig | None = None, rngs: Any = RNGS, **kwargs
 ) -> tuple[sq.QuantizedModule, dict[str, Any], Any]:
-    """Initialise and observe one batch; return the quantized model, its variables, the output."""
+    """Initialise and observe one batch; return the quantized model, its variables, the output.
+
+    Compiled quickly: what tests compare is evaluation.
+    """
     qmodel = sq.SimQAT(config).apply(model)
 
     @jax.jit
@@ -51,7 +55,8 @@ def observed(
         y, updates = qmodel.apply(variables, *args, **kwargs, rngs=rngs, mutable=["quant_stats"])
         return {**variables, **updates}, y
 
-    return qmodel, *run()
+    with quickly():
+        return qmodel, *run()
 
 
 def trained(

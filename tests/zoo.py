@@ -302,5 +302,7 @@ ALIKE = (
     *("exact gelu", "prelu", "leaky_relu", "scaled", "dropout eval", "remat", "jit", "setup"),
     *("weight norm", "pre-activation", "concat with itself", "relu", "flatten"),
     *("strided", "dilated", "padding int", "padding pairs", "subtract", "multiply"),
+    *("padding CAUSAL", "padding REFLECT", "dense general", "scan over layers", "split", "stack"),
+    *("max_pool", "mean", "sum", "relu6", "sigmoid"),
 )
 """Cases whose operations other cases hold, in models alike, or tests of single operations."""

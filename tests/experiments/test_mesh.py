@@ -27,9 +27,13 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_eight_devices_train_as_one_does() -> None:
-    """In a process that has eight."""
+    """In a process that has eight, and that compiles quickly."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     subprocess.run([sys.executable, __file__], env=env, check=True)
 
 
@@ -76,8 +80,8 @@ def _one_step(phase: phases.Phase) -> tuple[phases.TrainState, jax.Array]:
 
 def check_a_step_is_that_of_one_device(directory: Path) -> None:
     """Ranges, BatchNorm's statistics, parameters and momentum, of a batch in two parts."""
-    for options in ({"accumulate": 2}, {"dtype": "bfloat16"}):
-        one, *others = (_one_step(_phase(directory, text, **options)) for text in MESHES)
+    for options, meshes in (({"accumulate": 2}, MESHES), ({"dtype": "bfloat16"}, MESHES[::2])):
+        one, *others = (_one_step(_phase(directory, text, **options)) for text in meshes)
         exact = options.get("dtype") != "bfloat16"  # whose sums differ in the 8th bit
         for state, loss in others:
             rtol, atol = (1e-6, 1e-6) if exact else (2e-2, 2e-2)

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from single_operations import (
     both,
@@ -37,7 +38,7 @@ def addition(backend, a, b, c, subtract=False, clamp=(0, 255)):
 
 @both
 @given(grids, grids, grids, seeds, st.booleans())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_additions(backend, folder, a, b, c, seed, subtract):
     codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
     compared(addition(backend, a, b, c, subtract, (seed % 100, 255)), folder, list(codes))
@@ -81,7 +82,7 @@ def test_additions_of_scales_that_differ_widely(backend, folder, scales, subtrac
 
 @both
 @given(grids, grids, grids, seeds)
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_products(backend, folder, a, b, c, seed):
     multiplier = np.float32(a[0]) * np.float32(b[0]) / np.float32(c[0])
     codes = np.random.default_rng(seed).integers(0, 256, (2, 999, 16)).astype(np.uint8)
@@ -93,7 +94,7 @@ def test_products(backend, folder, a, b, c, seed):
 
 @both
 @given(grids, seeds, st.sampled_from([(-1, 3, 5), (-1, 2, 4, 16)]), st.booleans())
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_extremes(backend, folder, a, seed, shape, constant):
     kind = ("maximum", "minimum")[seed % 2]
     model = single(backend, kind, (a, a, a), {}, shape=shape)
@@ -132,7 +133,7 @@ def test_positions(backend, folder, kind, shape):
 @pytest.mark.versions
 @both
 @given(grids, grids, seeds, st.integers(1, 300), st.booleans(), kernel_bits)
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_matrix_products(backend, folder, x, y, seed, depth, tie, bits):
     arrays = layer(np.random.default_rng(seed), x, y, (depth, 16), tie, bits)
     shapes = (-1, 2, depth), (-1, 2, 16)
@@ -218,7 +219,7 @@ def test_xnnpack_multiplies_sums_of_packed_kernels_by_16(folder, bias, held):
     st.booleans(),
     kernel_bits,
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_convolutions(backend, folder, x, y, seed, channels, window, padding, tie, bits):
     groups, features, out = channels
     lengths, strides, dilation = window[:2], window[2:4], window[4:]
@@ -243,7 +244,7 @@ def test_convolutions(backend, folder, x, y, seed, channels, window, padding, ti
 
 @both
 @given(grids, grids, seeds, st.sampled_from([(-1, 9), (-1, 3, 9), (-1, 2, 3, 9)]))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_batch_norms(backend, folder, x, y, seed, shape):
     arrays = layer(np.random.default_rng(seed), x, y, (9,), seed % 2)
     arrays["kernel"] = np.sign(arrays["kernel"]) * np.int8(127)
@@ -262,7 +263,7 @@ def test_batch_norms(backend, folder, x, y, seed, shape):
     st.sampled_from([[1, 2], [1], [2, 3], [1, 3], [1, 2, 3]]),
     st.sampled_from([None, 1.0, 7.0]),
 )
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_sums(backend, folder, x, y, seed, axes, divisor):
     shape = (-1, *map(int, np.random.default_rng(seed).integers(1, 8, 3)))
     divisor = np.float32(divisor or np.prod([shape[a] for a in axes]))
@@ -288,7 +289,7 @@ def test_means_of_large_images(backend, folder, side, ratio):
 
 @both
 @given(grids, grids, seeds, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1))
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_pooled_sums(backend, folder, x, y, seed, length, stride, pad):
     size = (6 + 2 * pad - length) // stride + 1
     attributes = {
@@ -309,7 +310,7 @@ def test_pooled_sums(backend, folder, x, y, seed, length, stride, pad):
 
 @both
 @given(grids, st.integers(0, 120), st.integers(121, 255))
-@settings(max_examples=10, deadline=None)
+@examples(10)
 def test_clips(backend, folder, x, lo, hi):
     codes = [np.arange(256, dtype=np.uint8).reshape(16, 16)]
     compared(single(backend, "clip", (x, x), {}, clamp=(lo, hi)), folder, codes)

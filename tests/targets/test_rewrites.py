@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from examples import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import simqat_jax as sq
@@ -35,7 +36,7 @@ def rewritten(rewrite, model, argument):
     return sq.IntegerModel(program)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     channels=st.integers(1, 3),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 7)),

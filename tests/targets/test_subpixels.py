@@ -3,7 +3,8 @@
 import flax.linen as nn
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from examples import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import converted as converted_case
 from models import export
@@ -47,7 +48,7 @@ def convolutions(draw, most, backend):
     return single(backend, "conv", (X, Y), attributes, arrays, (-1, *sizes, 4), (-1, *positions, 4))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(convolutions(3, "onnx"))
 def test_the_codes_stay_the_same(model):
     program = in_subpixels(model.program)
@@ -71,7 +72,7 @@ def differing(model, path, codes):
 
 
 @pytest.mark.parametrize("backend", ["onnx", "tflite"])
-@settings(max_examples=10)
+@examples(10)
 @given(st.data())
 def test_both_runtimes(backend, tmp_path_factory, data):
     model = data.draw(convolutions(2, backend))

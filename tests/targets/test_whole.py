@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from single_operations import both, compared, grids, integer_model, operation, random_codes, seeds
 
@@ -79,7 +80,7 @@ epsilons = st.sampled_from([2.0**-40, 1e-6, 3.0])
     st.booleans(),
     st.sampled_from([2.0**-40, 1e-6, 3]),
 )
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_norms(backend, folder, a, b, seed, length, kind, centered, epsilon):
     shape = (-1, 50, length)
     model = norm(backend, shape, grid(a), grid(b), (2,), 0, centered, epsilon, seed)
@@ -141,7 +142,7 @@ def spread(backend, shape, out, x, y, axes, centered=True, rooted=True, **guard)
 
 @both
 @given(grids, seeds, st.integers(1, 70), kinds, st.booleans(), st.booleans())
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_spreads(backend, folder, a, seed, length, kind, centered, rooted):
     x, rng = grid(a), np.random.default_rng(seed)
     codes = codes_of(rng, (2, 50, length), kind)
@@ -170,7 +171,7 @@ def test_spreads_over_any_axes(backend, folder, shape, axes):
 
 
 @given(grids, seeds, st.integers(2, 400), kinds, st.sampled_from(sorted(ROUNDINGS)))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_norms_are_those_of_real_numbers(a, seed, length, kind, backend):
     """Within a few units in the last place of float64."""
     codes = codes_of(np.random.default_rng(seed), (20, length), kind)
@@ -230,7 +231,7 @@ shares = st.tuples(st.floats(0.0005, 0.004), st.sampled_from([0, 3]))
 
 @both
 @given(scores, shares, seeds, st.integers(1, 70), kinds, st.booleans(), st.booleans())
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_softmax(backend, folder, a, b, seed, length, kind, masked, keeps):
     rng = np.random.default_rng(seed)
     mask = rng.random((1, 30, length)) < 0.5
@@ -293,7 +294,7 @@ def test_log_softmax_behind_a_mask(backend, folder, axis, scale):
 
 @both
 @given(scores, st.floats(0.005, 0.2), seeds, st.integers(1, 70), kinds)
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_log_softmax(backend, folder, a, scale, seed, length, kind):
     model = log_softmax(backend, (-1, 30, length), grid(a), grid((scale, 250)))
     codes = codes_of(np.random.default_rng(seed), (2, 30, length), kind)
@@ -336,7 +337,7 @@ def product(backend, rows, terms, columns, a, b, y, clamp=(0, 255)):
 
 @both
 @given(grids, grids, grids, seeds, *[st.integers(1, 20)] * 3)
-@settings(max_examples=8, deadline=None)
+@examples(8)
 def test_products_of_two(backend, folder, a, b, y, seed, rows, terms, columns):
     model = product(backend, rows, terms, columns, *map(grid, (a, b, y)), (seed % 100, 255))
     rng = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import quickly
 from models import RNGS
 from zoo import Model
 
@@ -34,8 +35,9 @@ def calibrated(model, x, config=None, **kwargs):
         _, updates = qmodel.apply(variables, x, **kwargs, rngs=RNGS, mutable=["quant_stats"])
         return {**variables, **updates}
 
-    variables = jax.jit(lambda: qmodel.init(RNGS, x, **kwargs))()
-    return qmodel, observe(observe(variables, x), 0.8 * x)
+    with quickly():
+        variables = jax.jit(lambda: qmodel.init(RNGS, x, **kwargs))()
+        return qmodel, observe(observe(variables, x), 0.8 * x)
 
 
 def evaluated(qmodel, variables, x, **kwargs):

@@ -9,7 +9,7 @@ from random_networks import differing, draw, module, shortest, text
 import simqat_jax as sq
 
 pytestmark = pytest.mark.optimized
-COUNT = int(os.environ.get("SIMQAT_RANDOM_NETWORKS", "20"))
+COUNT = int(os.environ.get("SIMQAT_RANDOM_NETWORKS", "12"))
 """How many networks are tried; `.ci/nightly` tries 100."""
 
 

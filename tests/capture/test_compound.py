@@ -243,7 +243,7 @@ def test_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
     model = Model(lambda x: [layer(x) for layer in (*map(attention, BIASED), windows)])
     qmodel, variables, _ = observed(model, X, config=config)
     y = jnp.stack(jax.jit(qmodel.apply)(variables, X))
-    floats = jnp.stack(model.apply({"params": variables["params"]}, X))
+    floats = jnp.stack(jax.jit(model.apply)({"params": variables["params"]}, X))
     assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
     integer = sq.convert(qmodel, variables, X)
     assert not integer.program.float_ops

@@ -114,26 +114,26 @@ def check_kernels_are_divided(directory: Path) -> None:
 def check_a_run_goes_on_anywhere(directory: Path) -> None:
     """A checkpoint holds the same bits on any mesh, and training ends as on one device."""
     ends = []
-    for text in MESHES:
+    one, many = MESHES[::2]
+    for text in (one, many):
         phase = _phase(directory / "whole" / text, text)
         ends.append(
             training.train(phase, phases.init_state(phase), lambda progress, state: None)[0]
         )
-    for end in ends[1:]:
-        _assert_close(ends[0].params, end.params, 1e-3, 1e-4)
-    written = _phase(directory / "whole" / MESHES[2])
+    _assert_close(ends[0].params, ends[1].params, 1e-3, 1e-4)
+    written = _phase(directory / "whole" / many)
     (step, _), last = sorted((int(p.name), p) for p in written.directory.iterdir())
     state, progress = checkpoints.restore(written.directory, step, phases.init_state(written))
-    for text in MESHES[::2]:
+    for text in (one, many):
         phase = _phase(directory / "moved" / text, text)
         placed = phase.layout.place(state)
         checkpoints.save(phase.directory, step, placed, progress, keep=2)
         again, _ = checkpoints.restore(phase.directory, step, phases.init_state(phase))
         jax.tree.map(np.testing.assert_array_equal, again, state)
         end, _ = training.train(phase, phases.init_state(phase), lambda progress, state: None)
-        _assert_close(ends[2].params, end.params, 1e-3, 1e-4)
-        if text == MESHES[2]:
-            jax.tree.map(np.testing.assert_array_equal, ends[2], end)
+        _assert_close(ends[1].params, end.params, 1e-3, 1e-4)
+        if text == many:
+            jax.tree.map(np.testing.assert_array_equal, ends[1], end)
     _, newest = last
     next((newest / "state" / "d").iterdir()).unlink()
     with pytest.raises(ExperimentError, match=f"^checkpoint {re.escape(str(newest))} is corrupt"):

@@ -23,7 +23,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_processes_ended_on_the_way_train_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_processes_ended_on_the_way_train_to_the_same_bits(
+    killed: bool, whole: Path, tmp_path: Path
+) -> None:
     """Two, by SIGTERM to one; two, by SIGKILL to the coordinator; then one with two devices."""
     run = killing.start(tmp_path / "run", count=2)
     run.wait_for(4)
@@ -33,11 +36,12 @@ def test_processes_ended_on_the_way_train_to_the_same_bits(whole: Path, tmp_path
     assert f"ended by SIGTERM, with checkpoint {run.directory}" in said[0]
     assert "--resume continues" in said[0] and "--resume" not in said[1]
 
-    run = killing.start(tmp_path / "run", "--resume", count=2)
-    run.wait_for(30)
-    run.processes[0].send_signal(signal.SIGKILL)
-    statuses, _ = run.end(killing.ENDED_WITHIN)
-    assert statuses[0] == -signal.SIGKILL and statuses[1] not in (0, -signal.SIGKILL)
+    if killed:
+        run = killing.start(tmp_path / "run", "--resume", count=2)
+        run.wait_for(30)
+        run.processes[0].send_signal(signal.SIGKILL)
+        statuses, _ = run.end(killing.ENDED_WITHIN)
+        assert statuses[0] == -signal.SIGKILL and statuses[1] not in (0, -signal.SIGKILL)
     assert not (run.directory / "results.json").exists()
 
     statuses, said = killing.start(tmp_path / "run", "--resume", devices=2).end()

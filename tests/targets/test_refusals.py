@@ -13,6 +13,8 @@ from models import EXPORTS, observed
 
 import simqat_jax as sq
 
+ONE_BY_DAY = [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"]
+"""For messages and remedies that do not tell the files apart."""
 X = jax.random.normal(jax.random.key(0), (4, 5, 8))
 IMAGE = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 
@@ -62,7 +64,7 @@ class Stack(nn.Module):
         return Odd()(nn.Dense(3)(x.mean(1)))
 
 
-@pytest.mark.parametrize("backend", EXPORTS)
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 def test_all_of_a_kind_in_one_line(backend, tmp_path):
     text = refusal(converted(Stack(), X, backend=backend), backend, tmp_path / "file")
     problem = "computed in float in a way that no file holds"
@@ -105,7 +107,7 @@ class Between(nn.Module):
         return nn.Dense(3)(self.norm()(nn.Dense(4)(x)))
 
 
-@pytest.mark.parametrize("backend", EXPORTS)
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 def test_a_remedy_for_where_it_stands(backend, tmp_path):
     """In front and behind: out of the model. Between: another operation."""
     path = tmp_path / f"file.{backend}"
@@ -191,7 +193,7 @@ def test_results_beyond_int32(product, tmp_path):
 
 
 @pytest.mark.parametrize("backend", EXPORTS)
-@pytest.mark.parametrize("factor", [1e3, 1e6, 1e9])
+@pytest.mark.parametrize("factor", [1e3, pytest.param(1e6, marks=pytest.mark.nightly), 1e9])
 def test_a_layer_that_saturates_is_written(backend, factor, tmp_path):
     x = factor * IMAGE
     model, path = converted(Clipped(), x, backend=backend), tmp_path / f"model.{backend}"

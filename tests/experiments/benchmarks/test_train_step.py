@@ -39,6 +39,7 @@ def test_every_fold_mode_and_observer_is_a_step_to_compare():
     assert list(train_step._models(workload, ("one_conv",), ())) == ["float", "SimQAT one_conv"]
 
 
+@pytest.mark.nightly
 def test_a_folded_float_network_computes_the_same_with_the_convolutions_of_two_conv():
     chain = train_step.Chain(2)
     quantized = sq.SimQAT(sq.SimQATConfig(bn_fold="two_conv")).apply(chain)

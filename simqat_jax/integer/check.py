@@ -13,7 +13,7 @@ _BATCH = 2
 
 
 def check(program: Program) -> None:
-    """Check that each operation runs, and makes what the program says; computes nothing.
+    """Check that each operation runs, and makes what the program says; runs none.
 
     Raises:
       ValueError: a constant or an array of another shape or type, an operation that does not run
@@ -43,7 +43,7 @@ def _check(op: Op, c: Context) -> None:
     def run(arrays: dict[str, jax.Array], *inputs: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(op.run(dataclasses.replace(c, arrays=arrays), *inputs))
 
-    made = jax.eval_shape(run, dict(op.arrays), *map(_stored, c.inputs))
+    made = jax.eval_shape(run, dict(op.prepared(c)), *map(_stored, c.inputs))
     for tensor, x in zip(c.outputs, made, strict=True):
         wanted = _stored(tensor)
         if (x.shape, x.dtype) != (wanted.shape, wanted.dtype):

@@ -1,6 +1,7 @@
 """An integer-only model: a program on codes, as one jitted function."""
 
 import copy
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -165,7 +166,12 @@ class IntegerModel(Shown):
 
     def _codes(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
         checked = arguments.codes(self._arguments, leaves, "Make them with quantize(x).")
-        return self._run(self.params, checked)
+        return self._run(self._prepared, checked)
+
+    @functools.cached_property
+    def _prepared(self) -> list[Mapping[str, np.ndarray]]:
+        """The weights as operations take them, see `Op.prepared`."""
+        return [op.prepared(self._context(op, op.arrays)) for op in self.ops]
 
     @property
     def _arguments(self) -> list[Tensor]:
@@ -197,11 +203,15 @@ class IntegerModel(Shown):
             stored = jnp.asarray(x) if grid is None else grid.stored(x)
             env[i] = jnp.asarray(repeated(stored, self.tensors[i].shape, batch))
         for op, arrays in zip(self.ops, params, strict=True):
-            inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
-            results = op.run(Context(inputs, outputs, arrays, batch), *(env[i] for i in op.inputs))
+            context = self._context(op, arrays, batch)
+            results = op.run(context, *(env[i] for i in op.inputs))
             env.update(zip(op.outputs, results, strict=True))
         ends = [(self.tensors[i], env[i]) for i in self.outputs]
         return [x if t.grid is None else grid_of(t).codes(x) for t, x in ends]
+
+    def _context(self, op: Op, arrays: Mapping[str, ArrayLike], batch: int = 1) -> Context:
+        inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
+        return Context(inputs, outputs, arrays, batch)
 
     # Files -----------------------------------------------------------------------------------
 

@@ -116,6 +116,11 @@ class Op:
         del c
         return {}
 
+    def prepared(self, c: "Context") -> Mapping[str, np.ndarray]:
+        """Return its arrays as `run` takes them, with what every call would compute of them."""
+        del c
+        return self.arrays
+
     def run(self, c: "Context", *inputs: jax.Array) -> Sequence[jax.Array]:
         """Compute the outputs, stored codes, from the inputs, stored codes."""
         raise NotImplementedError
@@ -132,7 +137,7 @@ class Context:
     Attributes:
       inputs: the tensors that it reads.
       outputs: the tensors that it makes.
-      arrays: its arrays, as traced.
+      arrays: its arrays, prepared, as traced.
       batch: the batch size, maybe a symbolic one.
     """
 

@@ -357,6 +357,9 @@ class Conv(Op):
     def needs(self, c: Context) -> Mapping[str, Need]:
         return _needs(c)
 
+    def prepared(self, c: Context) -> Mapping[str, np.ndarray]:
+        return _with_offset_bias(c, self.arrays)
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
         kernel = c.arrays["kernel"].astype(x.dtype)
@@ -374,8 +377,7 @@ class Conv(Op):
             dimension_numbers=lax.ConvDimensionNumbers(last, (rank + 1, rank, *range(rank)), last),
             feature_group_count=self.groups,
         )
-        bias = _offset_bias(c, tuple(range(kernel.ndim - 1)))
-        return (requantize(c, acc + on_last_axis(bias, acc), self.clamp),)
+        return (requantize(c, acc + on_last_axis(c.arrays["offset_bias"], acc), self.clamp),)
 
     def _padded(self, x: jax.Array, grid: Grid) -> jax.Array:
         zero = np.asarray(grid.stored_zero, x.dtype)
@@ -394,22 +396,28 @@ class Dense(Op):
     def needs(self, c: Context) -> Mapping[str, Need]:
         return _needs(c)
 
+    def prepared(self, c: Context) -> Mapping[str, np.ndarray]:
+        return _with_offset_bias(c, self.arrays)
+
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
         kernel = c.arrays["kernel"].astype(x.dtype)
         dims = (((x.ndim - 1,), (0,)), ((), ()))
         acc = lax.dot_general(x, kernel, dims, preferred_element_type=jnp.int32)
-        return (requantize(c, acc + on_last_axis(_offset_bias(c, (0,)), acc), self.clamp),)
+        return (requantize(c, acc + on_last_axis(c.arrays["offset_bias"], acc), self.clamp),)
 
 
 def _needs(c: Context) -> dict[str, Need]:
     return of_channels(Need(("int8", "int16")), c.outputs[0].shape[-1])
 
 
-def _offset_bias(c: Context, axes: tuple[int, ...]) -> jax.Array:
-    """The bias for codes as they are stored: less zero point times the kernel's sums."""
-    sums = jnp.sum(c.arrays["kernel"].astype(jnp.int32), axis=axes)
-    return c.arrays["bias"] - c.in_grid().stored_zero * sums
+def _with_offset_bias(c: Context, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Add the bias for codes as they are stored: less zero point times the kernel's sums."""
+    kernel, zero = arrays["kernel"], np.int64(c.in_grid().stored_zero)
+    sums = kernel.sum(axis=tuple(range(kernel.ndim - 1)), dtype=np.int64)
+    # int32, as the sums that it is added to: what overflows in one overflows back in the other.
+    return {**arrays, "offset_bias": (arrays["bias"] - zero * sums).astype(np.int32)}
+
 
 
 OPERATIONS = {Product: ProductOperation()}

@@ -59,8 +59,24 @@ def check_types(program: Program, op: Primitive) -> None:
     for i in (*op.inputs, *op.outputs):
         dtype = program.tensors[i].dtype
         if dtype not in known:
-            remedy = "Compute it in float32 or int32 (`dtype` of a layer, `astype`)."
+            remedy = _given(program, op, dtype) or (
+                "Compute it in float32 or int32 (`dtype` of a layer, `astype`)."
+            )
             refuse(op, f"{op.name} of {dtype}, which no file computes with", remedy)
+
+
+def _given(program: Program, op: Op, dtype: str) -> str | None:
+    """Return the remedy where an operation reads an input of this type; None: it reads none."""
+    read = set(op.inputs)
+    for other in reversed(program.ops[: program.ops.index(op)]):
+        if not read.isdisjoint(other.outputs):
+            read.update(other.inputs)
+    given = [program.tensors[i] for i in program.inputs if i in read]
+    names = [tensor.name for tensor in given if tensor.dtype == dtype]
+    if not names:
+        return None
+    to = "int32" if dtype.removeprefix("u").startswith("int") else "float32"
+    return f'Give the model {to} in front of the call, `x.astype("{to}")`, for {", ".join(names)}.'
 
 
 def refuse_wide(program: Program, op: Op) -> None:

@@ -208,3 +208,23 @@ def test_wide_codes_in_one_line_each(backend, tmp_path):
     model = converted(Rest(), IMAGE, backend=backend, activation=spec)
     text = refusal(model, backend, tmp_path / "file")
     assert "activations have more than 8 bits" in text and "num_bits=8" in text
+
+
+class Ids(nn.Module):
+    """Integers are converted in the model, as far as that helps, and looked up."""
+
+    @nn.compact
+    def __call__(self, ids, x):
+        return nn.Dense(3)(
+            nn.Embed(9, 8)(ids).mean(1) + x * ids.astype(jnp.float32).sum(-1)[:, None]
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int16, np.uint32])
+def test_ids_of_other_types_are_given_as_int32(dtype, tmp_path):
+    ids, x = np.arange(20, dtype=dtype).reshape(4, 5) % dtype(9), X[:, 0]
+    text = refusal(converted(Ids(), ids, x), "tflite", tmp_path / "file")
+    assert 'Give the model int32 in front of the call, `x.astype("int32")`, for input_0.' in text
+    model = converted(Ids(), ids.astype("int32"), x)
+    sq.export_tflite(model, tmp_path / "file.tflite")
+    assert not sq.verify(model, tmp_path / "file.tflite", ids.astype("int32"), x).differing

@@ -285,12 +285,16 @@ def _summand(
     """Return the masks and biases that a summand of scores consists of; None: others as well."""
     if len(draft.aval(v).shape) != len(draft.avals[node.outputs[0]].shape):
         return None if number(draft, v) is None else ((), ())  # the same for all scores
+    chosen = None if node.subtracts else _without_others(draft, node, v, axes, known)
+    if chosen is not None:
+        return chosen
     if is_far(draft, v, known):
         return (Added(v, node.subtracts),), ()
-    if isinstance(v, int) and v in draft.graph.data:
-        return None
     dtype = draft.avals[node.outputs[0]].dtype
-    numbers = known_numbers(draft, v, axes, subtracted=node.subtracts, dtype=dtype)
+    is_data = isinstance(v, int) and v in draft.graph.data
+    numbers = (
+        None if is_data else known_numbers(draft, v, axes, subtracted=node.subtracts, dtype=dtype)
+    )
     if numbers is not None:
         masks = () if numbers.kept is None else (Selected(Constant(numbers.kept), keeps=True),)
         biases = () if numbers.bias is None else (Constant(numbers.bias.astype(dtype)),)
@@ -312,6 +316,22 @@ def _summand(
         if selection and found:
             return (selection[1], *found[0]), found[1]
     return None
+
+
+def _without_others(
+    draft: Draft, node: Add, v: Operand, axes: tuple[int, ...], known: Units
+) -> _Summand | None:
+    """Return a summand that puts so low a number in places that no score counts beside it."""
+    inner = maker(draft, v)
+    if inner is None or inner.primitive != "select_n":
+        return None
+    numbers = [number(draft, case) for case in inner.inputs[1:]]
+    lowest = min((x for x in numbers if x is not None), default=0.0)
+    if lowest > without_digits(draft.avals[node.outputs[0]].dtype):
+        return None
+    selection = _selection(draft, inner)
+    found = selection and _summand(draft, node, selection[0], axes, known)
+    return ((selection[1], *found[0]), found[1]) if selection and found else None
 
 
 def hides_no_mask(draft: Draft, v: Operand) -> bool:

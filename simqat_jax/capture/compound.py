@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from simqat_jax.capture.biases import known_values
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.log_softmax import find_log_softmax
 from simqat_jax.capture.masks import hides_no_mask, merge_masked, take_masks
@@ -136,10 +137,16 @@ def _scaled(draft: Draft, node: Node) -> tuple[int, Operand, bool] | None:
 
 
 def find_lookups(graph: Graph) -> Graph:
-    """Find the gathers of whole rows of a table by integers that depend on the data."""
+    """Find the gathers of whole rows of a table by integers that depend on the data.
+
+    Raises:
+      ValueError: known integers pick rows that a table does not have.
+    """
+    draft = Draft(graph)
 
     def found(node: Node) -> Node:
         if not _looks_up(graph, node):
+            _check_rows(draft, node)
             return node
         fills = node.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
         return as_kind(Lookup, node, op="lookup", clips=not fills)
@@ -158,3 +165,25 @@ def _looks_up(graph: Graph, node: Node) -> bool:
     if fill is not None and fill != 0 and not np.isnan(fill):
         return False
     return gathered_axis(node.eqn) == 0
+
+
+def _check_rows(draft: Draft, node: Node) -> None:
+    """Raise ValueError where known integers pick rows beyond a table, which are NaN."""
+    if node.primitive != "gather" or node.data_inputs(draft.graph.data) or node.layer is not None:
+        return
+    table, picked = node.inputs
+    fills = node.eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    fill = node.eqn.params["fill_value"]
+    if not fills or not (fill is None or np.isnan(fill)) or gathered_axis(node.eqn) != 0:
+        return
+    if not isinstance(table, int) or any(
+        reader.primitive == "select_n" for v in node.outputs for reader in draft.readers[v]
+    ):
+        return
+    values, rows = known_values(draft, picked), draft.avals[table].shape[0]
+    if values is None or not values.size or -1 < values.min() <= values.max() < rows:
+        return
+    raise ValueError(
+        f"{'/'.join((*node.path, node.op))}: it picks row {int(values.max())} of a table of {rows} "
+        f"rows, numbered from 0, which gives NaN. Make the table longer, or the sequence shorter."
+    )

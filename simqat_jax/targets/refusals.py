@@ -17,6 +17,11 @@ OTHER_FILE = (
     "integer model itself (IntegerModel.save)."
 )
 """A remedy for what TFLite alone cannot hold."""
+_PICK = (
+    "Where one element of each example is taken, `x[jnp.arange(len(x)), k]`, take it by a product, "
+    "which is exact: `(x * jax.nn.one_hot(k, x.shape[1])[..., None]).sum(1)`."
+)
+"""The remedy for what takes another element of each example."""
 _RUN = "or run the integer model itself (IntegerModel.save), which computes this in float"
 
 _EARLIER = (
@@ -39,7 +44,8 @@ def refuse_float(program: Program, op: Op) -> NoReturn:
     where = place(program, op)
     what = "moves codes" if isinstance(op, MoveOp) else "computed in float"
     why = op.why if isinstance(op, FloatOp) else op.kind
-    refuse(op, f"{what} in a way that no file holds ({why}), {where}", _remedy(where))
+    remedy = _PICK if why.startswith("gather") else _remedy(where)
+    refuse(op, f"{what} in a way that no file holds ({why}), {where}", remedy)
 
 
 def refuse_primitive(program: Program, op: Op, problem: str) -> NoReturn:

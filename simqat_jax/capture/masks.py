@@ -25,6 +25,7 @@ from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.capture.truths import Choices
 from simqat_jax.ir.compound import OfExponentials, Softmax
 from simqat_jax.ir.graph import (
     Add,
@@ -86,7 +87,22 @@ class Added:
         return added >= jnp.maximum(top, without_digits(added.dtype))
 
 
-Mask = Selected | Added
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Truth values that let scores stay, which all do along axes where none would.
+
+    Attributes:
+      tensor: these.
+    """
+
+    tensor: Operand
+
+    def kept(self, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """Return where scores stay."""
+        return mask | ~jnp.any(mask, axes, keepdims=True)
+
+
+Mask = Selected | Added | Chosen
 
 
 class Bias(NamedTuple):
@@ -222,6 +238,7 @@ def _masked_function(
 
 def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int, ...]) -> Selected:
     """Return masks in front of a softmax along axes as one of truth values."""
+    masks = [_by_truths(draft, softmax, mask) for mask in masks]
     (first, *others) = masks
     if isinstance(first, Selected) and not others:
         return first
@@ -238,6 +255,17 @@ def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int,
         return as_kind(Float, softmax, op="mask", layer=None, parts=(), **whole)
 
     return Selected(draft.once((tuple(masks), axes), softmax, made), keeps=True)
+
+
+def _by_truths(draft: Draft, softmax: Node, mask: Mask) -> Mask:
+    """Return a mask of added numbers by the truth values that choose between two of them."""
+    if not isinstance(mask, Added) or mask.subtracts or not isinstance(mask.tensor, int):
+        return mask
+    found = Choices(draft).of(mask.tensor, softmax)
+    if found is None or min(found.no, found.yes) <= without_digits(jnp.float32):
+        return mask
+    kept = Choices(draft).kept_by(mask.tensor, softmax)
+    return mask if kept is None else Chosen(kept)
 
 
 def _selection(draft: Draft, node: Node) -> tuple[Operand, Selected] | None:

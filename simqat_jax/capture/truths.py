@@ -53,7 +53,7 @@ def read_truths(graph: Graph) -> Graph:
     is so low that no digit of a sum is left, and the other one zero, the sum is a selection.
     """
     draft = Draft(graph)
-    choices = _Choices(draft)
+    choices = Choices(draft)
     instead: dict[int, int] = {}
     for node in graph.nodes:
         if node.parts or node.layer is not None:
@@ -72,7 +72,7 @@ def read_truths(graph: Graph) -> Graph:
     return dataclasses.replace(found, nodes=tuple(nodes), outputs=outputs)
 
 
-class _Choices:
+class Choices:
     """The tensors of two numbers in a graph."""
 
     def __init__(self, draft: Draft):
@@ -100,6 +100,15 @@ class _Choices:
             if mask is not None:
                 return self._selected(node, mask, x)
         return None
+
+    def kept_by(self, v: int, at: Node) -> int | None:
+        """Return where numbers that are added keep a sum: where the higher of two is."""
+        found = self.of(v, at)
+        if found is None or found.no == found.yes:
+            return None
+        if found.no < found.yes:
+            return found.truth
+        return self._made(at, lax.bitwise_not, found.truth)
 
     def of(self, v: Operand, at: Node) -> Choice | None:
         """Return which two numbers a tensor consists of; what makes truths comes before `at`."""

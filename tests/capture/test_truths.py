@@ -10,7 +10,8 @@ from zoo import Model
 
 import simqat_jax as sq
 
-IDS = jnp.array([[3, 1, 4, 1, 0, 0], [2, 7, 1, 8, 2, 8], [1, 0, 0, 0, 0, 0], [5, 0, 2, 6, 0, 5]])
+IDS = jnp.array([[3, 1, 4, 1, 0, 0], [2, 7, 1, 8, 2, 8], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
+FUTURE = np.triu(np.full((1, 1, 6, 6), -1e4, np.float32), 1)
 CAUSAL = jnp.tril(jnp.ones((6, 6), bool))
 
 
@@ -59,6 +60,8 @@ MASKED = {
     "of whole numbers": lambda w, m, x: w + (1 - m.astype(jnp.int32)[:, None, None]) * -1e9,
     "taken off": lambda w, m, x: w + (as_numbers(m) - 1) * 1e9,
     "chosen": lambda w, m, x: w + jnp.where(m[:, None, None], 0, jnp.finfo(jnp.float32).min / 2),
+    "of ten thousand": lambda w, m, x: w + (1 - as_numbers(m)) * -1e4,
+    "two of ten thousand": lambda w, m, x: (w + jnp.where(m[:, None, None], 0, -1e4)) + FUTURE,
     "two of low numbers": lambda w, m, x: w + (jnp.where(CAUSAL, 0.0, -1e9)[None, None] + low(m)),
     "beside learned biases": lambda w, m, x: w + (distances() + low(m)),
     "beside biases of data": lambda w, m, x: w + (pairs(x) + low(m)),

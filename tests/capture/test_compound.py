@@ -423,3 +423,27 @@ def test_rows_beyond_a_table_that_are_selected_away_are_no_error():
         return nn.Dense(3)(nn.Embed(10, 8)(ids) + positions[None])
 
     assert rows(Model(guarded), TOKENS)
+
+
+# Products of one example ------------------------------------------------------------------------
+
+SCALED = {
+    "divided": lambda q, k: q @ k / 2.0,
+    "multiplied": lambda q, k: (q @ k) * 0.3,
+    "rows divided": lambda q, k: (q / 2.0) @ k,
+    "columns multiplied": lambda q, k: q @ (k * 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_products_of_one_example_have_the_ranges_of_several(name):
+    """`jnp.matmul` leaves out a batch axis of length 1."""
+
+    def attending(x):
+        q, k, v = (nn.Dense(8)(x) for _ in range(3))
+        return nn.Dense(3)(nn.softmax(SCALED[name](q, k.swapaxes(1, 2))) @ v)
+
+    qmodel, variables, _ = observed(Model(attending), X)
+    integer = sq.convert(qmodel, variables, X)
+    np.testing.assert_array_equal(qmodel.apply(variables, X[:1]), integer(X[:1]))
+    np.testing.assert_array_equal(qmodel.apply(variables, X)[:1], integer(X[:1]))

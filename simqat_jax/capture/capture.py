@@ -22,6 +22,7 @@ from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
 from simqat_jax.capture.repetitions import move_repetitions
 from simqat_jax.capture.state import Beside, beside, stored
+from simqat_jax.capture.truths import read_truths
 from simqat_jax.capture.unreachable import unreachable_products
 from simqat_jax.config import SimQATConfig
 from simqat_jax.ir.graph import Graph, shape_of
@@ -143,7 +144,7 @@ def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
 
 def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     """Find in a graph, as it was traced, what a plan is made of."""
-    graph = share(prune(graph))
+    graph = prune(read_truths(share(prune(graph))))
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)

@@ -36,6 +36,7 @@ from simqat_jax.capture.unroll import (
     is_zero,
     keeps_zeros,
     known_integer,
+    multiplies,
     numbered,
     passed,
     stacked,
@@ -320,12 +321,12 @@ def _zero(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
 
 
 def _scan(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
-    """A loop of known length that holds products is unrolled, if it is not too long."""
+    """A loop of known length that holds products, or recurs, is unrolled, if it is not too long."""
     if at.primitive != "scan" or not 0 < steps_of(at.eqn) <= MAX_STEPS:
         return None
     origins, loop = list(map(flat.origin, at.inputs)), Loop(at.eqn)
     products = products_inside(at.eqn, origins, at.where.scope, flat.recorder)
-    if not products:
+    if not products and not _recurs(flat, at, loop):
         return None
     of_slices = [
         Origin(o.arguments, o.parameters and n >= loop.read_whole) for n, o in enumerate(origins)
@@ -334,7 +335,7 @@ def _scan(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
     fixed, carry = at.inputs[: loop.constants], at.inputs[loop.constants : loop.read_whole]
     if not layered:
         flat.carried.update(v for v in carry if isinstance(v, int))
-    path = common_path(p.outermost for p in products)
+    path = common_path(p.outermost for p in products) if products else at.path
     results: dict[int, Sequence[Operand]] = {}
     for number, place in enumerate(loop.order):
         step = Iteration(path, number, layered)
@@ -354,6 +355,19 @@ def _scan(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:
         for n, aval in enumerate(map(shape_of, loop.closed.jaxpr.outvars[loop.carries :]))
     ]
     return (*carry, *stacks)
+
+
+def _recurs(flat: Flattener, at: _Equation, loop: Loop) -> bool:
+    """Whether steps without products carry real numbers, and read some that depend on arguments."""
+    nested = any(eqn.primitive.name == "scan" for eqn in loop.closed.jaxpr.eqns)
+    carried = at.eqn.invars[loop.constants : loop.read_whole]
+    read = (shape_of(v) for v, x in zip(at.eqn.invars, at.inputs, strict=True) if x in flat.fed)
+    real = [
+        any(jnp.issubdtype(aval.dtype, jnp.floating) for aval in avals)
+        for avals in (map(shape_of, carried), read)
+    ]
+    plain = not nested and not multiplies(at.eqn)
+    return plain and all(real) and flat.left_out_by(at) is None
 
 
 def _inlined_call(flat: Flattener, at: _Equation) -> Sequence[Operand] | None:

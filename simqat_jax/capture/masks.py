@@ -25,6 +25,7 @@ from simqat_jax.capture.contractions import traced
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.capture.truths import Choices
 from simqat_jax.ir.compound import OfExponentials, Softmax
 from simqat_jax.ir.graph import (
     Add,
@@ -86,7 +87,22 @@ class Added:
         return added >= jnp.maximum(top, without_digits(added.dtype))
 
 
-Mask = Selected | Added
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Truth values that let scores stay, which all do along axes where none would.
+
+    Attributes:
+      tensor: these.
+    """
+
+    tensor: Operand
+
+    def kept(self, mask: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """Return where scores stay."""
+        return mask | ~jnp.any(mask, axes, keepdims=True)
+
+
+Mask = Selected | Added | Chosen
 
 
 class Bias(NamedTuple):
@@ -222,6 +238,7 @@ def _masked_function(
 
 def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int, ...]) -> Selected:
     """Return masks in front of a softmax along axes as one of truth values."""
+    masks = [_by_truths(draft, softmax, mask) for mask in masks]
     (first, *others) = masks
     if isinstance(first, Selected) and not others:
         return first
@@ -238,6 +255,17 @@ def _joined(draft: Draft, softmax: Node, masks: Sequence[Mask], axes: tuple[int,
         return as_kind(Float, softmax, op="mask", layer=None, parts=(), **whole)
 
     return Selected(draft.once((tuple(masks), axes), softmax, made), keeps=True)
+
+
+def _by_truths(draft: Draft, softmax: Node, mask: Mask) -> Mask:
+    """Return a mask of added numbers by the truth values that choose between two of them."""
+    if not isinstance(mask, Added) or mask.subtracts or not isinstance(mask.tensor, int):
+        return mask
+    found = Choices(draft).of(mask.tensor, softmax)
+    if found is None or min(found.no, found.yes) <= without_digits(jnp.float32):
+        return mask
+    kept = Choices(draft).kept_by(mask.tensor, softmax)
+    return mask if kept is None else Chosen(kept)
 
 
 def _selection(draft: Draft, node: Node) -> tuple[Operand, Selected] | None:
@@ -285,12 +313,16 @@ def _summand(
     """Return the masks and biases that a summand of scores consists of; None: others as well."""
     if len(draft.aval(v).shape) != len(draft.avals[node.outputs[0]].shape):
         return None if number(draft, v) is None else ((), ())  # the same for all scores
+    chosen = None if node.subtracts else _without_others(draft, node, v, axes, known)
+    if chosen is not None:
+        return chosen
     if is_far(draft, v, known):
         return (Added(v, node.subtracts),), ()
-    if isinstance(v, int) and v in draft.graph.data:
-        return None
     dtype = draft.avals[node.outputs[0]].dtype
-    numbers = known_numbers(draft, v, axes, subtracted=node.subtracts, dtype=dtype)
+    is_data = isinstance(v, int) and v in draft.graph.data
+    numbers = (
+        None if is_data else known_numbers(draft, v, axes, subtracted=node.subtracts, dtype=dtype)
+    )
     if numbers is not None:
         masks = () if numbers.kept is None else (Selected(Constant(numbers.kept), keeps=True),)
         biases = () if numbers.bias is None else (Constant(numbers.bias.astype(dtype)),)
@@ -312,6 +344,22 @@ def _summand(
         if selection and found:
             return (selection[1], *found[0]), found[1]
     return None
+
+
+def _without_others(
+    draft: Draft, node: Add, v: Operand, axes: tuple[int, ...], known: Units
+) -> _Summand | None:
+    """Return a summand that puts so low a number in places that no score counts beside it."""
+    inner = maker(draft, v)
+    if inner is None or inner.primitive != "select_n":
+        return None
+    numbers = [number(draft, case) for case in inner.inputs[1:]]
+    lowest = min((x for x in numbers if x is not None), default=0.0)
+    if lowest > without_digits(draft.avals[node.outputs[0]].dtype):
+        return None
+    selection = _selection(draft, inner)
+    found = selection and _summand(draft, node, selection[0], axes, known)
+    return ((selection[1], *found[0]), found[1]) if selection and found else None
 
 
 def hides_no_mask(draft: Draft, v: Operand) -> bool:

@@ -17,6 +17,11 @@ OTHER_FILE = (
     "integer model itself (IntegerModel.save)."
 )
 """A remedy for what TFLite alone cannot hold."""
+_PICK = (
+    "Where one element of each example is taken, `x[jnp.arange(len(x)), k]`, take it by a product, "
+    "which is exact: `(x * jax.nn.one_hot(k, x.shape[1])[..., None]).sum(1)`."
+)
+"""The remedy for what takes another element of each example."""
 _RUN = "or run the integer model itself (IntegerModel.save), which computes this in float"
 
 _EARLIER = (
@@ -39,7 +44,8 @@ def refuse_float(program: Program, op: Op) -> NoReturn:
     where = place(program, op)
     what = "moves codes" if isinstance(op, MoveOp) else "computed in float"
     why = op.why if isinstance(op, FloatOp) else op.kind
-    refuse(op, f"{what} in a way that no file holds ({why}), {where}", _remedy(where))
+    remedy = _PICK if why.startswith("gather") else _remedy(where)
+    refuse(op, f"{what} in a way that no file holds ({why}), {where}", remedy)
 
 
 def refuse_primitive(program: Program, op: Op, problem: str) -> NoReturn:
@@ -59,8 +65,24 @@ def check_types(program: Program, op: Primitive) -> None:
     for i in (*op.inputs, *op.outputs):
         dtype = program.tensors[i].dtype
         if dtype not in known:
-            remedy = "Compute it in float32 or int32 (`dtype` of a layer, `astype`)."
+            remedy = _given(program, op, dtype) or (
+                "Compute it in float32 or int32 (`dtype` of a layer, `astype`)."
+            )
             refuse(op, f"{op.name} of {dtype}, which no file computes with", remedy)
+
+
+def _given(program: Program, op: Op, dtype: str) -> str | None:
+    """Return the remedy where an operation reads an input of this type; None: it reads none."""
+    read = set(op.inputs)
+    for other in reversed(program.ops[: program.ops.index(op)]):
+        if not read.isdisjoint(other.outputs):
+            read.update(other.inputs)
+    given = [program.tensors[i] for i in program.inputs if i in read]
+    names = [tensor.name for tensor in given if tensor.dtype == dtype]
+    if not names:
+        return None
+    to = "int32" if dtype.removeprefix("u").startswith("int") else "float32"
+    return f'Give the model {to} in front of the call, `x.astype("{to}")`, for {", ".join(names)}.'
 
 
 def refuse_wide(program: Program, op: Op) -> None:

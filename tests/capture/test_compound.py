@@ -398,3 +398,52 @@ def test_ids_beyond_the_table(mode):
     integer = sq.convert(qmodel, variables, jnp.array([[0, 1, 2, 3]]))
     ids = jnp.array([[0, 5, 99, -1], [-9, -4, 4, 2]])
     np.testing.assert_array_equal(integer(ids), jax.jit(qmodel.apply)(variables, ids))
+
+
+# Position tables --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows_of", [4, 5])
+def test_a_sequence_longer_than_its_position_table_is_an_error(rows_of):
+    def positioned(ids):
+        return nn.Dense(3)(
+            nn.Embed(10, 8)(ids) + nn.Embed(rows_of, 8)(np.arange(ids.shape[1]))[None]
+        )
+
+    message = rf"Embed_1/gather: it picks row 5 of a table of {rows_of} rows.* sequence shorter"
+    with pytest.raises(ValueError, match=message):
+        rows(Model(positioned), TOKENS)
+    assert rows(Model(positioned), TOKENS[:, :rows_of])
+
+
+def test_rows_beyond_a_table_that_are_selected_away_are_no_error():
+    def guarded(ids):
+        inside = np.arange(6)[:, None] < 4
+        positions = jnp.where(inside, nn.Embed(4, 8)(np.arange(6)), 0)
+        return nn.Dense(3)(nn.Embed(10, 8)(ids) + positions[None])
+
+    assert rows(Model(guarded), TOKENS)
+
+
+# Products of one example ------------------------------------------------------------------------
+
+SCALED = {
+    "divided": lambda q, k: q @ k / 2.0,
+    "multiplied": lambda q, k: (q @ k) * 0.3,
+    "rows divided": lambda q, k: (q / 2.0) @ k,
+    "columns multiplied": lambda q, k: q @ (k * 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_products_of_one_example_have_the_ranges_of_several(name):
+    """`jnp.matmul` leaves out a batch axis of length 1."""
+
+    def attending(x):
+        q, k, v = (nn.Dense(8)(x) for _ in range(3))
+        return nn.Dense(3)(nn.softmax(SCALED[name](q, k.swapaxes(1, 2))) @ v)
+
+    qmodel, variables, _ = observed(Model(attending), X)
+    integer = sq.convert(qmodel, variables, X)
+    np.testing.assert_array_equal(qmodel.apply(variables, X[:1]), integer(X[:1]))
+    np.testing.assert_array_equal(qmodel.apply(variables, X)[:1], integer(X[:1]))

@@ -277,6 +277,48 @@ def test_layers_keep_statistics_of_their_own():
     ]
 
 
+# Recurrences without products --------------------------------------------------------------------
+
+
+def by_time(step, *parts):
+    """The results of steps over time, from zeros."""
+    start = jnp.zeros_like(parts[0][:, 0])
+    over = tuple(part.swapaxes(0, 1) for part in parts)
+    return lax.scan(step, start, over)[1].swapaxes(0, 1)
+
+
+def quasi_recurrent(x):
+    z, f = nn.tanh(nn.Dense(4)(x)), nn.sigmoid(nn.Dense(4)(x))
+    return by_time(lambda h, s: (s[1] * h + (1 - s[1]) * s[0],) * 2, z, f)
+
+
+def smoothed(x):
+    return by_time(lambda h, s: (0.75 * h + 0.25 * s[0],) * 2, nn.Dense(4)(x))
+
+
+def repeatedly(x):
+    return lax.fori_loop(0, 3, lambda _, c: 0.5 * c + nn.tanh(c), nn.Dense(4)(x))
+
+
+RECURRENCES = [quasi_recurrent, smoothed, repeatedly]
+
+
+@pytest.mark.parametrize("function", RECURRENCES)
+def test_recurrences_without_products_are_on_integers_and_in_files(function, tmp_path):
+    model = Model(lambda x: nn.Dense(3)(function(x)))
+    qmodel, variables, _ = observed(model, SEQUENCES)
+    integer = sq.convert(qmodel, variables, SEQUENCES)
+    assert not integer.program.float_ops
+    assert_same(integer(SEQUENCES), jax.jit(qmodel.apply)(variables, SEQUENCES))
+    sq.export_tflite(integer, tmp_path / "model.tflite")
+    assert not sq.verify(integer, tmp_path / "model.tflite", SEQUENCES).differing
+
+
+def test_a_long_recurrence_without_products_stays_a_loop():
+    model, long = Model(lambda x: nn.Dense(3)(smoothed(x))), jnp.ones((1, MAX_STEPS + 1, 4))
+    assert any(path.startswith("scan/") for path in ranges(model, long))
+
+
 # What is too long --------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from models import EXPORTS, observed
+from zoo import Model
 
 import simqat_jax as sq
 
@@ -210,3 +211,43 @@ def test_wide_codes_in_one_line_each(backend, tmp_path):
     model = converted(Rest(), IMAGE, backend=backend, activation=spec)
     text = refusal(model, backend, tmp_path / "file")
     assert "activations have more than 8 bits" in text and "num_bits=8" in text
+
+
+class Ids(nn.Module):
+    """Integers are converted in the model, as far as that helps, and looked up."""
+
+    @nn.compact
+    def __call__(self, ids, x):
+        return nn.Dense(3)(
+            nn.Embed(9, 8)(ids).mean(1) + x * ids.astype(jnp.float32).sum(-1)[:, None]
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int16, np.uint32])
+def test_ids_of_other_types_are_given_as_int32(dtype, tmp_path):
+    ids, x = np.arange(20, dtype=dtype).reshape(4, 5) % dtype(9), X[:, 0]
+    text = refusal(converted(Ids(), ids, x), "tflite", tmp_path / "file")
+    assert 'Give the model int32 in front of the call, `x.astype("int32")`, for input_0.' in text
+    model = converted(Ids(), ids.astype("int32"), x)
+    sq.export_tflite(model, tmp_path / "file.tflite")
+    assert not sq.verify(model, tmp_path / "file.tflite", ids.astype("int32"), x).differing
+
+
+LAST = jnp.array([4, 0, 2, 3])
+PICKED = {
+    "by numbers": lambda x, k: x[jnp.arange(len(x)), k],
+    "along an axis": lambda x, k: jnp.take_along_axis(x, k[:, None, None], 1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_what_picks_in_each_example_is_a_product(name, tmp_path):
+    def picking(function):
+        return Model(lambda x, k: nn.Dense(3)(function(nn.Dense(4)(x), k)))
+
+    text = refusal(converted(picking(PICKED[name]), X, LAST), "tflite", tmp_path / "file")
+    assert "`(x * jax.nn.one_hot(k, x.shape[1])[..., None]).sum(1)`" in text
+    by_product = picking(lambda x, k: (x * jax.nn.one_hot(k, x.shape[1])[..., None]).sum(1))
+    model = converted(by_product, X, LAST, float_parts="refuse")
+    sq.export_tflite(model, tmp_path / "file.tflite")
+    assert not sq.verify(model, tmp_path / "file.tflite", X, LAST).differing

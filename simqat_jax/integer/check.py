@@ -25,9 +25,8 @@ def check(program: Program) -> None:
             dtype = tensor.dtype if tensor.grid is None else tensor.grid.dtype
             _check_array(f"constant {tensor.name}", tensor.value, wanted, (str(dtype),))
     for op in program.ops:
-        inputs, outputs = ([program.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
         try:
-            _check(op, Context(inputs, outputs, {}, _BATCH))
+            _check(op, program.context(op, batch=_BATCH))
         except Exception as error:  # JAX raises as it likes
             raise ValueError(f"{op.path} ({op.kind}) does not fit its tensors: {error}") from error
 

@@ -1,7 +1,6 @@
 """An integer-only model: a program on codes, as one jitted function."""
 
 import copy
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from jax.typing import ArrayLike
 from simqat_jax.integer import arguments, file
 from simqat_jax.integer.table import Shown
 from simqat_jax.ir.program import (
-    Context,
     Op,
     Program,
     PyTree,
@@ -166,12 +164,7 @@ class IntegerModel(Shown):
 
     def _codes(self, leaves: Sequence[ArrayLike]) -> list[jax.Array]:
         checked = arguments.codes(self._arguments, leaves, "Make them with quantize(x).")
-        return self._run(self._prepared, checked)
-
-    @functools.cached_property
-    def _prepared(self) -> list[Mapping[str, np.ndarray]]:
-        """The weights as operations take them, see `Op.prepared`."""
-        return [op.prepared(self._context(op, op.arrays)) for op in self.ops]
+        return self._run(self.program.prepared, checked)
 
     @property
     def _arguments(self) -> list[Tensor]:
@@ -203,15 +196,11 @@ class IntegerModel(Shown):
             stored = jnp.asarray(x) if grid is None else grid.stored(x)
             env[i] = jnp.asarray(repeated(stored, self.tensors[i].shape, batch))
         for op, arrays in zip(self.ops, params, strict=True):
-            context = self._context(op, arrays, batch)
+            context = self.program.context(op, arrays, batch)
             results = op.run(context, *(env[i] for i in op.inputs))
             env.update(zip(op.outputs, results, strict=True))
         ends = [(self.tensors[i], env[i]) for i in self.outputs]
         return [x if t.grid is None else grid_of(t).codes(x) for t, x in ends]
-
-    def _context(self, op: Op, arrays: Mapping[str, ArrayLike], batch: int = 1) -> Context:
-        inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
-        return Context(inputs, outputs, arrays, batch)
 
     # Files -----------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """A model on integers: tensors with their grids, and operations on their codes."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -230,6 +231,18 @@ class Program:
             return bool(jnp.issubdtype(jnp.dtype(self.tensors[i].dtype), jnp.floating))
 
         return tuple(op for op in self.ops if op.computes_reals and any(map(is_real, op.inputs)))
+
+    @functools.cached_property
+    def prepared(self) -> list[Mapping[str, np.ndarray]]:
+        """The arrays of each operation as it takes them when it runs, see `Op.prepared`."""
+        return [op.prepared(self.context(op)) for op in self.ops]
+
+    def context(
+        self, op: Op, arrays: Mapping[str, jax.Array] | None = None, batch: int = 1
+    ) -> Context:
+        """Return what an operation sees when it runs."""
+        inputs, outputs = ([self.tensors[i] for i in ids] for ids in (op.inputs, op.outputs))
+        return Context(inputs, outputs, arrays or {}, batch)
 
     def reads_thin(self, op: Op, i: int) -> bool:
         """Whether an operation takes a constant that repeats along the batch as it is held."""

@@ -419,6 +419,5 @@ def _with_offset_bias(c: Context, arrays: Mapping[str, np.ndarray]) -> Mapping[s
     return {**arrays, "offset_bias": (arrays["bias"] - zero * sums).astype(np.int32)}
 
 
-
 OPERATIONS = {Product: ProductOperation()}
 PROGRAM_OPERATIONS = (Conv, Dense)

@@ -15,9 +15,9 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.graph import Contraction, Float, Graph
-from simqat_jax.ir.program import Op, Program
+from simqat_jax.ir.program import Op, Program, at_batch
 from simqat_jax.ir.program_builder import BATCH
-from simqat_jax.ops.moves import needs_function
+from simqat_jax.ops.moves import Broadcast, Reshape, Transpose, needs_function
 
 
 def same_graphs(sample: Graph, free: Graph, size: int) -> bool:
@@ -86,6 +86,37 @@ def same_programs(sample: Program, free: Program, size: int) -> bool:
         )
         and sample.structure == free.structure
     )
+
+
+def same_but_for_moves(sample: Program, free: Program) -> bool:
+    """Whether a program of one example computes what one with a free batch size makes of one.
+
+    What gives values other shapes may differ, but not the shapes that results have in the end.
+    """
+    computing = [[op for op in p.ops if not isinstance(op, _MOVES)] for p in (sample, free)]
+    results = [[p.tensors[i] for i in p.outputs] for p in (sample, free)]
+    return (
+        list(map(_computed, computing[0])) == list(map(_computed, computing[1]))
+        and all(
+            a.arrays.keys() == b.arrays.keys()
+            and same_values(list(a.arrays.values()), list(b.arrays.values()))
+            for a, b in zip(*computing, strict=True)
+        )
+        and all(
+            (a.shape, a.dtype, a.grid) == (at_batch(b.shape, 1), b.dtype, b.grid)
+            for a, b in zip(*results, strict=True)
+        )
+        and sample.structure == free.structure
+    )
+
+
+_MOVES = (Reshape, Transpose, Broadcast)
+
+
+def _computed(op: Op) -> tuple[str, dict[str, Any]]:
+    """Return what an operation computes, whatever the shapes of its tensors."""
+    fields = _fields(op).items()
+    return op.kind, {k: v for k, v in fields if k == "clamp" or isinstance(v, float | np.floating)}
 
 
 def _fields(op: Op) -> dict[str, Any]:

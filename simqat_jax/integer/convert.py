@@ -1,9 +1,10 @@
 """Convert a trained quantization-aware model to integers only."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
+from typing import NamedTuple
 
 import flax.errors
 import jax
@@ -12,7 +13,13 @@ from jax.core import Tracer
 
 from simqat_jax.capture import Capture
 from simqat_jax.config import SimQATConfig
-from simqat_jax.integer.batch_size import other_size, same_graphs, same_programs, same_values
+from simqat_jax.integer.batch_size import (
+    other_size,
+    same_but_for_moves,
+    same_graphs,
+    same_programs,
+    same_values,
+)
 from simqat_jax.integer.lower import NOT_EVALUATION, lower
 from simqat_jax.integer.model import KEYWORDS, IntegerModel
 from simqat_jax.integer.refusals import refuse_float_parts
@@ -76,22 +83,57 @@ def convert(
     config = _checked(qmodule, variables, method, backend)
     call = _Call(qmodule, variables, args, method, kwargs)
     stats = ranges_and_steps(variables)
-    lowered = partial(_lowered, config, _metadata(config, call), SharedLayers())
+    lowered = partial(_lowered, config, _metadata(config, call), SharedLayers(), stats)
     sample = call.sample()
-    builder, program = lowered(sample, stats, free_batch=False)
+    builder, program = lowered(sample)
     if config.float_parts == "refuse":
         refuse_float_parts(program)
-    free = call.captured_with_free_batch(sample.graph)
+    free = _of_any_batch(call, lowered, Lowered(sample, builder, program))
+    return IntegerModel(program if free is None else free)
+
+
+class Lowered(NamedTuple):
+    """A captured call, and the program that it became."""
+
+    captured: Capture
+    builder: ProgramBuilder
+    program: Program
+
+
+Lower = Callable[..., tuple[ProgramBuilder, Program]]
+"""From a captured call to a program."""
+
+
+def _of_any_batch(call: "_Call", lowered: Lower, sample: Lowered) -> Program | None:
+    """Return the program for batches of any size; None: the model holds on to the sample's."""
+    free = call.resized(BATCH)
     if free is None or call.size is None:
-        return IntegerModel(program)
-    given = {"free_batch": True, "examples": other_size(call.size)}
+        return None
+    found = _same(lowered, sample, free, call.size)
+    if found is not None or call.size != 1:
+        return found
+    # For one example `jnp.matmul` leaves out the batch axis: two examples tell.
+    two = call.resized(2)
+    if two is None:
+        return None
     try:
-        free_builder, free_program = lowered(free, stats, **given)
+        found = _same(lowered, Lowered(two, *lowered(two)), free, 2)
+    except ValueError:
+        return None
+    return found if found and same_but_for_moves(sample.program, found) else None
+
+
+def _same(lowered: Lower, sample: Lowered, free: Capture, size: int) -> Program | None:
+    """Return the program of a free batch size; None: it is not that of a sample of `size`."""
+    if not same_graphs(sample.captured.graph, free.graph, size):
+        return None
+    try:
+        builder, program = lowered(free, free_batch=True, examples=other_size(size))
     except FixedBatchError:
-        return IntegerModel(program)
-    held = builder.float_constants, free_builder.float_constants
-    same = same_programs(program, free_program, call.size) and same_values(*held)
-    return IntegerModel(free_program if same else program)
+        return None
+    held = sample.builder.float_constants, builder.float_constants
+    same = same_programs(sample.program, program, size) and same_values(*held)
+    return program if same else None
 
 
 def _metadata(config: SimQATConfig, call: "_Call") -> dict[str, object]:
@@ -106,10 +148,10 @@ def _lowered(
     config: SimQATConfig,
     metadata: Mapping[str, object],
     shared: SharedLayers,
-    captured: Capture,
     stats: tuple[Stats, ...],
+    captured: Capture,
     *,
-    free_batch: bool,
+    free_batch: bool = False,
     examples: int = 1,
 ) -> tuple[ProgramBuilder, Program]:
     """Plan a captured call, and lower it."""
@@ -247,12 +289,11 @@ class _Call:
         except flax.errors.ModifyScopeVariableError:  # or the model does, whatever the mode
             return trace(*call, rngs={})
 
-    def captured_with_free_batch(self, sample: Graph) -> Capture | None:
-        """Capture with `BATCH` for the batch size; None where the model holds on to its own."""
+    def resized(self, batch: int) -> Capture | None:
+        """Capture with another batch size; None where the model takes none but its own."""
         if self.size is None:
             return None
         try:
-            free = self.captured(BATCH)
+            return self.captured(batch)
         except Exception:  # whatever a model raises for a batch size that it does not take
             return None
-        return free if same_graphs(sample, free.graph, self.size) else None

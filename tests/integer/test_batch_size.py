@@ -210,6 +210,33 @@ def test_every_other_model_takes_any(name, backend, tmp_path):
         assert_same(file.run([np.asarray(images)]), model(images))
 
 
+def by_hand(x):
+    """Attention with `@`, which leaves out a batch axis of length 1."""
+    q, k, v = (nn.Dense(6)(x) for _ in range(3))
+    return nn.Dense(2)(nn.softmax(q @ k.swapaxes(-1, -2) / np.sqrt(6)) @ v)
+
+
+def squeezed(x):
+    """Another result for one example."""
+    return jnp.squeeze(nn.Dense(1)(x).mean(1))
+
+
+def weighted_if_one(x):
+    return nn.Dense(2)(nn.Dense(6)(x) * (3 if len(x) == 1 else 2))
+
+
+@pytest.mark.parametrize(
+    ("body", "free"), [(by_hand, True), (squeezed, False), (weighted_if_one, False)]
+)
+def test_one_example_of_what_computes_otherwise_for_one(body, free):
+    evaluate, model, x = converted(body, (1, 3, 6), "tflite")
+    assert model.tensors[model.inputs[0]].shape == (-1 if free else 1, 3, 6)
+    assert_same(model(x), evaluate(x))
+    if free:
+        more = jnp.concatenate([x, 0.5 * x, -x])
+        assert_same(model(more), evaluate(more))
+
+
 @pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
 @pytest.mark.parametrize(
     "body",

@@ -184,7 +184,7 @@ def number(draft: Draft, v: Operand) -> float | None:
     v = unwrapped(draft, v, "convert_element_type")
     if isinstance(v, int) or np.size(v.value) != 1 or not is_real(v.value):
         return None
-    return float(np.asarray(v.value))
+    return float(np.asarray(v.value).item())
 
 
 def repeated(draft: Draft, v: Operand) -> Operand | None:

@@ -120,7 +120,7 @@ def _delayed(directory: Path, **options: object) -> phases.Phase:
     return _phase(directory, "qat", quant=quant, step_learning_rate=1e-30, **options)
 
 
-@pytest.mark.parametrize("dispatched", [1, 3])
+@pytest.mark.parametrize("dispatched", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_learned_steps_start_when_their_delay_is_over(tmp_path: Path, dispatched: int) -> None:
     phase = _delayed(tmp_path, steps_per_dispatch=dispatched)
     first = training.set_steps(phase, phases.init_state(phase))

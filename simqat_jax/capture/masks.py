@@ -261,11 +261,13 @@ def _by_truths(draft: Draft, softmax: Node, mask: Mask) -> Mask:
     """Return a mask of added numbers by the truth values that choose between two of them."""
     if not isinstance(mask, Added) or mask.subtracts or not isinstance(mask.tensor, int):
         return mask
-    found = Choices(draft).of(mask.tensor, softmax)
-    if found is None or min(found.no, found.yes) <= without_digits(jnp.float32):
+    choices = Choices(draft)
+    found = choices.of(mask.tensor, softmax)
+    if found is None or found.no == found.yes:
         return mask
-    kept = Choices(draft).kept_by(mask.tensor, softmax)
-    return mask if kept is None else Chosen(kept)
+    if min(found.no, found.yes) <= without_digits(jnp.float32):
+        return mask
+    return Chosen(choices.rising(found, softmax).truth)
 
 
 def _selection(draft: Draft, node: Node) -> tuple[Operand, Selected] | None:

@@ -101,14 +101,11 @@ class Choices:
                 return self._selected(node, mask, x)
         return None
 
-    def kept_by(self, v: int, at: Node) -> int | None:
-        """Return where numbers that are added keep a sum: where the higher of two is."""
-        found = self.of(v, at)
-        if found is None or found.no == found.yes:
-            return None
-        if found.no < found.yes:
-            return found.truth
-        return self._made(at, lax.bitwise_not, found.truth)
+    def rising(self, found: Choice, at: Node) -> Choice:
+        """Return the same numbers by the truth values that are true at the higher one."""
+        if found.no <= found.yes:
+            return found
+        return Choice(self._made(at, lax.bitwise_not, found.truth), found.yes, found.no)
 
     def of(self, v: Operand, at: Node) -> Choice | None:
         """Return which two numbers a tensor consists of; what makes truths comes before `at`."""
@@ -169,9 +166,7 @@ class Choices:
 
     def _mask(self, found: Choice | None, at: Node) -> Choice | None:
         """Return numbers with zero where truth values keep a sum; None: they are no mask."""
-        if found is not None and found.yes < found.no:
-            truth = self._made(at, lax.bitwise_not, found.truth)
-            found = Choice(truth, found.yes, found.no)
+        found = None if found is None else self.rising(found, at)
         lowest = without_digits(jnp.float32)
         return found if found is not None and found.no <= lowest and found.yes == 0 else None
 
@@ -222,12 +217,9 @@ class Choices:
         truth = mask.truth
         if self.draft.avals[truth].shape != aval.shape:
             truth = self._made(at, lambda t: lax.broadcast_in_dim(t, aval.shape, axes), truth)
-        number = Constant(np.asarray(mask.no, aval.dtype))
-        lowest = self._repeated(at, number, ())
-        same = self.draft.aval(x).shape == aval.shape
-        kept = (
-            x if same else self._repeated(at, x, axes[len(axes) - len(self.draft.aval(x).shape) :])
-        )
+        lowest = self._repeated(at, Constant(np.asarray(mask.no, aval.dtype)), ())
+        shape = self.draft.aval(x).shape
+        kept = x if shape == aval.shape else self._repeated(at, x, axes[len(axes) - len(shape) :])
         eqn = traced(lax.select_n, self.draft.avals[truth], aval, aval)
         whole = {"inputs": (truth, lowest, kept), "run": bound(eqn), "eqn": eqn}
         selected = as_kind(Elementwise, self.draft.made(at, x, eqn), **whole)

@@ -88,11 +88,11 @@ def convert(
     builder, program = lowered(sample)
     if config.float_parts == "refuse":
         refuse_float_parts(program)
-    free = _of_any_batch(call, lowered, Lowered(sample, builder, program))
+    free = _of_any_batch(call, lowered, _Lowered(sample, builder, program))
     return IntegerModel(program if free is None else free)
 
 
-class Lowered(NamedTuple):
+class _Lowered(NamedTuple):
     """A captured call, and the program that it became."""
 
     captured: Capture
@@ -100,14 +100,16 @@ class Lowered(NamedTuple):
     program: Program
 
 
-Lower = Callable[..., tuple[ProgramBuilder, Program]]
+_Lower = Callable[..., tuple[ProgramBuilder, Program]]
 """From a captured call to a program."""
 
 
-def _of_any_batch(call: "_Call", lowered: Lower, sample: Lowered) -> Program | None:
+def _of_any_batch(call: "_Call", lowered: _Lower, sample: _Lowered) -> Program | None:
     """Return the program for batches of any size; None: the model holds on to the sample's."""
+    if call.size is None:
+        return None
     free = call.resized(BATCH)
-    if free is None or call.size is None:
+    if free is None:
         return None
     found = _same(lowered, sample, free, call.size)
     if found is not None or call.size != 1:
@@ -117,13 +119,13 @@ def _of_any_batch(call: "_Call", lowered: Lower, sample: Lowered) -> Program | N
     if two is None:
         return None
     try:
-        found = _same(lowered, Lowered(two, *lowered(two)), free, 2)
+        found = _same(lowered, _Lowered(two, *lowered(two)), free, 2)
     except ValueError:
         return None
     return found if found and same_but_for_moves(sample.program, found) else None
 
 
-def _same(lowered: Lower, sample: Lowered, free: Capture, size: int) -> Program | None:
+def _same(lowered: _Lower, sample: _Lowered, free: Capture, size: int) -> Program | None:
     """Return the program of a free batch size; None: it is not that of a sample of `size`."""
     if not same_graphs(sample.captured.graph, free.graph, size):
         return None
@@ -291,8 +293,6 @@ class _Call:
 
     def resized(self, batch: int) -> Capture | None:
         """Capture with another batch size; None where the model takes none but its own."""
-        if self.size is None:
-            return None
         try:
             return self.captured(batch)
         except Exception:  # whatever a model raises for a batch size that it does not take

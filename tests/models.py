@@ -16,6 +16,8 @@ import simqat_jax as sq
 RNGS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 KEY = RNGS["params"]
 EXPORTS = {"onnx": sq.export_onnx, "tflite": sq.export_tflite}
+ONE_BY_DAY = [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"]
+"""The files, for what does not tell them apart."""
 
 
 class TwoLayers(nn.Module):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from models import EXPORTS, observed
+from models import EXPORTS, ONE_BY_DAY, observed
 from zoo import Model
 
 import simqat_jax as sq
@@ -236,7 +236,7 @@ def test_learned_biases_are_added_to_codes(name):
     assert "float" not in found
 
 
-@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 def test_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
     """Learned ones and distances, with masks and without, for any number of examples."""
     config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))
@@ -254,7 +254,7 @@ def test_biases_have_the_codes_of_evaluation_and_files(backend, tmp_path):
     assert sq.verify(integer, path, X).differing == 0
 
 
-@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 def test_added_masks_have_the_codes_of_evaluation_and_files(backend, tmp_path):
     """Also of a sentence of nothing but padding, and their numbers are in no range."""
     config = sq.SimQATConfig(backend=backend, activation=sq.QuantSpec(observer="minmax"))

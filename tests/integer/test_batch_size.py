@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import assert_same, by_turns, export, trained
+from models import ONE_BY_DAY, assert_same, by_turns, export, trained
 from zoo import case
 
 import simqat_jax as sq
@@ -181,7 +181,7 @@ def converted(body, shape, backend):
     return lambda x: evaluate(variables, x), model, small.args[0]
 
 
-@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 @pytest.mark.parametrize("name", DEPENDENT)
 def test_a_model_that_depends_on_its_batch_size_keeps_it(name, backend, tmp_path):
     evaluate, model, x = converted(*DEPENDENT[name], backend)
@@ -237,7 +237,7 @@ def test_one_example_of_what_computes_otherwise_for_one(body, free):
         assert_same(model(more), evaluate(more))
 
 
-@pytest.mark.parametrize("backend", [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"])
+@pytest.mark.parametrize("backend", ONE_BY_DAY)
 @pytest.mark.parametrize(
     "body",
     [Vit(), pytest.param(Perceiver(), marks=pytest.mark.nightly)],

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from models import EXPORTS, observed
+from models import EXPORTS, ONE_BY_DAY, observed
 from zoo import Model
 
 import simqat_jax as sq
 
-ONE_BY_DAY = [pytest.param("onnx", marks=pytest.mark.nightly), "tflite"]
-"""For messages and remedies that do not tell the files apart."""
 X = jax.random.normal(jax.random.key(0), (4, 5, 8))
 IMAGE = jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilation import optimized
-from models import RNGS, by_night
+from models import RNGS, by_half, by_night
 from zoo import CASES, Case
 
 import simqat_jax as sq
@@ -169,6 +169,7 @@ def test_evaluation_has_the_same_bits_with_and_without_jit(subject):
         np.testing.assert_allclose(np.asarray(a, float), np.asarray(b, float), rtol=rounding)
 
 
+@pytest.mark.parametrize("subject", by_half(CASES), indirect=True, scope="module")
 def test_evaluation_has_finite_gradients(subject):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(subject.gradients))
 

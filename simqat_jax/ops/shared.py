@@ -27,7 +27,8 @@ def _options(large: bool) -> Mapping[str, bool | int]:
     if jax.default_backend() != "cpu":
         return {}
     plain = {} if large else {"xla_backend_optimization_level": 0}
-    options = {"xla_cpu_use_fusion_emitters": False, **plain}
+    parts = {"xla_cpu_parallel_codegen_split_count": 1}
+    options = {"xla_cpu_use_fusion_emitters": False, **parts, **plain}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except JaxRuntimeError:

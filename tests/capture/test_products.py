@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from models import assert_same, initialized, observed
+from models import assert_same, by_half, initialized, observed
 
 import simqat_jax as sq
 
@@ -155,7 +155,7 @@ def weighted(y):
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", by_half(CASES))
 def test_what_multiplies_data_is_a_layer(name):
     body, x, kernels = CASES[name]
     model = Written(body)

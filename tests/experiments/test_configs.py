@@ -39,11 +39,6 @@ PHASES = {
 """Of the other configs `qat`: compiling takes the time of these tests."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do() -> None:
-    """Not here: one step takes less than to optimize it."""
-
-
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nine training and five test images of every set, where the real ones would be."""

@@ -14,11 +14,6 @@ SMALL = MobileNetV1(blocks=((5, 1), (6, 2)))
 X = np.zeros((1, 8, 8, 3), np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do() -> None:
-    """Not here: nothing is compiled."""
-
-
 def weights() -> dict[str, np.ndarray]:
     """Random weights of SMALL by the names and in the shapes of Keras."""
     shapes: dict[str, tuple[int, ...]] = {

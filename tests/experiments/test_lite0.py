@@ -15,11 +15,6 @@ from experiments import comparison, lite0
 from experiments.errors import ExperimentError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do() -> None:
-    """Not here: more is compiled than runs."""
-
-
 class Small(nn.Module):
     """A network for photos with what matters here: BatchNorm and ReLU6."""
 

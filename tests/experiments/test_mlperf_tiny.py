@@ -14,11 +14,6 @@ from experiments.models.tiny import DSCNN
 from experiments.tflite_archive import Layer, LiteRTFile
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do() -> None:
-    """Not here: more is compiled than runs."""
-
-
 def layers() -> list[Layer]:
     """Random layers of DSCNN in the order of its file."""
     shapes = [(10, 4, 1, 64), *[(3, 3, 1, 64), (1, 1, 64, 64)] * 4, (64, 12)]

@@ -12,11 +12,6 @@ from experiments import tflite_archive
 from experiments.errors import ExperimentError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_users_do() -> None:
-    """Not here: more is compiled than runs."""
-
-
 class Small(nn.Module):
     """A layer of each kind."""
 

@@ -44,6 +44,14 @@ ARGUMENTS = train.Arguments(
 STEPS = 80
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_users_do(optimized: None) -> Iterator[None]:
+    """Also in the processes that a test starts: what both compute is the same to the bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory of runs, the same in all processes that run tests; decoded data are cached."""

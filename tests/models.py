@@ -88,10 +88,10 @@ def by_night(names: Iterable[str]) -> list[Any]:
     return [pytest.param(n, marks=pytest.mark.nightly if n in ALIKE else ()) for n in names]
 
 
-def by_half(names: Iterable[str]) -> list[Any]:
-    """Every other name of those that are like no others; the rest at night."""
+def by_half(names: Iterable[Any], turn: int = 0) -> list[Any]:
+    """Every other name of those that are like no others, from `turn` on; the rest at night."""
     names = list(names)
-    by_day = [n for n in names if n not in ALIKE][::2]
+    by_day = [n for n in names if n not in ALIKE][turn::2]
     return [pytest.param(n, marks=() if n in by_day else pytest.mark.nightly) for n in names]
 
 

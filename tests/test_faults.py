@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
+from models import by_half
 
 import simqat_jax as sq
 from simqat_jax.targets import verify as command
@@ -128,7 +129,7 @@ def test_an_empty_tensor_is_named_with_its_layer():
 
 
 @pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
-@pytest.mark.parametrize("gamma", [0.0, 1e-6, -1e-11, 1e-14, -1e-19, 1e-25, 1e-37, 1e-40])
+@pytest.mark.parametrize("gamma", by_half([0.0, 1e-6, -1e-11, 1e-14, -1e-19, 1e-25, 1e-37, 1e-40]))
 def test_a_channel_with_a_tiny_gamma_trains_on(fold, gamma):
     """Outputs, gradients and statistics are finite, and those of the float network."""
     model = Net()

@@ -174,6 +174,7 @@ def test_evaluation_has_finite_gradients(subject):
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(subject.gradients))
 
 
+@pytest.mark.parametrize("subject", by_half(CASES, 1), indirect=True, scope="module")
 def test_16_bits_train_and_evaluate_as_the_float_model(subject):
     results, evaluated = subject.wide
     want = subject.floats.output
@@ -183,6 +184,7 @@ def test_16_bits_train_and_evaluate_as_the_float_model(subject):
         assert_tree_close(evaluated, want, tolerance)
 
 
+@pytest.mark.parametrize("subject", by_half(CASES, 1), indirect=True, scope="module")
 def test_16_bits_have_the_gradients_of_the_float_model(subject):
     got, want = subject.wide[0].gradients, subject.floats.gradients
     tolerance = 0.2 if is_half(subject.floats.output) else 0.02

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import EXPORTS, observed
+from models import EXPORTS, by_half, observed
 from zoo import Model
 
 import simqat_jax as sq
@@ -78,7 +78,7 @@ def flax_mask(ids):
 MODELS = {"Flax's own": Model(flax_mask), **{name: scored(f) for name, f in MASKED.items()}}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_half(MODELS))
 def test_masks_of_numbers_leave_no_float_part(name, tmp_path):
     config = sq.SimQATConfig(float_parts="refuse", activation=sq.QuantSpec(observer="minmax"))
     model = MODELS[name]

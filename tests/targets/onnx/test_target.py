@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from models import by_night, converted
+from models import by_half, converted
 from zoo import CASES, Case
 
 import simqat_jax as sq
@@ -58,7 +58,7 @@ def differences(model, runtime, args):
     return count
 
 
-@pytest.mark.parametrize("name", by_night(n for n in CASES if n not in (*TRAINING, *FLOAT_PARTS)))
+@pytest.mark.parametrize("name", by_half(n for n in CASES if n not in (*TRAINING, *FLOAT_PARTS)))
 def test_every_construct(name, tmp_path):
     case = CASES[name]
     model = converted(case, CONFIG)

@@ -27,8 +27,11 @@ def _options(large: bool) -> Mapping[str, bool | int]:
     if jax.default_backend() != "cpu":
         return {}
     plain = {} if large else {"xla_backend_optimization_level": 0}
-    parts = {"xla_cpu_parallel_codegen_split_count": 1}
-    options = {"xla_cpu_use_fusion_emitters": False, **parts, **plain}
+    options = {
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+        **plain,
+    }
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except JaxRuntimeError:

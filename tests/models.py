@@ -83,6 +83,19 @@ def export(model: sq.IntegerModel, path: Path, **options: Any) -> None:
     EXPORTS[model.backend](model, path, **options)
 
 
+def assert_files_agree(qmodel: sq.QuantizedModule, variables: Any, folder: Path, *args: Any):
+    """The integer model of each runtime and its file give the same codes, at two batch sizes."""
+    for backend in EXPORTS:
+        model, path = (
+            sq.convert(qmodel, variables, *args, backend=backend),
+            folder / f"model.{backend}",
+        )
+        export(model, path)
+        for size in (None, -1):
+            report = sq.verify(model, path, *(x[:size] for x in args))
+            assert report.differing == 0, report
+
+
 def by_night(names: Iterable[str]) -> list[Any]:
     """Names of cases; those that are like others are left to the night."""
     return [pytest.param(n, marks=pytest.mark.nightly if n in ALIKE else ()) for n in names]

@@ -14,13 +14,16 @@ from flax.typing import VariableDict
 from jax.extend import core
 
 from simqat_jax.capture.compound import find_compound
+from simqat_jax.capture.counts import find_counted_means
 from simqat_jax.capture.exact import keep_exact
 from simqat_jax.capture.flatten import Flattener, Where
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
+from simqat_jax.capture.masked import find_masked
 from simqat_jax.capture.passes import dependent, name_random, prune, random_keys, share, simplify
 from simqat_jax.capture.poles import keep_norms_float
 from simqat_jax.capture.products import find_products
 from simqat_jax.capture.repetitions import move_repetitions
+from simqat_jax.capture.shares import find_shares
 from simqat_jax.capture.state import Beside, beside, stored
 from simqat_jax.capture.truths import read_truths
 from simqat_jax.capture.unreachable import unreachable_products
@@ -145,6 +148,7 @@ def _captured(call: Call, recorder: Recorder, *, forget: bool) -> Capture:
 def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     """Find in a graph, as it was traced, what a plan is made of."""
     graph = prune(read_truths(share(prune(graph))))
+    graph = prune(find_counted_means(prune(find_masked(prune(find_shares(graph))))))
     missed = unreachable_products(graph, recorder)
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from simqat_jax.capture.contractions import Axes, traced, transposition
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.passes import dependent
-from simqat_jax.ir.graph import Graph, Move, Node, Operand, as_kind, shape_of
+from simqat_jax.ir.graph import Float, Graph, Move, Node, Operand, as_kind, shape_of
 
 
 class Draft:
@@ -87,6 +87,14 @@ class Draft:
         name = "convert" if eqn.primitive.name == "convert_element_type" else eqn.primitive.name
         whole = {"inputs": (source,), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
         return as_kind(Move, node, op=name, layer=None, parts=(), **whole)
+
+    def computed(
+        self, node: Node, op: str, function: Callable[..., object], *sources: Operand
+    ) -> Node:
+        """Return a node that computes integers or truth values by one call, where `node` is."""
+        eqn = traced(function, *map(self.aval, sources))
+        made = self.made(node, sources[0], eqn)
+        return as_kind(Float, made, op=op, inputs=sources, run=bound(eqn), eqn=eqn)
 
     def once(self, key: Hashable, node: Node, make: Callable[[], Node]) -> int:
         """Return the tensor that a new node makes, which comes in front of `node`.

@@ -16,7 +16,7 @@ from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, maker, number
 from simqat_jax.capture.passes import reading
-from simqat_jax.ir.graph import Constant, Elementwise, Float, Graph, Node, Operand, as_kind
+from simqat_jax.ir.graph import Constant, Elementwise, Graph, Node, Operand, as_kind
 
 _KEEP = frozenset(("copy", "stop_gradient"))
 _MOVES = (SAME - _KEEP) | {"transpose", "rev", "slice"}
@@ -204,9 +204,7 @@ class Choices:
 
     def _made(self, at: Node, function: Callable[..., object], *sources: int) -> int:
         """Return the truth values that a function makes of others, in front of a node."""
-        eqn = traced(function, *(self.draft.avals[v] for v in sources))
-        made = self.draft.made(at, sources[0], eqn)
-        node = as_kind(Float, made, inputs=sources, run=bound(eqn), eqn=eqn)
+        node = self.draft.computed(at, "mask", function, *sources)
         self.draft.instead.setdefault(at, []).append(node)
         return node.outputs[0]
 

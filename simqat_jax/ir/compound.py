@@ -1,8 +1,8 @@
-"""Nodes that stand for several operations of a model: norms, softmax, products of two tensors."""
+"""Nodes that stand for several operations of a model: norms, softmax, masked means, products."""
 
 import dataclasses
 
-from simqat_jax.ir.graph import Contraction, Node
+from simqat_jax.ir.graph import Contraction, Move, Node
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,3 +136,34 @@ class Lookup(Node):
         """None: indices have no codes."""
         del data
         return ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Masked(Move):
+    """The first input where the second, truth values that broadcast to it, lets it stay; else zero.
+
+    Attributes:
+      keeps: the truth value where a number stays.
+    """
+
+    keeps: bool
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The first input: a mask has no codes."""
+        return self.data_inputs(data)[:1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CountedMean(Node):
+    """Sums of the first input, each divided by what the third holds at a count, the second input.
+
+    Attributes:
+      axes: along which axes.
+    """
+
+    axes: tuple[int, ...]
+    kind: str = "mean"
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """The first input: counts have no codes."""
+        return self.data_inputs(data)[:1]

@@ -218,8 +218,8 @@ _RULES: Mapping[str, Callable[[LoweredStep], bool]] = {
 
 def needs_function(node: Node) -> bool:
     """Whether a node that moves codes may have no operation of its own."""
-    moves = isinstance(node, Move) and node.primitive != "gather"
-    return isinstance(node, Move) and not (moves and node.primitive in _RULES)
+    ruled = node.primitive in _RULES and node.primitive != "gather"
+    return type(node) is Move and not ruled
 
 
 def window(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from simqat_jax.ops import (
     extremes,
     floats,
     functions,
+    masked,
     matmul,
     moves,
     norms,
@@ -21,7 +22,7 @@ from simqat_jax.ops.operation import Operation
 
 _FAMILIES = (
     *(products, matmul, batch_norm, norms, spreads, softmax),
-    *(arithmetic, extremes, sums, functions, moves, floats, primitives),
+    *(arithmetic, extremes, sums, masked, functions, moves, floats, primitives),
 )
 
 OPERATIONS: dict[type[Node], Operation] = {

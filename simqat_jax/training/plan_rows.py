@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from numpy.typing import ArrayLike
@@ -121,6 +122,12 @@ def _note(placement: Placement, step: Step) -> str:
         return f"on the grid of {placement.grids[step.output].name}"
     if operation_of(step.node).counts(step, placement):
         return _form(step)
+    dtypes = [
+        placement.graph.avals[v].dtype
+        for v in (*step.node.data_inputs(placement.graph.data), step.output)
+    ]
+    if not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        return str(dtypes[-1])  # masks, indices and counts
     return f"{FLOAT}: {_reason(step)}"
 
 

@@ -79,7 +79,8 @@ class Row:
       op: readable name with attributes and what is fused: "Conv(features=6, ...) + relu".
       weight: the kernel's quantizer, None for none.
       output: the quantizer of the output, None for none.
-      note: what becomes of the grid, or why the operation stays float.
+      note: what becomes of the grid, or why the operation stays float; the type of a mask, an index
+        or a count.
       rule: what decides it: "rules[0]" or "exclude[0]" of the config; empty: nothing but its
         defaults.
       brief: `op` in few words: "Conv 5x5, 6 + relu".

@@ -6,6 +6,7 @@ import pytest
 from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from models import export
 from single_operations import (
     both,
     compared,
@@ -357,3 +358,65 @@ def test_gelu_by_itself_and_close_to_ties(folder, scales, approximate):
     pairs = ((scales[0], 77), (scales[1], 9))
     model = single("tflite", "table", pairs, {}, {"table": codes}, shape=(-1, 256))
     compared(model, folder, [np.arange(256, dtype=np.uint8)[None]])
+
+
+# Masks -------------------------------------------------------------------------------------------
+
+
+def of_integers(backend, kind, shapes, dtype, grids, attributes, arrays=None):
+    """An integer model of an operation whose second input, of this type, has no codes."""
+    x, y = (sq.Grid(float(np.float32(scale)), zero, 0, 255) for scale, zero in grids)
+    given = zip("xmy", shapes, ("float32", dtype, "float32"), (x, None, y), strict=True)
+    tensors = [Tensor(name, shape, t, on) for name, shape, t, on in given]
+    op = operation(kind, (0, 1), (2,), attributes, arrays)
+    return integer_model(backend, tensors, [op], [0, 1], [2])
+
+
+@both
+@given(grids, grids, seeds, st.integers(1, 40), st.booleans())
+@examples(8)
+def test_means_of_counts(backend, folder, a, b, seed, length, wide):
+    """Of none, of all and of what is between; one count for all features or one for each."""
+    shapes = (-1, length, 3), (-1, 3 if wide else 1), (-1, 3)
+    divisors = np.arange(1, length + 2, dtype=np.float32)
+    arrays = {"multiplier": np.float32(a[0]) / (np.float32(b[0]) * divisors)}
+    attributes = {"axes": (1,), "clamp": (seed % 90, 255)}
+    model = of_integers(backend, "counted_sum", shapes, "int32", (a, b), attributes, arrays)
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, (200, length, 3)).astype(np.uint8)
+    counts = rng.integers(0, length + 1, (200, *shapes[1][1:])).astype(np.int32)
+    verified(model, folder, codes, counts)
+
+
+@both
+def test_means_of_sums_beyond_24_bits(backend, folder):
+    length, shapes = 90_000, ((-1, 90_000, 2), (-1, 1), (-1, 2))
+    grids = (0.25, 0), (0.5, 3)
+    multiplier = np.float32(0.5) / np.arange(1, length + 2, dtype=np.float32)
+    arrays, attributes = {"multiplier": multiplier}, {"axes": (1,), "clamp": (0, 255)}
+    model = of_integers(backend, "counted_sum", shapes, "int32", grids, attributes, arrays)
+    codes = np.random.default_rng(0).integers(240, 256, (3, length, 2)).astype(np.uint8)
+    verified(model, folder, codes, np.array([[length], [length - 1], [80_000]], np.int32))
+
+
+@both
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("zero", [0, 77, 255])
+def test_masks(backend, folder, zero, keeps):
+    shapes = (-1, 5, 3), (-1, 5, 1), (-1, 5, 3)
+    given = ((0.1, zero), (0.1, zero)), {"keeps": keeps}
+    model = of_integers(backend, "mask", shapes, "bool", *given)
+    rng = np.random.default_rng(zero)
+    codes = rng.integers(0, 256, (200, 5, 3)).astype(np.uint8)
+    verified(model, folder, codes, rng.random((200, 5, 1)) < 0.5)
+
+
+def verified(model, folder, codes, others):
+    """Write the model, run the file, and compare all codes."""
+    path = folder / f"single.{model.backend}"
+    export(model, path)
+    x = model.tensors[0].grid
+    real = (codes.astype(np.float32) - np.float32(x.zero_point)) * np.float32(x.scale)
+    np.testing.assert_array_equal(x.quantize(real), codes)
+    report = sq.verify(model, path, real, others)
+    assert report.differing == 0, report

@@ -13,6 +13,7 @@ from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
+from simqat_jax.ops.masked import CountedSum, Mask
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -223,15 +224,14 @@ def _position(w: Writer, op: PositionOfCodes) -> None:
     w.put(op.outputs[0], w.node("Cast", [place], op.path, to=w.onnx.TensorProto.INT32))
 
 
-def _requantized(w: Writer, op: SumOver | SumPool, sums: str, layout: Layout) -> None:
+def _requantized(
+    w: Writer, op: SumOver | SumPool | CountedSum, sums: str, multiplier: str, layout: Layout
+) -> None:
     """Scale int32 sums as the model does, in plain operators."""
     output = w.model.tensors[op.outputs[0]]
     grid = w.grid(output)
     real = w.node("Cast", [sums], op.path, to=w.onnx.TensorProto.FLOAT)
-    multiplier = op.arrays["multiplier"].astype(np.float32)
-    if layout == FIRST and multiplier.ndim > 1:
-        multiplier = np.moveaxis(multiplier, -1, 1)
-    real = w.node("Mul", [real, w.initializer(multiplier, op.path)], op.path)
+    real = w.node("Mul", [real, multiplier], op.path)
     real = w.node("Round", [real], op.path)
     zero = w.initializer(np.float32(grid.zero_point + grid.unsigned_offset), op.path)
     real = w.node("Add", [real, zero], op.path)
@@ -260,7 +260,23 @@ def _sum(w: Writer, op: SumOver) -> None:
         w.put(op.outputs[0], w.node("Reshape", [w.get(op.outputs[0]), shape], op.path))
         return
     inputs = [_centered(w, op), w.ints(axes, op.path)]
-    _requantized(w, op, w.node("ReduceSum", inputs, op.path, keepdims=0), LAST)
+    sums = w.node("ReduceSum", inputs, op.path, keepdims=0)
+    _requantized(w, op, sums, w.initializer(op.arrays["multiplier"], op.path), LAST)
+
+
+def _counted_sum(w: Writer, op: CountedSum) -> None:
+    inputs = [_centered(w, op), w.ints(op.axes, op.path)]
+    sums = w.node("ReduceSum", inputs, op.path, keepdims=0)
+    shape = w.ints([max(d, -1) for d in w.model.tensors[op.outputs[0]].shape], op.path)
+    table = w.initializer(op.arrays["multiplier"], op.path)
+    multiplier = w.node("Gather", [table, w.get(op.inputs[1])], op.path)
+    _requantized(w, op, w.node("Reshape", [sums, shape], op.path), multiplier, LAST)
+
+
+def _mask(w: Writer, op: Mask) -> None:
+    zero = w.scale(w.model.tensors[op.inputs[0]])[1]
+    cases = [w.get(op.inputs[0]), zero] if op.keeps else [zero, w.get(op.inputs[0])]
+    w.put(op.outputs[0], w.node("Where", [w.get(op.inputs[1]), *cases], op.path))
 
 
 def _sum_pool(w: Writer, op: SumPool) -> None:
@@ -279,7 +295,10 @@ def _sum_pool(w: Writer, op: SumPool) -> None:
         pads=pads,
         kernel_shape=window,
     )
-    _requantized(w, op, sums, FIRST)
+    multiplier = op.arrays["multiplier"].astype(np.float32)
+    if multiplier.ndim > 1:
+        multiplier = np.moveaxis(multiplier, -1, 1)
+    _requantized(w, op, sums, w.initializer(multiplier, op.path), FIRST)
 
 
 def _spatial_window(op: SumPool | MaxPool) -> tuple[list[int], list[int], list[int]]:
@@ -430,6 +449,8 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     PositionOfCodes: _position,
     SumOver: _sum,
     SumPool: _sum_pool,
+    CountedSum: _counted_sum,
+    Mask: _mask,
     MaxPool: _max_pool,
     Extreme: _extreme,
     Table: _table,

@@ -13,6 +13,7 @@ from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
+from simqat_jax.ops.masked import CountedSum, Mask
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -41,6 +42,7 @@ from simqat_jax.targets.tflite.layers import affine, conv, convolution, dense, f
 from simqat_jax.targets.tflite.subgraph import Codes, Plain, check_ratio, stored
 from simqat_jax.targets.tflite.whole import (
     added,
+    counted_sum,
     log_softmax,
     look_up,
     multiplied,
@@ -379,6 +381,13 @@ def _take(w: Writer, op: Take, x: Codes, y: Codes) -> None:
     w.emit("GATHER", [x.index, indices], y.index, axis=axis, batchDims=0)
 
 
+def _mask(w: Writer, op: Mask, x: Codes, truth: Codes | None, y: Codes) -> None:
+    del truth  # it has no codes
+    zero = w.code_constant(x.grid.zero_point, x.grid).index
+    cases = (x.index, zero) if op.keeps else (zero, x.index)
+    w.emit("SELECT_V2", [w.real(op.inputs[1]).index, *cases], y.index)
+
+
 def _pad(w: Writer, op: Pad, x: Codes, y: Codes) -> None:
     padding = [(lo, hi) for lo, hi, _ in op.padding]
     check_padding(op, x, padding)
@@ -397,6 +406,8 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     PositionOfCodes: _position,
     SumOver: _sum,
     SumPool: _sum_pool,
+    CountedSum: counted_sum,
+    Mask: _mask,
     MaxPool: _max_pool,
     Extreme: _extreme,
     Table: _table,

@@ -4,6 +4,7 @@ Codes less their zero point are whole numbers: the same bytes under a scale of 1
 stay in float where nothing else reads them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from simqat_jax.numerics import softmax as numbers
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.norms import STEPS, heron_start, reciprocal_count
 from simqat_jax.ops.arithmetic import Sum
+from simqat_jax.ops.masked import CountedSum
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.norms import Normalize, OfStatistics
 from simqat_jax.ops.softmax import LogSoftmaxOfCodes, OfExponentialsOfCodes, SoftmaxOfCodes
@@ -285,6 +287,19 @@ def added(w: Writer, op: Sum, y: Codes) -> None:
     for kind, end in (("MAXIMUM", -_FAR), ("MINIMUM", _FAR)):
         total = at.int32(kind, shape, total, w.constant(end))
     at.finish(w.cast(total, shape, np.float32), op.clamp, y)
+
+
+def counted_sum(w: Writer, op: CountedSum, *tensors: Codes | None) -> None:
+    """Write sums, each times what a table holds at a count."""
+    at, tensor = _Whole(w, op), w.source.tensors[op.inputs[0]]
+    largest = grid_of(tensor).largest * math.prod(tensor.shape[a] for a in op.axes)
+    sums = _sum_of_wholes(at, tensor.shape, w.whole(op.inputs[0]), op.axes, largest)
+    shape = w.source.tensors[op.outputs[0]].shape
+    counts = w.real(op.inputs[1])
+    factors = w.tensor(None, counts.shape, np.float32)
+    table = w.constant(op.arrays["multiplier"], np.float32)
+    w.emit("GATHER", [table, counts.index], factors, axis=0, batchDims=0)
+    at.finish(at("MUL", shape, w.reshaped(sums, shape), factors), op.clamp, tensors[-1])
 
 
 def look_up(w: Writer, op: LookUp, _: Codes | None, y: Codes) -> None:

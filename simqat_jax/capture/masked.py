@@ -1,0 +1,168 @@
+"""Masks of zeros and ones: what they leave out of tensors."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from simqat_jax.capture.contractions import identity, traced, transposition
+from simqat_jax.capture.draft import Draft
+from simqat_jax.capture.flatten import bound
+from simqat_jax.capture.parts import maker, number
+from simqat_jax.capture.passes import dependent
+from simqat_jax.capture.truths import Choice, Choices
+from simqat_jax.ir.compound import Masked
+from simqat_jax.ir.graph import Graph, Mean, Node, Operand, as_kind, shape_of
+
+
+def find_masked(graph: Graph) -> Graph:
+    """Find what a mask leaves out of a tensor: in products with it, selections and their sums.
+
+    A mask is made of the model's inputs alone: truth values, or numbers 0 and 1 made of these.
+    """
+    masks = _Masks(graph)
+    for node in graph.nodes:
+        if node.layer is None and not node.parts and node.outputs[0] not in graph.repeated:
+            masks.visit(node)
+    return masks.draft.finished()
+
+
+class _Masks:
+    """What masks leave out of the tensors of a graph."""
+
+    def __init__(self, graph: Graph):
+        self.draft = Draft(graph)
+        self.choices = Choices(self.draft)
+        self.computed = dependent(graph.nodes, graph.trained) & graph.data
+        self.random = dependent(graph.nodes, graph.keys)
+
+    def visit(self, node: Node) -> None:
+        """Put what leaves out numbers in the place of a node that does."""
+        found = self._found(node)
+        made = self.draft.instead.pop(node, [])  # truth values
+        if found:
+            self.draft.instead[node] = [*made, *found]
+
+    def _found(self, node: Node) -> list[Node]:
+        if node.primitive == "select_n":
+            return self._of_selection(node)
+        if node.primitive in ("mul", "dot_general"):
+            for x, mask in (node.inputs, node.inputs[::-1]):
+                if x in self.computed and self._may_mask(mask):
+                    of = self._of_product if node.primitive == "mul" else self._of_sum
+                    return of(node, x, mask)
+        return []
+
+    def _may_mask(self, v: Operand) -> bool:
+        return v not in self.computed and v not in self.random
+
+    def _of_selection(self, node: Node) -> list[Node]:
+        truth, *cases = node.inputs
+        aval = self.draft.aval(truth)
+        if len(cases) != 2 or aval.dtype != bool or not aval.shape or not self._may_mask(truth):
+            return []
+        for keeps, x in enumerate(cases):
+            if x in self.computed and number(self.draft, cases[1 - keeps]) == 0:
+                mask = thin(self.draft, truth)
+                return [masked(self.draft, node, x, mask, bool(keeps), node.outputs)]
+        return []
+
+    def _of_product(self, node: Node, x: Operand, v: Operand) -> list[Node]:
+        mask = self._mask(node, thin(self.draft, v))
+        if mask is None or self.draft.aval(x).shape != self.draft.avals[node.outputs[0]].shape:
+            return []
+        return [masked(self.draft, node, x, mask.truth, bool(mask.yes), node.outputs)]
+
+    def _of_sum(self, node: Node, x: Operand, v: Operand) -> list[Node]:
+        """Return what multiplies each number by one of a mask, and sums."""
+        draft, aval = self.draft, self.draft.aval(x)
+        weights = weighting(draft, node, node.inputs.index(x))
+        mask = self._mask(node, v) if weights else None
+        if weights is None or mask is None:
+            return []
+        beside = jax.jit(lambda t: weights.beside(t, len(aval.shape)))
+        truths = draft.computed(node, "mask", beside, mask.truth)
+        kept = masked(draft, node, x, truths.outputs[0], bool(mask.yes))
+        add = traced(lambda x: lax.reduce_sum(x, weights.summed), aval)
+        order, aval = weights.order(len(aval.shape)), shape_of(add.outvars[0])
+        turns = order != identity(order)
+        outputs = (draft.new(aval),) if turns else node.outputs
+        whole = {"outputs": outputs, "run": bound(add), "eqn": add, "parts": ()}
+        made = [truths, kept, as_kind(Mean, node, op="sum", inputs=kept.outputs, **whole)]
+        if turns:
+            made.append(draft.made(node, outputs[0], transposition(aval, order), node.outputs))
+        return made
+
+    def _mask(self, node: Node, v: Operand) -> Choice | None:
+        """Return the truth values that numbers 0 and 1 are."""
+        mask = self.choices.of(v, node)
+        return mask if mask is not None and {*mask[1:]} == {0, 1} else None
+
+
+def masked(
+    draft: Draft, node: Node, x: Operand, truth: Operand, keeps: bool, outputs: tuple[int, ...] = ()
+) -> Node:
+    """Return a node that leaves out what a mask does, where `node` is."""
+    aval = draft.aval(x)
+
+    def function(x: jax.Array, truth: jax.Array) -> jax.Array:
+        return jnp.where(truth if keeps else ~truth, x, jnp.zeros((), x.dtype))
+
+    eqn = traced(jax.jit(function), aval, draft.aval(truth))
+    outputs = outputs or (draft.new(aval),)
+    whole = {"inputs": (x, truth), "outputs": outputs, "run": bound(eqn), "eqn": eqn}
+    return as_kind(Masked, node, op="mask", parts=(), keeps=keeps, **whole)
+
+
+class Weighting(NamedTuple):
+    """A matrix product in which each number of the data is multiplied by one weight, and summed.
+
+    Attributes:
+      summed: the axes of the data that are summed over.
+      batch: its axes that the result has first, in order.
+      own: for each of these axes, in order, that of the weights.
+    """
+
+    summed: tuple[int, ...]
+    batch: tuple[int, ...]
+    own: tuple[int, ...]
+
+    def beside(self, x: jax.Array, rank: int) -> jax.Array:
+        """Give weights the axes of data of a rank, of length 1 where they have none."""
+        axes = dict(zip((*self.summed, *self.batch), self.own, strict=True))
+        turned = lax.transpose(x, [axes[a] for a in sorted(axes)])
+        lengths = iter(turned.shape)
+        return turned.reshape([next(lengths) if a in axes else 1 for a in range(rank)])
+
+    def order(self, rank: int) -> tuple[int, ...]:
+        """Return in which order the product has the axes that a sum leaves of data of a rank."""
+        left = [a for a in range(rank) if a not in self.summed]
+        return tuple(map(left.index, (*self.batch, *(a for a in left if a not in self.batch))))
+
+
+def weighting(draft: Draft, node: Node, data: int) -> Weighting | None:
+    """Return how a matrix product weights data; None: each weight multiplies several numbers.
+
+    Args:
+      draft: the graph.
+      node: the product.
+      data: which of its operands are the data.
+    """
+    summed, batch = node.eqn.params["dimension_numbers"]
+    own = (*summed[1 - data], *batch[1 - data])
+    avals = [draft.aval(v) for v in (*node.inputs, *node.outputs)]
+    if len(own) < len(avals[1 - data].shape) or avals[data].dtype != avals[2].dtype:
+        return None
+    return Weighting(tuple(summed[data]), tuple(batch[data]), own)
+
+
+def thin(draft: Draft, v: Operand) -> Operand:
+    """Return what an operand repeats along axes of length 1."""
+    node = maker(draft, v)
+    while node is not None and node.primitive == "broadcast_in_dim":
+        if len(draft.aval(node.inputs[0]).shape) < len(draft.aval(v).shape):
+            break
+        v = node.inputs[0]
+        node = maker(draft, v)
+    return v

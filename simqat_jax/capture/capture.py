@@ -16,6 +16,7 @@ from jax.extend import core
 from simqat_jax.capture.compound import find_compound
 from simqat_jax.capture.counts import find_counted_means
 from simqat_jax.capture.exact import keep_exact
+from simqat_jax.capture.far import keep_far_float
 from simqat_jax.capture.flatten import Flattener, Where
 from simqat_jax.capture.interception import Kwargs, OldTraceError, Recorder, Scope
 from simqat_jax.capture.masked import find_masked
@@ -153,7 +154,7 @@ def _understood(call: Call, graph: Graph, recorder: Recorder) -> Graph:
     graph = find_products(dataclasses.replace(graph, unquantizable=missed), recorder)
     _check_patterns(recorder, call.module)
     graph = simplify(find_compound(graph))
-    return move_repetitions(keep_exact(keep_norms_float(name_random(graph))))
+    return move_repetitions(keep_exact(keep_far_float(keep_norms_float(name_random(graph)))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ def _merge_sum(draft: Draft, node: Node, product: Node, data: int) -> None:
     if weights is None or division is None:
         return
     axes, shape = weights.summed, draft.avals[division.outputs[0]].shape
+    result = draft.avals[node.outputs[0]].shape
     if weights.order(rank) != identity(range(rank - len(axes))):
         return
 
@@ -73,7 +74,8 @@ def _merge_sum(draft: Draft, node: Node, product: Node, data: int) -> None:
 
     def of_sums(count: jax.Array) -> jax.Array:
         first = tuple(slice(1) if a in axes else slice(None) for a in range(rank))
-        return lax.squeeze(moved(count)[first], axes)
+        count = lax.squeeze(moved(count)[first], axes)
+        return count.reshape((*count.shape, *(1,) * (len(result) - count.ndim)))
 
     mask, counts = Choices(draft).of(division.inputs[0], node), Counts(draft, node)
     made = draft.instead.pop(node, [])  # truth values

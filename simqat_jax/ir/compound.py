@@ -140,13 +140,15 @@ class Lookup(Node):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Masked(Move):
-    """The first input where the second, truth values that broadcast to it, lets it stay; else zero.
+    """The first input where the second, truth values that broadcast to it, lets it stay.
 
     Attributes:
       keeps: the truth value where a number stays.
+      fill: what is elsewhere, real units; but for zero the end of the grid that is next to it.
     """
 
     keeps: bool
+    fill: float = 0.0
 
     def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
         """The first input: a mask has no codes."""

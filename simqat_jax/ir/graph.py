@@ -434,6 +434,7 @@ class Graph:
       trained: the path of each input that is a parameter or statistic, collection first.
       unquantizable: the products that cannot be quantized.
       exact: the tensors that are read as they are, and lie on no grid.
+      far: the tensors with known numbers beside which a grid has no digits for others.
       repeated: of what the steps of a loop make again, which tensor it is: the same in every step.
       carried: what such loops start from.
     """
@@ -451,6 +452,7 @@ class Graph:
     trained: Mapping[int, tuple[str, ...]]
     unquantizable: tuple[Unquantizable, ...]
     exact: frozenset[int] = frozenset()
+    far: frozenset[int] = frozenset()
     repeated: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     carried: frozenset[int] = frozenset()
 

@@ -25,12 +25,14 @@ from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, Lowered
 
 
 class MaskedOperation(MoveOperation):
-    """What a mask of zeros and ones is on integers: zero is a code of every grid."""
+    """What a mask is on integers: zero is a code of every grid, and so are its ends."""
 
     def move(self, at: LoweredStep) -> None:
         check_codes_fit(at)
         assert isinstance(at.node, Masked)
-        at.emit(Mask, (at.input(), at.mask(1)), keeps=at.node.keeps)
+        grid, fill = at.out_grid, at.node.fill
+        code = int(grid.zero_point) if fill == 0 else grid.qmin if fill < 0 else grid.qmax
+        at.emit(Mask, (at.input(), at.mask(1)), keeps=at.node.keeps, code=code)
 
 
 class CountedMeanOperation(IntegerOperation):
@@ -79,14 +81,15 @@ def _at(table: ArrayLike, counts: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mask(Op):
-    """Codes of zero where the second input, truth values, is not `keeps`."""
+    """Codes, and another `code` where the second input, truth values, is not `keeps`."""
 
     kinds = ("mask",)
     keeps: bool
+    code: int
 
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         x, truth = inputs
-        return (jnp.where(truth == self.keeps, x, np.asarray(c.grid.stored_zero, x.dtype)),)
+        return (jnp.where(truth == self.keeps, x, np.asarray(self.code - c.grid.offset, x.dtype)),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

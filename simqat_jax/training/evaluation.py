@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
+from simqat_jax.ir.compound import Masked
 from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Product
 from simqat_jax.ir.plan import Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
@@ -176,8 +177,9 @@ class Evaluation(Run):
         Values that lie on a grid and change type are made from their codes anew, so that logits of
         a bfloat16 model that are returned as float32 are those of the integer model.
         """
-        codes = self.moved_codes(step, v, operands)
-        if codes is None or x.dtype == operands[0].real.dtype:
+        codes, node = self.moved_codes(step, v, operands), step.node
+        filled = isinstance(node, Masked) and node.fill != 0
+        if codes is None or (x.dtype == operands[0].real.dtype and not filled):
             return Value(x, codes)
         quantizer = self.placement.grids[v]
         tensor = Codes(codes, self.grid(quantizer, x))
@@ -199,7 +201,11 @@ class Evaluation(Run):
             operand.real if operand.codes is None else operand.codes.astype(dtype)
             for operand in operands
         ]
-        return node.run(*values)[node.outputs.index(v)].astype(jnp.float32)
+        codes = node.run(*values)[node.outputs.index(v)].astype(jnp.float32)
+        if isinstance(node, Masked) and node.fill:
+            grid = self.grid(self.placement.grids[v], codes)
+            codes = jnp.clip(codes, grid.qmin - grid.zero, grid.qmax - grid.zero)
+        return codes
 
 
 def _is_range(lo: ArrayLike, hi: ArrayLike) -> jax.Array:

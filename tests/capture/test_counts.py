@@ -46,7 +46,7 @@ MEANS = {
     "weighted": lambda x, m: jnp.einsum("blc,bl->bc", x, m.astype(jnp.float32)) / number(m),
     "behind a clamp": lambda x, m: nn.relu(kept(x, m).sum(1) / number(m)),
     "of lengths": lambda x, m: (
-        jnp.where((w := jnp.arange(6) < m.sum(1)[:, None])[..., None], x, 0).sum(1)
+        jnp.where((w := jnp.arange(6)[None] < m.sum(1)[:, None])[..., None], x, 0).sum(1)
         / w.sum(1, keepdims=True)
     ),
     "of both axes": lambda x, m: kept(x, m).sum((1, 2))[:, None] / (5 * number(m)),

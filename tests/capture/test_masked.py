@@ -39,6 +39,7 @@ FORMS = {
     "weighted heads": lambda x, m: jnp.einsum(
         "bhlc,bl->bhc", jnp.stack([x, -x], 1), m.astype(jnp.float32)
     ),
+    "weighted rows": lambda x, m: (m.astype(jnp.float32)[:, None] @ x)[:, 0],
     "known": lambda x, m: x * LAST_THREE,
 }
 
@@ -53,6 +54,42 @@ def test_what_is_left_keeps_its_codes(name, tmp_path):
     assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
     np.testing.assert_array_equal(qmodel.apply(variables, IDS[1:2]), y[1:2])
     assert_files_agree(qmodel, variables, tmp_path, IDS)
+
+
+LEFT = IDS[:3]
+EXTREMES = {
+    "a low number": lambda x, m: jnp.where(m[..., None], x, -1e9).max(1),
+    "infinity": lambda x, m: jnp.where(m[..., None], x, -jnp.inf).max(1),
+    "added": lambda x, m: (x + (1 - m[..., None].astype(jnp.float32)) * -1e4).max(1),
+    "taken off": lambda x, m: (x - (1 - m[..., None].astype(jnp.float32)) * 1e5).max(1),
+    "where": lambda x, m: jnp.max(x, 1, where=m[..., None], initial=-1e9),
+    "lowest": lambda x, m: jnp.where(m[..., None], x, 1e9).min(1),
+    "turned": lambda x, m: jnp.where(m[..., None], x, -1e9).transpose(0, 2, 1).max(-1),
+    "windows": lambda x, m: nn.max_pool(jnp.where(m[..., None], x, -1e9), (5,), (1,))[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", by_half(EXTREMES, 1))
+def test_extremes_of_what_is_left_are_integers(name, tmp_path):
+    """On a grid that reaches to -1e9 they would all be one code."""
+    model = behind(EXTREMES[name])
+    config = sq.SimQATConfig(float_parts="refuse")
+    qmodel, variables, _ = observed(model, LEFT, config=config)
+    y = jax.jit(qmodel.apply)(variables, LEFT)
+    floats = model.apply({"params": variables["params"]}, LEFT)
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
+    assert_files_agree(qmodel, variables, tmp_path, LEFT)
+    assert_files_agree(qmodel, variables, tmp_path, IDS)
+
+
+def test_the_highest_of_nothing_is_the_lowest_code():
+    """It is -1e9 in the float model."""
+    model = Model(lambda ids: EXTREMES["a low number"](nn.Dense(5)(nn.Embed(9, 8)(ids)), ids > 0))
+    qmodel, variables, _ = observed(model, IDS)
+    y = qmodel.apply(variables, IDS)
+    lowest = qmodel.plan(variables, IDS).quantizers["Dense_0/output"].lo
+    np.testing.assert_allclose(y[3], lowest, rtol=0.01)
+    np.testing.assert_array_equal(sq.convert(qmodel, variables, IDS)(IDS), y)
 
 
 def masked(body, *shapes):

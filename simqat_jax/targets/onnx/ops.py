@@ -274,8 +274,9 @@ def _counted_sum(w: Writer, op: CountedSum) -> None:
 
 
 def _mask(w: Writer, op: Mask) -> None:
-    zero = w.scale(w.model.tensors[op.inputs[0]])[1]
-    cases = [w.get(op.inputs[0]), zero] if op.keeps else [zero, w.get(op.inputs[0])]
+    x, grid = w.get(op.inputs[0]), w.grid(w.model.tensors[op.inputs[0]])
+    code = w.initializer(np.uint8(op.code + grid.unsigned_offset), op.path)
+    cases = [x, code] if op.keeps else [code, x]
     w.put(op.outputs[0], w.node("Where", [w.get(op.inputs[1]), *cases], op.path))
 
 

@@ -383,8 +383,8 @@ def _take(w: Writer, op: Take, x: Codes, y: Codes) -> None:
 
 def _mask(w: Writer, op: Mask, x: Codes, truth: Codes | None, y: Codes) -> None:
     del truth  # it has no codes
-    zero = w.code_constant(x.grid.zero_point, x.grid).index
-    cases = (x.index, zero) if op.keeps else (zero, x.index)
+    code = w.code_constant(op.code, x.grid).index
+    cases = (x.index, code) if op.keeps else (code, x.index)
     w.emit("SELECT_V2", [w.real(op.inputs[1]).index, *cases], y.index)
 
 

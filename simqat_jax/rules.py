@@ -27,6 +27,7 @@ Kind = Literal[
     "position",
     "mean",
     "concat",
+    "select",
     "elementwise",
 ]
 """What an operation is, as `Row.kind` of a plan says; `input` is an input of the model."""

@@ -1,4 +1,4 @@
-"""Means of what a mask leaves in: sums that are divided by how much that is."""
+"""Means of what a mask leaves in: sums, or what else, divided by how much that is."""
 
 import math
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.masked import thin
 from simqat_jax.capture.parts import SAME, Parts, maker, number
+from simqat_jax.capture.passes import dependent
 from simqat_jax.capture.truths import Choice, Choices
 from simqat_jax.ir import replay
 from simqat_jax.ir.compound import CountedMean
@@ -24,42 +25,43 @@ _MOST = 2**16
 
 
 def find_counted_means(graph: Graph) -> Graph:
-    """Find sums that are divided by what is made of a count of truth values."""
-    draft = Draft(graph)
+    """Find what is divided by what is made of a count of truth values, sums above all."""
+    draft, computed = Draft(graph), dependent(graph.nodes, graph.trained) & graph.data
     for node in graph.nodes:
         if node.primitive in ("div", "mul") and not node.parts and node.layer is None:
-            _merge_mean(draft, node)
+            _merge_mean(draft, node, computed)
     return draft.finished()
 
 
-def _merge_mean(draft: Draft, node: Node) -> None:
+def _merge_mean(draft: Draft, node: Node, computed: frozenset[int]) -> None:
     sides = [node.inputs] if node.primitive == "div" else [node.inputs, node.inputs[::-1]]
     for numerator, divisor in sides:
-        parts = Parts(draft, node)
-        total = _sum(parts, numerator)
-        if total is None or not parts.are_closed():
+        shape = draft.avals[node.outputs[0]].shape
+        if numerator not in computed or divisor in computed or draft.aval(numerator).shape != shape:
             continue
+        parts = Parts(draft, node)
+        x, axes = _sum(parts, numerator) or (numerator, ())
+        if not axes or not parts.are_closed():
+            parts, x, axes = Parts(draft, node), numerator, ()
         counts = Counts(draft, node)
         found = counts.of(thin(draft, divisor))
-        if found is not None:
+        if found is not None and draft.aval(x).dtype == jnp.float32:
             with np.errstate(divide="ignore"):
                 table = found.numbers if node.primitive == "div" else 1 / found.numbers
             draft.instead.update((part, []) for part in parts.ordered)
-            axes = tuple(map(int, total.eqn.params["axes"]))
-            mean = divided(draft, node, total.inputs[0], axes, Counted(found.counts, table))
+            mean = divided(draft, node, x, axes, Counted(found.counts, table))
             draft.instead[node] = [*counts.made, mean]
             return
 
 
-def _sum(parts: Parts, v: Operand) -> Mean | None:
-    """Return the sum that an operand is, maybe in another shape or precision."""
+def _sum(parts: Parts, v: Operand) -> tuple[Operand, tuple[int, ...]] | None:
+    """Return of what and along which axes an operand is a sum, maybe in another shape."""
     draft, source = parts.draft, parts.behind(v)
     total = parts.made_by(source, "reduce_sum", Mean)
-    if not isinstance(total, Mean) or draft.aval(source).size != draft.aval(v).size:
+    if total is None or draft.aval(source).size != draft.aval(v).size:
         return None
     parts.add(total)
-    (x,) = total.inputs
-    return total if x in draft.graph.data and draft.aval(x).dtype == jnp.float32 else None
+    return total.inputs[0], tuple(map(int, total.eqn.params["axes"]))
 
 
 def divided(
@@ -69,7 +71,7 @@ def divided(
     result = draft.avals[node.outputs[0]]
 
     def mean(x: jax.Array, count: jax.Array, numbers: jax.Array) -> jax.Array:
-        sums = lax.reduce_sum(x, axes).reshape(result.shape)
+        sums = (lax.reduce_sum(x, axes) if axes else x).reshape(result.shape)
         return (sums / numbers.at[count].get(mode="promise_in_bounds")).astype(result.dtype)
 
     inputs = (x, divisors.counts, Constant(divisors.numbers.astype(np.float32)))

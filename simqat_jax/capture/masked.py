@@ -1,7 +1,7 @@
 """Masks of zeros and ones: what they leave out of tensors."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, maker, number
 from simqat_jax.capture.passes import dependent
 from simqat_jax.capture.truths import Choice, Choices
-from simqat_jax.ir.compound import Masked
+from simqat_jax.ir.compound import Masked, Selected
 from simqat_jax.ir.graph import Graph, Mean, Node, Operand, as_kind, shape_of
 
 _LARGE = 1e3
@@ -84,7 +84,21 @@ class _Masks:
             if x in self.computed and fill is not None and self._fills(node, fill):
                 mask = thin(self.draft, truth)
                 return [masked(self.draft, node, x, mask, bool(keeps), node.outputs, fill)]
-        return []
+        fills = [number(self.draft, v) or 0.0 for v in cases]
+        if self.computed.isdisjoint(cases) or max(map(abs, fills)) >= FAR:
+            return []
+        return [self._selected(node, thin(self.draft, truth), cases)]
+
+    def _selected(self, node: Node, truth: Operand, cases: Sequence[Operand]) -> Node:
+        """Return a node that selects between tensors of one grid."""
+
+        def selected(no: jax.Array, yes: jax.Array, truth: jax.Array) -> jax.Array:
+            return jnp.where(truth, yes, no)
+
+        inputs = (*cases, truth)
+        eqn = traced(jax.jit(selected), *map(self.draft.aval, inputs))
+        whole = {"inputs": inputs, "run": bound(eqn), "eqn": eqn}
+        return as_kind(Selected, node, op="select", parts=(), **whole)
 
     def _of_addition(self, node: Node, x: Operand, v: Operand) -> list[Node]:
         """Return what puts a number that is far from all others where a mask adds it."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from simqat_jax.ir.graph import Contraction, Move, Node
+from simqat_jax.ir.graph import Contraction, Move, Node, Operand
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -156,11 +156,27 @@ class Masked(Move):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Selected(Node):
+    """The first input where truth values, the third, are false; where they are true the second."""
+
+    kind: str = "select"
+
+    @property
+    def numbers(self) -> tuple[Operand, ...]:
+        """The first two inputs: a mask has no codes."""
+        return self.inputs[:2]
+
+    def tensors(self, data: frozenset[int]) -> tuple[int, ...]:
+        """Those of them that depend on the data."""
+        return tuple(v for v in self.data_inputs(data) if v in self.numbers)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class CountedMean(Node):
     """Sums of the first input, each divided by what the third holds at a count, the second input.
 
     Attributes:
-      axes: along which axes.
+      axes: along which axes; none: its numbers themselves.
     """
 
     axes: tuple[int, ...]

@@ -144,6 +144,11 @@ class Node:
         """Its path, for messages; of an operation of the model itself, its name."""
         return "/".join(self.path) or self.op
 
+    @property
+    def numbers(self) -> tuple[Operand, ...]:
+        """The inputs that are computed with, not masks or indices."""
+        return self.inputs
+
     def data_inputs(self, data: frozenset[int]) -> tuple[int, ...]:
         """The tensors among the inputs that depend on the model's inputs."""
         return tuple(v for v in self.inputs if isinstance(v, int) and v in data)

@@ -11,17 +11,22 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
-from simqat_jax.ir.compound import CountedMean, Masked
+from simqat_jax.ir.compound import CountedMean, Masked, Selected
 from simqat_jax.ir.graph import shape_of
 from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics.exact_sums import exact_sum, sum_fits
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.requantize import mean_multiplier, scaled
 from simqat_jax.ops.moves import MoveOperation, check_codes_fit
-from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import (
+    Clamp,
+    ExactStep,
+    IntegerOperation,
+    LoweredStep,
+    SharedGridOperation,
+)
 
 
 class MaskedOperation(MoveOperation):
@@ -33,6 +38,14 @@ class MaskedOperation(MoveOperation):
         grid, fill = at.out_grid, at.node.fill
         code = int(grid.zero_point) if fill == 0 else grid.qmin if fill < 0 else grid.qmax
         at.emit(Mask, (at.input(), at.mask(1)), keeps=at.node.keeps, code=code)
+
+
+class SelectedOperation(SharedGridOperation):
+    """What a choice between two tensors is on integers: one between their codes."""
+
+    def lower(self, at: LoweredStep) -> bool:
+        at.emit(Select, [at.operand(0), at.operand(1), at.mask(2)])
+        return True
 
 
 class CountedMeanOperation(IntegerOperation):
@@ -51,7 +64,7 @@ class CountedMeanOperation(IntegerOperation):
         terms = math.prod(x.codes.shape[a] for a in node.axes)
         if not sum_fits(terms, x.grid.largest):
             return None
-        total = exact_sum(lambda codes: lax.reduce_sum(codes, node.axes), x, terms)
+        total = exact_sum(lambda codes: jnp.sum(codes, node.axes), x, terms)
         counts, divisors = at.reals[1:]
         multiplier = _at(_multipliers(x.grid, at.grid, divisors), counts)
         return at.requantized(total.reshape(shape_of(node.eqn.outvars[0]).shape), multiplier)
@@ -93,6 +106,17 @@ class Mask(Op):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Select(Op):
+    """Codes of the first input where the third, truth values, is false, else of the second."""
+
+    kinds = ("select",)
+
+    def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
+        no, yes, truth = inputs
+        return (jnp.where(truth, yes, no),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CountedSum(Op):
     """A sum along axes; "multiplier" holds a number for each count, the second input."""
 
@@ -110,5 +134,9 @@ class CountedSum(Op):
         return (c.grid.from_float(scaled(sums, _at(c.arrays["multiplier"], counts)), self.clamp),)
 
 
-OPERATIONS = {Masked: MaskedOperation(), CountedMean: CountedMeanOperation()}
-PROGRAM_OPERATIONS = (Mask, CountedSum)
+OPERATIONS = {
+    Masked: MaskedOperation(),
+    Selected: SelectedOperation(),
+    CountedMean: CountedMeanOperation(),
+}
+PROGRAM_OPERATIONS = (Mask, Select, CountedSum)

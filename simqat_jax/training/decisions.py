@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from simqat_jax.config import SimQATConfig
-from simqat_jax.ir.compound import CountedMean
+from simqat_jax.ir.compound import CountedMean, Selected
 from simqat_jax.ir.graph import Add, Clamp, Concat, Elementwise, Extremum, Mean, Move, Mul, Node
 from simqat_jax.ir.plan import Placement, Step
 from simqat_jax.numerics.folding import BatchNormFold
@@ -42,7 +42,8 @@ class Decision(NamedTuple):
           refused: the reason, by path, of what cannot be quantized.
         """
         # Of what else stands in the module of a product out of reach, nothing is said.
-        functional = Add | Mul | Extremum | Move | Mean | CountedMean | Elementwise | Clamp | Concat
+        functional = Add | Mul | Extremum | Move | Mean | Elementwise | Clamp | Concat
+        functional |= CountedMean | Selected
         blamed = not isinstance(step.node, functional)
         reason = refused.get("/".join(step.node.path), "") if blamed else ""
         reason = reason or ("" if self.quantize else "excluded")

@@ -74,8 +74,8 @@ class Row:
       path: the layer's path, or the path and the name of a functional operation, as `Rule.path`
         takes it: "Block_0/add_1".
       kind: "conv", "dense", "matmul", "lookup", "batch_norm", "norm", "spread", "softmax",
-        "log_softmax", "add", "mul", "extremum", "position", "mean", "concat", "elementwise",
-        "clamp", "pass" or "float".
+        "log_softmax", "add", "mul", "extremum", "position", "mean", "concat", "select",
+        "elementwise", "clamp", "pass" or "float".
       op: readable name with attributes and what is fused: "Conv(features=6, ...) + relu".
       weight: the kernel's quantizer, None for none.
       output: the quantizer of the output, None for none.

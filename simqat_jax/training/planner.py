@@ -272,7 +272,7 @@ class _Planner:
         """Put the inputs of a concat or maximum on one grid, which its output has too."""
         shape = self.graph.avals[step.output].shape
         joint = _of_activation(self.output_name(step), shape, self.decided[step.node])
-        for position, v in enumerate(step.node.inputs):
+        for position, v in enumerate(step.node.numbers):
             if isinstance(v, int) and v in self.grids:
                 if self.canonical(self.grids[v]) is not joint:
                     self.shared[self.canonical(self.grids[v])] = joint

@@ -49,6 +49,9 @@ MEANS = {
         jnp.where((w := jnp.arange(6)[None] < m.sum(1)[:, None])[..., None], x, 0).sum(1)
         / w.sum(1, keepdims=True)
     ),
+    "neighbours": lambda x, m: (
+        ((a := m[:, :, None] & m[:, None]).astype(jnp.float32) @ x) / (a.sum(2, keepdims=True) + 1)
+    ).sum(1),
     "of both axes": lambda x, m: kept(x, m).sum((1, 2))[:, None] / (5 * number(m)),
 }
 

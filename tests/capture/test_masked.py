@@ -92,6 +92,44 @@ def test_the_highest_of_nothing_is_the_lowest_code():
     np.testing.assert_array_equal(sq.convert(qmodel, variables, IDS)(IDS), y)
 
 
+class Token(nn.Module):
+    """Words that are left out become one that is learned."""
+
+    @nn.compact
+    def __call__(self, ids):
+        token = self.param("token", nn.initializers.normal(1.0), (1, 1, 5))
+        return nn.Dense(4)(jnp.where((ids > 0)[..., None], nn.Dense(5)(nn.Embed(9, 8)(ids)), token))
+
+
+def recurrent(x, m):
+    """States stay where there is no word."""
+    state, layer = jnp.zeros((len(x), 5)), nn.Dense(5)
+    for t in range(6):
+        state = jnp.where(m[:, t, None], nn.tanh(layer(x[:, t] + state)), state)
+    return state
+
+
+CHOICES = {
+    "a number": behind(lambda x, m: jnp.where(m[..., None], x, 0.5)),
+    "a learned token": Token(),
+    "two layers": behind(lambda x, m: jnp.where(m[..., None], x, nn.Dense(5)(x))),
+    "a recurrence": behind(recurrent),
+    "known places": behind(lambda x, m: jnp.where(LAST_THREE > 0, x, nn.relu(x))),
+}
+
+
+@pytest.mark.parametrize("name", by_half(CHOICES))
+def test_choices_between_tensors_are_those_between_codes(name, tmp_path):
+    model = CHOICES[name]
+    qmodel, variables, _ = observed(model, IDS, config=sq.SimQATConfig(float_parts="refuse"))
+    assert not qmodel.plan(variables, IDS).floats
+    y = jax.jit(qmodel.apply)(variables, IDS)
+    floats = model.apply({"params": variables["params"]}, IDS)
+    assert jnp.linalg.norm(y - floats) < 0.05 * jnp.linalg.norm(floats)
+    np.testing.assert_array_equal(sq.convert(qmodel, variables, IDS)(IDS), y)
+    assert_files_agree(qmodel, variables, tmp_path, IDS)
+
+
 def masked(body, *shapes):
     """How many masks leave something out in a model."""
     return sum(isinstance(step.node, Masked) for step in planned(body, *shapes).steps)

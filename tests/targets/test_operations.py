@@ -374,7 +374,7 @@ def of_integers(backend, kind, shapes, dtype, grids, attributes, arrays=None):
 
 @both
 @given(grids, grids, seeds, st.integers(1, 40), st.booleans())
-@examples(8)
+@examples(5)
 def test_means_of_counts(backend, folder, a, b, seed, length, wide):
     """Of none, of all and of what is between; one count for all features or one for each."""
     shapes = (-1, length, 3), (-1, 3 if wide else 1), (-1, 3)
@@ -386,6 +386,19 @@ def test_means_of_counts(backend, folder, a, b, seed, length, wide):
     codes = rng.integers(0, 256, (200, length, 3)).astype(np.uint8)
     counts = rng.integers(0, length + 1, (200, *shapes[1][1:])).astype(np.int32)
     verified(model, folder, codes, counts)
+
+
+@both
+@pytest.mark.parametrize("length", [1, 7])
+def test_numbers_divided_by_counts(backend, folder, length):
+    shapes = (-1, 5, 3), (-1, 5, 1), (-1, 5, 3)
+    multiplier = np.float32(1.5) / np.arange(1, length + 2, dtype=np.float32)
+    arrays, attributes = {"multiplier": multiplier}, {"axes": (), "clamp": (0, 255)}
+    grids = (0.3, 77), (0.2, 120)
+    model = of_integers(backend, "counted_sum", shapes, "int32", grids, attributes, arrays)
+    rng = np.random.default_rng(length)
+    codes = rng.integers(0, 256, (400, 5, 3)).astype(np.uint8)
+    verified(model, folder, codes, rng.integers(0, length + 1, (400, 5, 1)).astype(np.int32))
 
 
 @both
@@ -401,12 +414,12 @@ def test_means_of_sums_beyond_24_bits(backend, folder):
 
 @both
 @pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("zero", [0, 77, 255])
-def test_masks(backend, folder, zero, keeps):
+@pytest.mark.parametrize("code", [0, 77, 255])
+def test_masks(backend, folder, code, keeps):
     shapes = (-1, 5, 3), (-1, 5, 1), (-1, 5, 3)
-    given = ((0.1, zero), (0.1, zero)), {"keeps": keeps}
+    given = ((0.1, 77), (0.1, 77)), {"keeps": keeps, "code": code}
     model = of_integers(backend, "mask", shapes, "bool", *given)
-    rng = np.random.default_rng(zero)
+    rng = np.random.default_rng(code)
     codes = rng.integers(0, 256, (200, 5, 3)).astype(np.uint8)
     verified(model, folder, codes, rng.random((200, 5, 1)) < 0.5)
 

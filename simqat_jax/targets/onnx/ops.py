@@ -13,7 +13,7 @@ from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
-from simqat_jax.ops.masked import CountedSum, Mask
+from simqat_jax.ops.masked import CountedSum, Mask, Select
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -265,12 +265,18 @@ def _sum(w: Writer, op: SumOver) -> None:
 
 
 def _counted_sum(w: Writer, op: CountedSum) -> None:
-    inputs = [_centered(w, op), w.ints(op.axes, op.path)]
-    sums = w.node("ReduceSum", inputs, op.path, keepdims=0)
+    sums = _centered(w, op)
+    if op.axes:
+        sums = w.node("ReduceSum", [sums, w.ints(op.axes, op.path)], op.path, keepdims=0)
     shape = w.ints([max(d, -1) for d in w.model.tensors[op.outputs[0]].shape], op.path)
     table = w.initializer(op.arrays["multiplier"], op.path)
     multiplier = w.node("Gather", [table, w.get(op.inputs[1])], op.path)
     _requantized(w, op, w.node("Reshape", [sums, shape], op.path), multiplier, LAST)
+
+
+def _select(w: Writer, op: Select) -> None:
+    no, yes, truth = map(w.get, op.inputs)
+    w.put(op.outputs[0], w.node("Where", [truth, yes, no], op.path))
 
 
 def _mask(w: Writer, op: Mask) -> None:
@@ -452,6 +458,7 @@ _WRITERS: Mapping[type[Op], Callable[[Writer, Any], None]] = {
     SumPool: _sum_pool,
     CountedSum: _counted_sum,
     Mask: _mask,
+    Select: _select,
     MaxPool: _max_pool,
     Extreme: _extreme,
     Table: _table,

@@ -13,7 +13,7 @@ from simqat_jax.ops.batch_norm import Affine
 from simqat_jax.ops.extremes import ExtremumOfCodes, PositionOfCodes
 from simqat_jax.ops.floats import Quantize
 from simqat_jax.ops.functions import Table
-from simqat_jax.ops.masked import CountedSum, Mask
+from simqat_jax.ops.masked import CountedSum, Mask, Select
 from simqat_jax.ops.matmul import LookUp, Multiplied
 from simqat_jax.ops.moves import (
     Broadcast,
@@ -381,6 +381,11 @@ def _take(w: Writer, op: Take, x: Codes, y: Codes) -> None:
     w.emit("GATHER", [x.index, indices], y.index, axis=axis, batchDims=0)
 
 
+def _select(w: Writer, op: Select, no: Codes, yes: Codes, truth: Codes | None, y: Codes) -> None:
+    del truth  # it has no codes
+    w.emit("SELECT_V2", [w.real(op.inputs[2]).index, yes.index, no.index], y.index)
+
+
 def _mask(w: Writer, op: Mask, x: Codes, truth: Codes | None, y: Codes) -> None:
     del truth  # it has no codes
     code = w.code_constant(op.code, x.grid).index
@@ -408,6 +413,7 @@ _WRITERS: Mapping[type[Op], Callable[..., Codes | None]] = {
     SumPool: _sum_pool,
     CountedSum: counted_sum,
     Mask: _mask,
+    Select: _select,
     MaxPool: _max_pool,
     Extreme: _extreme,
     Table: _table,

@@ -293,7 +293,9 @@ def counted_sum(w: Writer, op: CountedSum, *tensors: Codes | None) -> None:
     """Write sums, each times what a table holds at a count."""
     at, tensor = _Whole(w, op), w.source.tensors[op.inputs[0]]
     largest = grid_of(tensor).largest * math.prod(tensor.shape[a] for a in op.axes)
-    sums = _sum_of_wholes(at, tensor.shape, w.whole(op.inputs[0]), op.axes, largest)
+    sums = w.whole(op.inputs[0])
+    if op.axes:
+        sums = _sum_of_wholes(at, tensor.shape, sums, op.axes, largest)
     shape = w.source.tensors[op.outputs[0]].shape
     counts = w.real(op.inputs[1])
     factors = w.tensor(None, counts.shape, np.float32)

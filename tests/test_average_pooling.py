@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "backend"), by_turns(CASES))
+@pytest.mark.parametrize(("name", "backend"), by_turns(CASES, 2))
 def test_every_form_has_the_same_codes(name, backend, tmp_path):
     model, x = CASES[name]
     qmodel, variables, _ = observed(model, x, config=sq.SimQATConfig(backend=backend))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from models import EXPORTS, assert_same
+from models import EXPORTS, assert_same, by_turns
 
 import simqat_jax as sq
 
@@ -52,8 +52,7 @@ KEYWORD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", KEYWORD_CALLS)
-@pytest.mark.parametrize("backend", EXPORTS)
+@pytest.mark.parametrize(("name", "backend"), by_turns(KEYWORD_CALLS))
 def test_arrays_by_keyword(name, backend, tmp_path):
     model, args, kwargs = KEYWORD_CALLS[name]
     qmodel, variables = observed(model, *args, config=sq.SimQATConfig(backend=backend), **kwargs)

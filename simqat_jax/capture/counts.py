@@ -1,6 +1,7 @@
 """Means of what a mask leaves in: sums, or what else, divided by how much that is."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -136,7 +137,10 @@ class Counts:
             return jnp.sum(truth if mask.yes else ~truth, axes, dtype=jnp.int32)
 
         if (mask, axes) not in self._counted:
-            counted = self.draft.computed(self.at, "count", jax.jit(count), mask.truth)
+            truth = thin(self.draft, mask.truth)
+            lengths = self.draft.aval(truth).shape
+            truth = truth if all(lengths[a] == shape[a] for a in axes) else mask.truth
+            counted = self.draft.computed(self.at, "count", jax.jit(count), truth)
             self.made += [*made, counted]
             self._counted[mask, axes] = counted.outputs[0]
         numbers = np.arange(most + 1, dtype=self.draft.avals[node.outputs[0]].dtype)
@@ -147,8 +151,19 @@ class Counts:
         if found is None or node.primitive in ("copy", "stop_gradient"):
             return found
         primitive, params = node.eqn.primitive, node.eqn.params
+        shape = self.draft.aval(node.inputs[0]).shape
+
+        def move(x: jax.Array) -> jax.Array:
+            return primitive.bind(jnp.broadcast_to(x, shape), **params)
+
+        thinner = (
+            primitive.name == "broadcast_in_dim" or self.draft.avals[found.counts].shape == shape
+        )
         moved = self.draft.computed(
-            self.at, "count", lambda x: primitive.bind(x, **params), found.counts
+            self.at,
+            "count",
+            partial(primitive.bind, **params) if thinner else jax.jit(move),
+            found.counts,
         )
         self.made.append(moved)
         return found._replace(counts=moved.outputs[0])

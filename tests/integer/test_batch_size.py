@@ -197,7 +197,7 @@ def test_a_model_that_depends_on_its_batch_size_keeps_it(name, backend, tmp_path
         assert sq.verify(model, path, x).differing == 0
 
 
-@pytest.mark.parametrize(("name", "backend"), by_turns(FREE))
+@pytest.mark.parametrize(("name", "backend"), by_turns(FREE, 2))
 def test_every_other_model_takes_any(name, backend, tmp_path):
     evaluate, model, x = converted(*FREE[name], backend)
     assert model.tensors[model.inputs[0]].shape == (-1, *x.shape[1:])

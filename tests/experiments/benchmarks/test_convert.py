@@ -7,6 +7,7 @@ from experiments.benchmarks.train_step import Chain
 from experiments.errors import ExperimentError
 
 
+@pytest.mark.nightly
 def test_every_stage_is_measured(tmp_path):
     found = convert.measure(Chain(2), (8, 8, 3), tmp_path)
     assert found["size"] == {"MB": pytest.approx(0.0117, abs=1e-3), "layers": 3}

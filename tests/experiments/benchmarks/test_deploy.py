@@ -6,6 +6,7 @@ from experiments.benchmarks import deploy
 from experiments.benchmarks.records import read
 
 
+@pytest.mark.nightly
 # OpenVINO, where it is installed, starts a process of its own.
 @pytest.mark.filterwarnings("ignore:os.fork")
 def test_deploy(capsys, tmp_path):

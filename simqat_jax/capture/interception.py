@@ -232,7 +232,9 @@ def _call_batch_norm(recorder: Recorder, call: _ModuleCall) -> object:
         module.use_running_average,
         rest[0] if rest else kwargs.get("use_running_average"),
     )
-    mask = {k: v for k, v in kwargs.items() if k == "mask" and v is not None}
+    mask = {}
+    if not running and kwargs.get("mask") is not None:  # running averages have none
+        mask["mask"] = kwargs["mask"]
     params = _own_variables(module, "params", ("scale", "bias"))
     stats = _own_variables(module, "batch_stats", ("mean", "var"))
     if len(stats) < 2:

@@ -22,7 +22,6 @@ _LARGE = 1e3
 """A grid that reaches as far has no digits for activations."""
 _EXTREMES = (("reduce_min",), ("reduce_max", "reduce_window_max"))
 """What the highest numbers count for nothing in, and the lowest ones."""
-
 _COMPARISONS = frozenset("eq ne lt le gt ge is_finite".split())
 
 
@@ -61,6 +60,8 @@ class _Masks:
             self.draft.instead[node] = [*made, *found]
 
     def _found(self, node: Node) -> list[Node]:
+        if not jnp.issubdtype(self.draft.avals[node.outputs[0]].dtype, jnp.floating):
+            return []
         if node.primitive == "select_n":
             return self._of_selection(node)
         of = self._rules.get(node.primitive)
@@ -84,8 +85,8 @@ class _Masks:
             if x in self.computed and fill is not None and self._fills(node, fill):
                 mask = thin(self.draft, truth)
                 return [masked(self.draft, node, x, mask, bool(keeps), node.outputs, fill)]
-        fills = [number(self.draft, v) or 0.0 for v in cases]
-        if self.computed.isdisjoint(cases) or max(map(abs, fills)) >= FAR:
+        known = [number(self.draft, v) or 0.0 for v in cases]
+        if self.computed.isdisjoint(cases) or max(map(abs, known)) >= FAR:
             return []
         return [self._selected(node, thin(self.draft, truth), cases)]
 

@@ -419,6 +419,11 @@ def thinnest(value: ArrayLike) -> np.ndarray:
     array = np.asarray(value)
     for axis, stride in enumerate(array.strides):
         first = array.take([0], axis)
-        if array.shape[axis] > 1 and (stride == 0 or bool(np.all(array == first))):
+        if array.shape[axis] > 1 and (stride == 0 or _repeats(array, first)):
             array = first
     return array
+
+
+def _repeats(array: np.ndarray, part: np.ndarray) -> bool:
+    """Whether an array repeats a part, whose numbers may be none (NaN)."""
+    return array.tobytes() == np.broadcast_to(part, array.shape).tobytes()

@@ -148,6 +148,10 @@ DEPENDENT = {
     "float function of it": (lambda x: nn.standardize(nn.Dense(4)(x), axis=0), ROW),
 }
 FREE = {
+    "variance of some": (
+        lambda x: nn.Dense(3)(jnp.var(nn.Dense(5)(x), 1, where=x[..., :1] > -1)),
+        TOKENS,
+    ),
     "edge padding": (
         lambda x: nn.Dense(3)(jnp.pad(nn.Dense(5)(x), ((0, 0), (1, 1)), "edge")),
         ROW,

@@ -132,6 +132,32 @@ def test_batch_norm_of_every_kind(fold):
 
 
 @pytest.mark.versions
+def test_a_batch_norm_behind_a_mask():
+    """Its batch statistics leave out what is masked; its running ones have no mask."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, mask, train=False):
+            x = nn.BatchNorm(not train, momentum=0.0)(nn.Dense(6)(x), mask=mask)
+            return nn.Dense(3)(nn.relu(x))
+
+    mask = jnp.array([[True], [True], [False], [False]])
+    qmodel, variables, _ = observed(Masked(), X, mask)
+    mutable = ["batch_stats", "quant_stats"]
+    _, kept = qmodel.apply(variables, X, mask, train=True, mutable=mutable)
+    late = sq.QuantSpec(quant_delay=9), sq.QuantSpec.weight(quant_delay=9)
+    unrounded = sq.SimQAT(sq.SimQATConfig(activation=late[0], weight=late[1])).apply(Masked())
+    stats = [
+        unrounded.apply(variables, x, mask, train=True, mutable=mutable)[1]["batch_stats"]
+        for x in (X, jnp.where(mask, X, 100.0))
+    ]
+    assert_same(*stats)
+    variables |= kept
+    model = sq.convert(qmodel, variables, X, mask)
+    assert_same(model(X, mask), qmodel.apply(variables, X, mask))
+    assert_same(model(X, ~mask), model(X, mask))
+
+
 def test_int8_weights_and_a_table_to_read():
     case = CASES["residual"]
     qmodel, variables, _ = trained(case)

@@ -21,12 +21,13 @@ from simqat_jax.ops.moves import MaxPool, Pad, Reshape
 from simqat_jax.ops.products import Conv
 
 
-def in_width_blocks(program: Program, columns: Mapping[int, int]) -> Program:
+def in_width_blocks(program: Program, columns: Mapping[int, Sequence[int]]) -> Program:
     """Return a program with the same codes whose convolutions of few channels work on blocks.
 
     Args:
       program: the program, which stays as it is.
-      columns: for numbers of input channels, how many columns of the input make a block.
+      columns: for numbers of input channels, how many columns of the input make a block: the first
+        number with which blocks fit.
     """
     return rewritten(program, lambda op, tensors: _blocked(op, tensors, columns))
 
@@ -118,7 +119,9 @@ def _rows_first(op: Op, tensors: list[Tensor], most: int) -> list[Op] | None:
     ]
 
 
-def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[Op] | None:
+def _blocked(
+    op: Op, tensors: list[Tensor], columns: Mapping[int, Sequence[int]]
+) -> list[Op] | None:
     if not isinstance(op, Conv) or len(op.strides) != 2:
         return None
     if {op.groups, *op.kernel_dilation, *op.input_dilation} != {1}:
@@ -128,18 +131,23 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
     _, rows, outputs, features = y.shape
     if min(height, width, rows, outputs) < 0:
         return None
-    old, stride = op.arrays["kernel"], op.strides[1]
-    block = columns.get(channels, 0)
-    together = block // stride  # columns of an output block
-    if not together or block % stride or outputs % together:
-        return None
-    reach = math.ceil((block - stride + old.shape[1]) / block)  # input blocks of an output block
-    count = outputs // together + reach - 1
-    vertical, (left, _) = op.padding
-    right = count * block - width - left
-    if min(left, right, *vertical) < 0:
-        return None
+    old, stride, (vertical, (left, _)) = op.arrays["kernel"], op.strides[1], op.padding
 
+    def room(block: int) -> int:
+        """Return how far so many columns reach beyond the input; below zero: they do not fit."""
+        if block % stride or outputs % (block // stride) or min(left, *vertical) < 0:
+            return -1
+        return (outputs // (block // stride) + reach(block) - 1) * block - width - left
+
+    def reach(block: int) -> int:
+        """Return of how many input blocks an output block is made."""
+        return math.ceil((block - stride + old.shape[1]) / block)
+
+    block = next((b for b in columns.get(channels, ()) if b >= stride and room(b) >= 0), None)
+    if block is None:
+        return None
+    right, together = room(block), block // stride  # columns of an output block
+    count = outputs // together + reach(block) - 1
     ops, source = [], op.inputs[0]
     if left or right:
         height += sum(vertical)
@@ -147,7 +155,7 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
         padding = ((0, 0, 0), (*vertical, 0), (left, right, 0), (0, 0, 0))
         ops.append(Pad(path=op.path, inputs=(source,), outputs=(padded,), padding=padding))
         source, vertical = padded, (0, 0)
-    kernel = np.zeros((len(old), reach * block, channels, together, features), old.dtype)
+    kernel = np.zeros((len(old), reach(block) * block, channels, together, features), old.dtype)
     for k in range(together):
         kernel[:, k * stride : k * stride + old.shape[1], :, k] = old
     arrays = {
@@ -155,7 +163,7 @@ def _blocked(op: Op, tensors: list[Tensor], columns: Mapping[int, int]) -> list[
         for name, value in op.arrays.items()
         if name != "kernel"
     }
-    arrays["kernel"] = kernel.reshape(len(old), reach, block * channels, together * features)
+    arrays["kernel"] = kernel.reshape(len(old), reach(block), block * channels, together * features)
     blocks = between(op, "blocks", (height, count, block * channels), x, tensors)
     results = between(op, "results", (rows, outputs // together, together * features), y, tensors)
     blocked = dataclasses.replace(

@@ -51,7 +51,7 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
     assume(width > 0)
     layer = nn.Conv(5, kernel, strides, padding=padding)
     model, codes = converted(layer, (6, width, channels))
-    changed = rewritten(in_width_blocks, model, {channels: block})
+    changed = rewritten(in_width_blocks, model, {channels: (block,)})
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 
 
@@ -60,6 +60,9 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
     [
         (nn.Conv(6, (5, 5), padding="VALID"), (32, 32, 1), ["reshape", "conv", "reshape"]),
         (nn.Conv(6, (3, 3)), (32, 32, 3), ["pad", "reshape", "conv", "reshape"]),
+        (nn.Conv(6, (3, 3)), (32, 30, 1), ["pad", "reshape", "conv", "reshape"]),
+        (nn.Conv(6, (5, 3), (2, 2)), (32, 10, 1), ["pad", "reshape", "conv", "reshape"]),
+        (nn.Conv(6, (3, 3)), (32, 31, 1), ["conv"]),
         (nn.Conv(6, (3, 3), (2, 2)), (32, 32, 3), ["pad", "reshape", "conv", "reshape"]),
         (nn.Conv(6, (3, 3)), (32, 32, 4), ["conv"]),
         (nn.Conv(6, (3, 3)), (32, 30, 3), ["conv"]),
@@ -71,7 +74,7 @@ def test_the_codes_stay_the_same(channels, kernel, strides, block, blocks, paddi
 )
 def test_which_convolutions_are_rewritten(layer, shape, kinds):
     model, codes = converted(layer, shape)
-    changed = rewritten(in_width_blocks, model, {1: 4, 2: 4, 3: 4})
+    changed = rewritten(in_width_blocks, model, {1: (4, 2), 2: (4,), 3: (4,)})
     assert [op.kind for op in changed.ops] == kinds
     np.testing.assert_array_equal(changed.run_codes(codes), model.run_codes(codes))
 

@@ -20,7 +20,7 @@ from simqat_jax.targets.tflite.runtime import open_tflite
 from simqat_jax.targets.tflite.subgraph import SchemaObject
 from simqat_jax.targets.tflite.writer import Writer
 
-_BLOCKS = {1: 2, 2: 2, 3: 2}  # channels and columns of a block, small and fast in LiteRT 2.3
+_BLOCKS = {1: (4, 2), 2: (2,), 3: (2,)}  # channels, columns of a block: fast in LiteRT 2.3
 
 
 def export_tflite(

@@ -13,6 +13,7 @@ that follow each other are one.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -119,6 +120,31 @@ def _rows_first(op: Op, tensors: list[Tensor], most: int) -> list[Op] | None:
     ]
 
 
+class _Fit(NamedTuple):
+    """How blocks of columns fit a convolution.
+
+    Attributes:
+      block: columns of an input block.
+      together: of an output block.
+      reach: of how many input blocks an output block is made.
+      blocks: how many input blocks there are.
+    """
+
+    block: int
+    together: int
+    reach: int
+    blocks: int
+
+
+def _fit(block: int, stride: int, taps: int, outputs: int) -> _Fit | None:
+    """Return how blocks fit a convolution of so many taps and output columns; None: not."""
+    together = block // stride
+    if not together or block % stride or outputs % together:
+        return None
+    reach = math.ceil((block - stride + taps) / block)
+    return _Fit(block, together, reach, outputs // together + reach - 1)
+
+
 def _blocked(
     op: Op, tensors: list[Tensor], columns: Mapping[int, Sequence[int]]
 ) -> list[Op] | None:
@@ -132,22 +158,15 @@ def _blocked(
     if min(height, width, rows, outputs) < 0:
         return None
     old, stride, (vertical, (left, _)) = op.arrays["kernel"], op.strides[1], op.padding
-
-    def room(block: int) -> int:
-        """Return how far so many columns reach beyond the input; below zero: they do not fit."""
-        if block % stride or outputs % (block // stride) or min(left, *vertical) < 0:
-            return -1
-        return (outputs // (block // stride) + reach(block) - 1) * block - width - left
-
-    def reach(block: int) -> int:
-        """Return of how many input blocks an output block is made."""
-        return math.ceil((block - stride + old.shape[1]) / block)
-
-    block = next((b for b in columns.get(channels, ()) if b >= stride and room(b) >= 0), None)
-    if block is None:
+    if min(left, *vertical) < 0:
         return None
-    right, together = room(block), block // stride  # columns of an output block
-    count = outputs // together + reach(block) - 1
+    fitting = (_fit(b, stride, old.shape[1], outputs) for b in columns.get(channels, ()))
+    fit = next((f for f in fitting if f and f.blocks * f.block >= width + left), None)
+    if fit is None:
+        return None
+    block, together, reach, count = fit
+    right = count * block - width - left
+
     ops, source = [], op.inputs[0]
     if left or right:
         height += sum(vertical)
@@ -155,7 +174,7 @@ def _blocked(
         padding = ((0, 0, 0), (*vertical, 0), (left, right, 0), (0, 0, 0))
         ops.append(Pad(path=op.path, inputs=(source,), outputs=(padded,), padding=padding))
         source, vertical = padded, (0, 0)
-    kernel = np.zeros((len(old), reach(block) * block, channels, together, features), old.dtype)
+    kernel = np.zeros((len(old), reach * block, channels, together, features), old.dtype)
     for k in range(together):
         kernel[:, k * stride : k * stride + old.shape[1], :, k] = old
     arrays = {
@@ -163,7 +182,7 @@ def _blocked(
         for name, value in op.arrays.items()
         if name != "kernel"
     }
-    arrays["kernel"] = kernel.reshape(len(old), reach(block), block * channels, together * features)
+    arrays["kernel"] = kernel.reshape(len(old), reach, block * channels, together * features)
     blocks = between(op, "blocks", (height, count, block * channels), x, tensors)
     results = between(op, "results", (rows, outputs // together, together * features), y, tensors)
     blocked = dataclasses.replace(

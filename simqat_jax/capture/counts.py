@@ -15,7 +15,7 @@ from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.masked import thin
 from simqat_jax.capture.parts import SAME, Parts, maker, number
-from simqat_jax.capture.passes import dependent
+from simqat_jax.capture.passes import computed
 from simqat_jax.capture.truths import Choice, Choices
 from simqat_jax.ir import replay
 from simqat_jax.ir.compound import CountedMean
@@ -27,18 +27,20 @@ _MOST = 2**16
 
 def find_counted_means(graph: Graph) -> Graph:
     """Find what is divided by what is made of a count of truth values, sums above all."""
-    draft, computed = Draft(graph), dependent(graph.nodes, graph.trained) & graph.data
+    draft, of_layers = Draft(graph), computed(graph)
     for node in graph.nodes:
         if node.primitive in ("div", "mul") and not node.parts and node.layer is None:
-            _merge_mean(draft, node, computed)
+            _merge_mean(draft, node, of_layers)
     return draft.finished()
 
 
-def _merge_mean(draft: Draft, node: Node, computed: frozenset[int]) -> None:
+def _merge_mean(draft: Draft, node: Node, of_layers: frozenset[int]) -> None:
     sides = [node.inputs] if node.primitive == "div" else [node.inputs, node.inputs[::-1]]
     for numerator, divisor in sides:
         shape = draft.avals[node.outputs[0]].shape
-        if numerator not in computed or divisor in computed or draft.aval(numerator).shape != shape:
+        if numerator not in of_layers or divisor in of_layers:
+            continue
+        if draft.aval(numerator).shape != shape:
             continue
         parts = Parts(draft, node)
         x, axes = _sum(parts, numerator) or (numerator, ())
@@ -130,7 +132,7 @@ class Counts:
         shape = self.draft.aval(node.inputs[0]).shape
         most = math.prod(shape[a] for a in axes)
         of_batch = 0 in axes and shape[0] == self.draft.graph.batch  # another table for each size
-        if mask is None or {*mask[1:]} != {0, 1} or of_batch or most >= _MOST:
+        if mask is None or not mask.is_binary or of_batch or most >= _MOST:
             return None
 
         def count(truth: jax.Array) -> jax.Array:

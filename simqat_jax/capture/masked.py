@@ -13,7 +13,7 @@ from simqat_jax.capture.contractions import identity, traced, transposition
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.flatten import bound
 from simqat_jax.capture.parts import SAME, maker, number
-from simqat_jax.capture.passes import dependent
+from simqat_jax.capture.passes import computed, dependent
 from simqat_jax.capture.truths import Choice, Choices
 from simqat_jax.ir.compound import Masked, Selected
 from simqat_jax.ir.graph import Graph, Mean, Node, Operand, as_kind, shape_of
@@ -43,7 +43,7 @@ class _Masks:
     def __init__(self, graph: Graph):
         self.draft = Draft(graph)
         self.choices = Choices(self.draft)
-        self.computed = dependent(graph.nodes, graph.trained) & graph.data
+        self.computed = computed(graph)
         self.random = dependent(graph.nodes, graph.keys)
         self.far: set[int] = set()
         self._rules: Mapping[str, Callable[[Node, Operand, Operand], list[Node]]] = {
@@ -178,7 +178,7 @@ class _Masks:
     def _mask(self, node: Node, v: Operand) -> Choice | None:
         """Return the truth values that numbers 0 and 1 are."""
         mask = self.choices.of(v, node)
-        return mask if mask is not None and {*mask[1:]} == {0, 1} else None
+        return mask if mask is not None and mask.is_binary else None
 
 
 def masked(

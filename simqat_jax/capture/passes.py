@@ -35,6 +35,11 @@ def dependent(nodes: Sequence[Node], sources: Iterable[int]) -> frozenset[int]:
     return frozenset(found)
 
 
+def computed(graph: Graph) -> frozenset[int]:
+    """Return the tensors that depend on the model's inputs and on what is trained."""
+    return dependent(graph.nodes, graph.trained) & graph.data
+
+
 def chain(parts: Sequence[Node], inputs: tuple[Operand, ...]) -> Callable[..., tuple[Any, ...]]:
     """Return the function that runs `parts` on values for `inputs`."""
 

@@ -13,7 +13,7 @@ from simqat_jax.capture.counts import Counts, divided
 from simqat_jax.capture.draft import Draft
 from simqat_jax.capture.masked import Weighting, masked, thin, weighting
 from simqat_jax.capture.parts import SAME, maker
-from simqat_jax.capture.passes import dependent
+from simqat_jax.capture.passes import computed
 from simqat_jax.capture.truths import Choices
 from simqat_jax.ir.graph import Graph, Mean, Node, Operand
 
@@ -23,13 +23,13 @@ _MOVES = (SAME - _KEEP) | {"transpose"}
 
 def find_shares(graph: Graph) -> Graph:
     """Find sums that are weighted by a mask which is divided by how much it leaves in."""
-    draft, computed = Draft(graph), dependent(graph.nodes, graph.trained) & graph.data
+    draft, of_layers = Draft(graph), computed(graph)
     for node in graph.nodes:
         product = _product(draft, node)
         if product is None or node.outputs[0] in graph.repeated:
             continue
         for data, (x, v) in enumerate((product.inputs, product.inputs[::-1])):
-            if x in computed and v not in computed:
+            if x in of_layers and v not in of_layers:
                 _merge_sum(draft, node, product, data)
     return draft.finished()
 
@@ -81,7 +81,7 @@ def _merge_sum(draft: Draft, node: Node, product: Node, data: int) -> None:
     made = draft.instead.pop(node, [])  # truth values
     divisor = thin(draft, division.inputs[1])
     found = counts.of(divisor)
-    if mask is None or {*mask[1:]} != {0, 1} or found is None:
+    if mask is None or not mask.is_binary or found is None:
         return
     with jax.ensure_compile_time_eval():
         places = moved(jnp.arange(draft.aval(divisor).size).reshape(draft.aval(divisor).shape))

@@ -44,6 +44,11 @@ class Choice(NamedTuple):
     no: np.float32
     yes: np.float32
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether they are 0 and 1, in any order."""
+        return {self.no, self.yes} == {0, 1}
+
 
 def read_truths(graph: Graph) -> Graph:
     """Read truth values in the place of numbers that were made of them, where these are a mask.

@@ -19,12 +19,8 @@ from simqat_jax.targets.rewrites import in_width_blocks, pooling_rows_first, res
 from simqat_jax.targets.subpixels import in_subpixels
 from simqat_jax.targets.target import IntegerIO, Target, check_integer_io, check_model
 
-_BLOCKS = {
-    1: (4,),
-    2: (4,),
-    3: (4,),
-    6: (2,),
-}  # channels, and columns of a block: fastest in ONNX Runtime 1.32
+# Channels, and columns of a block: fastest in ONNX Runtime 1.32.
+_BLOCKS = {1: (4,), 2: (4,), 3: (4,), 6: (2,)}
 _FEW = 16  # channels from which on pooling rows first gains nothing
 
 

@@ -1,7 +1,6 @@
 """Means of what a mask leaves in: sums, or what else, divided by how much that is."""
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -153,20 +152,14 @@ class Counts:
         if found is None or node.primitive in ("copy", "stop_gradient"):
             return found
         primitive, params = node.eqn.primitive, node.eqn.params
+        thinner = self.draft.avals[found.counts].shape  # what repeats an axis takes it at length 1
         shape = self.draft.aval(node.inputs[0]).shape
+        shape = thinner if primitive.name == "broadcast_in_dim" else shape
 
         def move(x: jax.Array) -> jax.Array:
             return primitive.bind(jnp.broadcast_to(x, shape), **params)
 
-        thinner = (
-            primitive.name == "broadcast_in_dim" or self.draft.avals[found.counts].shape == shape
-        )
-        moved = self.draft.computed(
-            self.at,
-            "count",
-            partial(primitive.bind, **params) if thinner else jax.jit(move),
-            found.counts,
-        )
+        moved = self.draft.computed(self.at, "count", jax.jit(move), found.counts)
         self.made.append(moved)
         return found._replace(counts=moved.outputs[0])
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from simqat_jax.numerics.observers.observer import AxisName, Observer, Range, restored
@@ -41,10 +42,20 @@ def observed(state: RangeState) -> jax.Array:
 
 
 def extremes(x: jax.Array, channel_axis: int | None = None) -> tuple[jax.Array, jax.Array]:
-    """Return the lowest and highest value of `x` over all axes but `channel_axis`, float32."""
+    """Return the lowest and highest value of `x` over all axes but `channel_axis`, float32.
+
+    Both are NaN where NaN is among the values.
+    """
     kept = None if channel_axis is None else channel_axis % x.ndim
     axes = tuple(axis for axis in range(x.ndim) if axis != kept)
-    return jnp.min(x, axis=axes).astype(jnp.float32), jnp.max(x, axis=axes).astype(jnp.float32)
+    lo, hi = (end(x, axis=axes).astype(jnp.float32) for end in (jnp.min, jnp.max))
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return lo, hi
+    # XLA drops NaN in large minima and maxima on CPU, and between devices, but in no sum; that of
+    # finite values is none unless it may overflow.
+    most = np.finfo(np.float32).max / max(1, x.size // max(1, lo.size))
+    nan = jnp.isnan(jnp.sum(x, axis=axes, dtype=jnp.float32)) & (jnp.maximum(-lo, hi) <= most)
+    return jnp.where(nan, jnp.nan, lo), jnp.where(nan, jnp.nan, hi)
 
 
 def extremes_of_devices(

@@ -11,6 +11,7 @@ from jax import lax
 from simqat_jax.numerics.observers.extremes import (
     Extremes,
     OfExtremes,
+    extremes,
     extremes_of_devices,
     init_range,
 )
@@ -97,7 +98,7 @@ def _added(where: jax.Array, counts: jax.Array, offsets: jax.Array) -> tuple[jax
 
 def histogram_of(x: jax.Array) -> Histogram:
     """Return the histogram of float32 values, shape (N,); of any that are not finite, garbage."""
-    low, high = jnp.min(x), jnp.max(x)
+    low, high = extremes(x)
     positions = x * power_of_two(-exponent_of(low, high))
     where = jnp.clip(jnp.floor(positions), -HALF, HALF - 1)
     offsets = positions - where - 0.5

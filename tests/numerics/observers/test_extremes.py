@@ -62,6 +62,28 @@ def test_nonfinite_batches_are_left_out_and_counted(observer, bad, first):
     assert (state.lo, state.hi) == (clean.lo, clean.hi)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_one_nan_in_a_large_tensor_is_found(dtype, per_channel):
+    # XLA's large minima and maxima on CPU drop NaN.
+    spec = sq.QuantSpec(per_channel=per_channel)
+    x = np.random.default_rng(0).normal(size=(1 << 16, 32)).astype(F32)
+    first = sq.observe(sq.init_range(32 if per_channel else None), jnp.asarray(x, dtype), spec)
+    x[777, 5] = np.nan
+    for observe in (sq.observe, jax.jit(sq.observe, static_argnums=2)):
+        state = observe(first, jnp.asarray(x, dtype), spec)
+        assert state.nonfinite == 1
+        np.testing.assert_array_equal((state.lo, state.hi), (first.lo, first.hi))
+
+
+@pytest.mark.parametrize("ends", [(-3e38, 3e38), (0, 3e38), (-3e38, 0)])
+def test_large_numbers_are_no_nan(ends):
+    x = np.tile(F32(ends), (1 << 15, 8))
+    state = jax.jit(sq.observe, static_argnums=2)(sq.init_range(), x, sq.QuantSpec())
+    assert state.nonfinite == 0
+    assert (state.lo, state.hi) == tuple(F32(ends))
+
+
 def test_a_channel_axis_other_than_the_last():
     x = np.arange(24, dtype=F32).reshape(2, 3, 4)
     state = sq.observe(sq.init_range(3), x, sq.QuantSpec(per_channel=True), channel_axis=1)

@@ -107,6 +107,18 @@ def test_nonfinite_batches_are_left_out_and_counted(name, bad):
         np.testing.assert_array_equal(getattr(state, field), getattr(update(o.init(), good), field))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_one_nan_in_a_large_tensor_poisons_nothing(name):
+    o = observer(name)
+    update = jax.jit(lambda state, x: o.update(state, o.measure(x)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=1 << 17).astype(F32))
+    state = update(o.init(), x)
+    again = update(state, x.at[777].set(jnp.nan))
+    assert again.nonfinite == 1
+    for field in ("lo", "hi", "counts", "offsets"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(state, field))
+
+
 @pytest.mark.parametrize("channels", [None, 3])
 def test_devices_of_a_mapped_axis_measure_together(channels):
     o = observer("mse", channels)

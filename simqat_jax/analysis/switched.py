@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from simqat_jax.analysis.layers import Layers
 from simqat_jax.ir.graph import Product
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.training.evaluation import Evaluation
 from simqat_jax.training.ranges import Stats
 from simqat_jax.training.values import Seen, Value, Values, read
@@ -93,8 +94,10 @@ class Switched(Evaluation):
         ends = self.range(quantizer, x)
         return jnp.where(on, self.fake_quantized(quantizer, x, *ends), x)
 
-    def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
+    def quantized_kernel(
+        self, node: Product, kernel: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> jax.Array:
         del seen
-        number = self._numbers[node]
+        number, kernel = self._numbers[node], scaled_kernel(kernel, factor)
         self.kernels[number] = kernel
         return self.version.kernels.get(number, kernel).astype(kernel.dtype)

@@ -17,7 +17,7 @@ from simqat_jax.calibration.walk import Stop, Walk
 from simqat_jax.ir.graph import Product
 from simqat_jax.ir.plan import Quantizer
 from simqat_jax.ir.program import PyTree
-from simqat_jax.numerics.folding import batch_norm_state, folding_scale, scaled_kernel
+from simqat_jax.numerics.folding import batch_norm_state, folding_scale
 from simqat_jax.ops.products import kernel_codes
 from simqat_jax.training.module import Method, QuantizedModule
 
@@ -127,7 +127,7 @@ class _Layer:
         @jax.jit
         def deployed(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
             flat = kernel.reshape(-1, self.node.num_channels)
-            codes = kernel_codes(quantizer, ends, scaled_kernel(flat, self._factor))
+            codes = kernel_codes(quantizer, flat.shape[1], ends, None, flat, self._factor)
             return codes.codes, jnp.broadcast_to(codes.grid.params.scale, flat.shape)
 
         self._deployed = deployed

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend import core
 from jax.typing import ArrayLike
 
-from simqat_jax.numerics.contraction import partial_sums, summed_axes
+from simqat_jax.numerics.contraction import Sums, summed_axes
 from simqat_jax.numerics.requantize import FREE, Bounds
 
 V = TypeVar("V")
@@ -202,9 +202,9 @@ class Contraction(Node):
         axes = summed_axes(self.primitive, self.eqn.params, shape)
         return 1 if axes is None else shape[axes[1]]
 
-    def partial_sums(self, x: jax.Array, y: jax.Array, parts: int) -> list[jax.Array]:
-        """Multiply whole numbers, see `numerics.contraction.partial_sums`."""
-        return partial_sums(self.primitive, self.eqn.params, x, y, parts)
+    def multiplied(self, sums: Sums, x: jax.Array, y: jax.Array, how: Any) -> list[jax.Array]:
+        """Multiply whole numbers with a function of `numerics.contraction`; `how`: its last one."""
+        return sums(self.primitive, self.eqn.params, x, y, how)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -246,12 +246,12 @@ class Product(Node):
         """Whether the output channels are the last axis of the output, and nothing else is."""
         return self.channel_axes == (len(self.shape) - 1,)
 
-    def partial_sums(self, x: jax.Array, kernel: jax.Array, parts: int) -> list[jax.Array]:
-        """Return what adds up to the product, see `Contraction.partial_sums`."""
+    def multiplied(self, sums: Sums, x: jax.Array, kernel: jax.Array, how: Any) -> list[jax.Array]:
+        """Multiply whole numbers, see `Contraction.multiplied`."""
         for node in self.before:
             fixed = [jnp.asarray(v.value, x.dtype) for v in node.inputs if isinstance(v, Constant)]
             x = node.eqn.primitive.bind(x, *fixed, **node.eqn.params)
-        products = self.contraction.partial_sums(x, kernel, parts)
+        products = self.contraction.multiplied(sums, x, kernel, how)
         return [product.transpose(self.order).reshape(self.shape) for product in products]
 
 

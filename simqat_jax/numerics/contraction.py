@@ -1,6 +1,6 @@
 """Products of whole numbers in parts: what adds up to a convolution or a matrix product."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,9 @@ import numpy as np
 from jax import lax
 
 from simqat_jax.numerics.convolution import convolve
+
+Sums = Callable[[str, Mapping[str, Any], jax.Array, jax.Array, Any], list[jax.Array]]
+"""`partial_sums` or `byte_sums`."""
 
 
 def summed_axes(
@@ -55,3 +58,42 @@ def partial_sums(
         return [convolve(x, y, np.float32, **params) for x, y in pairs]
     dims, highest = params["dimension_numbers"], lax.Precision.HIGHEST
     return [lax.dot_general(x, y, dims, precision=highest) for x, y in pairs]
+
+
+def byte_sums(
+    primitive: str, params: Mapping[str, Any], x: jax.Array, y: jax.Array, shift: jax.Array
+) -> list[jax.Array]:
+    """Multiply whole numbers that 8 bits hold, which processors do faster than in float32.
+
+    Args:
+      primitive: `dot_general` or `conv_general_dilated`.
+      params: of the primitive.
+      x: the first operand, float32; `x + shift` are int8.
+      y: the second one, float32; they are int8.
+      shift: a whole number, float32, scalar.
+
+    Returns:
+      The product modulo 2^32, int32; nothing for matrix products side by side.
+    """
+    x, y, zero = (v.astype(jnp.int8) for v in (x + shift, y, shift))
+    if primitive == "dot_general":
+        sums_of, (batch, _) = params["dimension_numbers"]
+        if batch:
+            return []
+        sums = lax.dot_general(x, y, params["dimension_numbers"], preferred_element_type=jnp.int32)
+        summed, axes = sums_of[1], range(sums.ndim - y.ndim + len(sums_of[1]), sums.ndim)
+    else:
+        numbers, rank = params["dimension_numbers"], x.ndim - 2
+        edges = [(0, 0, 0)] * x.ndim
+        sides = zip(numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"], strict=True)
+        for axis, (lo, hi), dilation in sides:
+            edges[axis] = (lo, hi, dilation - 1)
+        x = lax.pad(x, zero, edges)
+        still = {"padding": ((0, 0),) * rank, "lhs_dilation": (1,) * rank}
+        sums = convolve(x, y, jnp.int32, **{**params, **still})
+        summed, axes = numbers.rhs_spec[1:], (numbers.out_spec[1],)
+    ones = jnp.ones((2, *(y.shape[axis] for axis in summed)), jnp.int8)
+    of_all = ((tuple(range(1, ones.ndim)), tuple(summed)), ((), ()))
+    total, _ = lax.dot_general(ones, y, of_all, preferred_element_type=jnp.int32)
+    shape = [n if axis in axes else 1 for axis, n in enumerate(sums.shape)]
+    return [sums - shift.astype(jnp.int32) * total.reshape(shape)]

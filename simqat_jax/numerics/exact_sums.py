@@ -6,22 +6,26 @@ summed up, or digit by digit.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from simqat_jax.numerics.grid import Codes
+from simqat_jax.numerics.contraction import Sums, byte_sums, partial_sums
+from simqat_jax.numerics.grid import Codes, Grid
 
 _EXACT = 2**24
 _INT32 = 2**31
 MOST = int(0.99 * _INT32)
 """The largest magnitude of a sum, its bias included, that an integer layer may have."""
 
+_LEAST_FAN_IN, _LEAST_CHANNELS = 256, 64
+"""Smaller kernels are multiplied faster in float32."""
 _FEWEST = 8
 """How many entries of an axis a part has at least: smaller matrix products take longer."""
 
-Linear = Callable[[jax.Array, jax.Array, int], Sequence[jax.Array]]
-"""A convolution or matrix product of data and a kernel, float32, in so many parts to be added."""
+Linear = Callable[[Sums, jax.Array, jax.Array, Any], Sequence[jax.Array]]
+"""A convolution or matrix product of data and a kernel, by a function of `numerics.contraction`."""
 
 
 def _digits(w: jax.Array, bits: int, count: int) -> list[jax.Array]:
@@ -44,11 +48,11 @@ def linear(
 ) -> tuple[jax.Array, jax.Array | None] | None:
     """Convolve or multiply centered codes exactly.
 
-    Sums that may pass 2^24 are computed in parts, and where these have few entries digit by digit
-    of the weights and of the input.
+    Large kernels of 8 bits are multiplied in bytes. Else sums that may pass 2^24 are computed in
+    parts, and where these have few entries digit by digit of the weights and of the input.
 
     Args:
-      layer: the layer as a function of data, kernel and a number of parts, without bias.
+      layer: the layer, without bias.
       x: the input.
       kernel: the kernel.
       fan_in: how many products a sum adds up.
@@ -62,10 +66,14 @@ def linear(
     weight_bits = kernel.grid.num_bits - 1 if kernel_bits is None else kernel_bits
     largest = x.grid.largest
     rounded = largest * fan_in * 2**weight_bits >= 2**30
-    approximate = layer(x.codes, kernel.codes, 1)[0] if rounded else None
+    approximate = layer(partial_sums, x.codes, kernel.codes, 1)[0] if rounded else None
+    if kernel_bits is None and _is_for_bytes(x.grid, kernel, fan_in):
+        whole = layer(byte_sums, x.codes, kernel.codes, x.grid.zero - x.grid.offset)
+        if whole:
+            return whole[0], approximate
     at_once = _EXACT // (largest * 2**weight_bits) // (fan_in // summed)
     if at_once >= min(_FEWEST, summed):
-        parts = layer(x.codes, kernel.codes, math.ceil(summed / at_once))
+        parts = layer(partial_sums, x.codes, kernel.codes, math.ceil(summed / at_once))
         return sum((p.astype(jnp.int32) for p in parts), jnp.zeros((), jnp.int32)), approximate
     width = min(largest.bit_length(), int(math.log2(_EXACT / 2 / fan_in)))
     if width < 1:
@@ -74,13 +82,20 @@ def linear(
     total = jnp.zeros((), jnp.int32)
     for place, part in enumerate(_digits(x.codes, width, math.ceil(largest.bit_length() / width))):
         sums = _by_digits(
-            lambda digit, part=part: layer(part, digit, 1)[0],
+            lambda digit, part=part: layer(partial_sums, part, digit, 1)[0],
             kernel.codes,
             weight_bits,
             digit_bits,
         )
         total = total + (sums << (place * width))
     return total, approximate
+
+
+def _is_for_bytes(x: Grid, kernel: Codes, fan_in: int) -> bool:
+    """Whether 8 bits hold the codes, and a product of bytes is worth their conversion."""
+    if max(x.num_bits, kernel.grid.num_bits) > 8:
+        return False
+    return fan_in >= _LEAST_FAN_IN and kernel.codes.size >= fan_in * _LEAST_CHANNELS
 
 
 def _by_digits(

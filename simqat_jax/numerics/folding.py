@@ -125,7 +125,7 @@ class Layer:
       bias: of the layer, (C,), or None.
       norm: the BatchNorm.
       epsilon: the BatchNorm's.
-      quantize: fake quantization of a kernel.
+      quantize: fake quantization of a kernel, times a factor for each output channel.
       moments: takes batch statistics; None: use the running ones.
       frozen: bool, shape (): use the running statistics after all; None: never.
     """
@@ -135,7 +135,7 @@ class Layer:
     bias: jax.Array | None
     norm: BatchNormState
     epsilon: float
-    quantize: Callable[[jax.Array], jax.Array]
+    quantize: Callable[[jax.Array, jax.Array], jax.Array]
     moments: Moments | None
     frozen: jax.Array | None = None
 
@@ -199,9 +199,20 @@ def _affine(c: jax.Array, slope: jax.Array, shift: jax.Array) -> jax.Array:
     )
 
 
-def scaled_kernel(kernel: jax.Array, factor: jax.Array) -> jax.Array:
-    """Multiply each output channel of a kernel, in float32."""
+def scaled_kernel(kernel: jax.Array, factor: jax.Array | None) -> jax.Array:
+    """Multiply each output channel of a kernel by its factor, in float32; None: leave it."""
+    if factor is None:
+        return kernel
     return kernel.astype(jnp.float32) * along_channel(factor, kernel.ndim, -1)
+
+
+def magnitudes(kernel: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    """Return the largest magnitude of each channel of `scaled_kernel(kernel, factor)`, (C,).
+
+    Rounding keeps the order of magnitudes: the largest product is that of the largest weight.
+    """
+    largest = jnp.max(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 1))).astype(jnp.float32)
+    return largest if factor is None else largest * jnp.abs(factor)
 
 
 def left_to_scale(norm: BatchNormState) -> jax.Array:
@@ -220,7 +231,7 @@ def one_conv(layer: Layer) -> Folded:
     """
     norm = layer.norm
     s = folding_scale(norm)
-    c = layer.run(layer.quantize(scaled_kernel(layer.kernel, s)))
+    c = layer.run(layer.quantize(layer.kernel, s))
     slope = left_to_scale(norm)
     running = layer.running_shift(true_divide(norm.gamma, norm.sigma))
     if layer.moments is None:
@@ -244,7 +255,7 @@ def two_conv(layer: Layer) -> Folded:
     """
     norm = layer.norm
     slope = true_divide(norm.gamma, norm.sigma)
-    c = layer.run(layer.quantize(scaled_kernel(layer.kernel, slope)))
+    c = layer.run(layer.quantize(layer.kernel, slope))
     running = layer.running_shift(slope)
     if layer.moments is None:
         return Folded(_affine(c, jnp.ones_like(slope), running))

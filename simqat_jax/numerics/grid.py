@@ -1,7 +1,7 @@
 """The integer grid of a tensor, and tensors of codes on it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -186,6 +186,24 @@ class Codes(NamedTuple):
 
     codes: jax.Array
     grid: Grid
+
+
+class KernelCodes(NamedTuple):
+    """A kernel on a grid.
+
+    Attributes:
+      codes: whole numbers, float32, output channels last; zero points are 0.
+      grid: where they lie.
+      dead: (C,), which output channels have no code but 0.
+    """
+
+    codes: jax.Array
+    grid: Grid
+    dead: jax.Array
+
+
+QuantizeKernel = Callable[[jax.Array, jax.Array | None], KernelCodes]
+"""Quantizes a kernel, real units, times a factor for each output channel; None: times nothing."""
 
 
 def grid_of_range(lo: ArrayLike, hi: ArrayLike, spec: QuantSpec) -> Grid:

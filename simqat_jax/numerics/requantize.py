@@ -49,7 +49,7 @@ def code_bounds(bounds: Bounds, grid: Grid) -> tuple[ArrayLike, ArrayLike]:
 
 
 def room_for_bias(
-    codes: jax.Array, scale: jax.Array, bias: jax.Array, x_scale: jax.Array
+    codes: jax.Array, dead: jax.Array, scale: jax.Array, bias: jax.Array, x_scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Coarsen the weights of channels that are too small for their bias.
 
@@ -58,6 +58,7 @@ def room_for_bias(
 
     Args:
       codes: of the kernel, (inputs, C).
+      dead: (C,), which channels have no code but 0.
       scale: of its channels, (C,), real units.
       bias: (C,), real units.
       x_scale: real units per code of the input.
@@ -66,7 +67,7 @@ def room_for_bias(
       Codes and scales.
     """
     magnitude = true_divide(jnp.abs(bias.astype(jnp.float32)), x_scale)
-    dead = jnp.all(codes == 0, axis=0) & (magnitude > 0)
+    dead = dead & (magnitude > 0)
     least = jnp.maximum(jnp.where(dead, magnitude * 2.0**-23, magnitude * 2.0**-29), 1e-30)
     coarser = dead | (least > scale)
     new = jnp.where(coarser, least, scale)
@@ -85,7 +86,8 @@ def channel_affine(
       x_scale: real units per code of `x`.
     """
     scale = jnp.where(slope == 0, 1.0, true_divide(jnp.abs(slope), 127.0))
-    kernel, scale = room_for_bias(jnp.sign(slope)[None] * 127, scale, shift, x_scale)
+    codes = jnp.sign(slope)[None] * 127
+    kernel, scale = room_for_bias(codes, slope == 0, scale, shift, x_scale)
     return kernel[0], scale
 
 

@@ -1,7 +1,7 @@
 """BatchNorm: folded into the layer before it, or on its own as one weight for each channel."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,8 @@ from simqat_jax.numerics.folding import (
     folding_scale,
     left_to_scale,
     running_affine,
-    scaled_kernel,
 )
-from simqat_jax.numerics.grid import Codes, Grid
+from simqat_jax.numerics.grid import Codes, Grid, KernelCodes, QuantizeKernel
 from simqat_jax.numerics.requantize import channel_affine, integer_bias
 from simqat_jax.ops.operation import (
     Clamp,
@@ -37,9 +36,9 @@ def folded(
     epsilon: float,
     kernel: jax.Array,
     bias: jax.Array | None,
-    quantize: Callable[[jax.Array], Codes],
+    quantize: QuantizeKernel,
     fold: BatchNormFold,
-) -> tuple[Codes, jax.Array]:
+) -> tuple[KernelCodes, jax.Array]:
     """Fold a BatchNorm on running statistics into the layer before it, as it is deployed.
 
     `none` folds after quantizing: `|gamma| / sigma` goes into the scale and the sign into the
@@ -50,7 +49,7 @@ def folded(
       epsilon: the BatchNorm's.
       kernel: of the layer, real units, output channels last.
       bias: of the layer, or None.
-      quantize: quantizes a kernel.
+      quantize: quantizes the kernel.
       fold: the mode.
 
     Returns:
@@ -61,17 +60,18 @@ def folded(
     if bias is not None:
         shift = shift + rounded_product(bias.astype(jnp.float32), slope)
     if fold == "none":
-        plain = quantize(kernel)
+        plain = quantize(kernel, None)
         signed = plain.codes * along_channel(jnp.sign(slope), kernel.ndim, -1)
         old = plain.grid.params.scale
         scale = jnp.where(slope == 0, old, old * jnp.abs(slope))
-        return Codes(signed, dataclasses.replace(plain.grid, scale=scale)), shift
-    whole = quantize(scaled_kernel(kernel, folding_scale(norm)))
-    alive, left = along_channel(norm.gamma != 0, kernel.ndim, -1), left_to_scale(norm)
-    old = whole.grid.params.scale
+        grid = dataclasses.replace(plain.grid, scale=scale)
+        return KernelCodes(signed, grid, plain.dead | (slope == 0)), shift
+    whole, left = quantize(kernel, folding_scale(norm)), left_to_scale(norm)
+    old, dead = whole.grid.params.scale, norm.gamma == 0
     scale = jnp.where(left < 1, jnp.where(left == 0, old, old * left), old)
-    codes = jnp.where(alive, whole.codes, 0.0)
-    return Codes(codes, dataclasses.replace(whole.grid, scale=scale)), shift
+    codes = jnp.where(along_channel(dead, kernel.ndim, -1), 0.0, whole.codes)
+    grid = dataclasses.replace(whole.grid, scale=scale)
+    return KernelCodes(codes, grid, whole.dead | dead), shift
 
 
 def _channel_arrays(slope: jax.Array, shift: jax.Array, x: Grid, y: Grid) -> dict[str, jax.Array]:

@@ -51,7 +51,7 @@ class MatMulOperation(Operation):
             return None
         terms, multiply = _terms(node, a.codes.shape), node.contraction
         summed, bits = multiply.summed_length, b.grid.largest.bit_length()
-        sums = linear(multiply.partial_sums, a, b, terms, summed, bits)
+        sums = linear(multiply.multiplied, a, b, terms, summed, bits)
         if sums is None:
             return None
         factor = combined(node, at.reals)

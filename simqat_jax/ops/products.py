@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,15 @@ from simqat_jax.ir.program import Context, Need, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.convolution import convolve
 from simqat_jax.numerics.exact_sums import MOST, linear
-from simqat_jax.numerics.grid import Codes, Grid, centered_codes, grid_of_range
+from simqat_jax.numerics.folding import magnitudes, scaled_kernel
+from simqat_jax.numerics.grid import (
+    Codes,
+    Grid,
+    KernelCodes,
+    QuantizeKernel,
+    centered_codes,
+    grid_of_range,
+)
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.requantize import integer_bias, room_for_bias
 from simqat_jax.ops.batch_norm import folded
@@ -54,7 +62,7 @@ class Deployed(NamedTuple):
 def deployed(
     step: Step,
     layers: Sequence[Mapping[str, jax.Array]],
-    quantize: Callable[[jax.Array], Codes],
+    quantize: QuantizeKernel,
     x_scale: jax.Array,
 ) -> Deployed | None:
     """Fold and quantize a layer.
@@ -70,17 +78,18 @@ def deployed(
     """
     kernel, bias = layers[0]["kernel"], layers[0].get("bias")
     if step.norm is None:
-        codes = quantize(kernel)
+        codes = quantize(kernel, None)
     elif step.norm.training:
         return None
     else:
         norm = step.norm.module
         codes, bias = folded(layers[1], norm.epsilon, kernel, bias, quantize, step.fold)
     if bias is None:
-        return Deployed(codes, None)
+        return Deployed(Codes(codes.codes, codes.grid), None)
     flat = bias.reshape(-1)
     scale = jnp.broadcast_to(codes.grid.params.scale, flat.shape)
-    whole, scale = room_for_bias(codes.codes.reshape(-1, flat.size), scale, flat, x_scale)
+    rows = codes.codes.reshape(-1, flat.size)
+    whole, scale = room_for_bias(rows, codes.dead, scale, flat, x_scale)
     grid = dataclasses.replace(codes.grid, scale=scale, zero_point=jnp.zeros(scale.shape, int))
     return Deployed(Codes(whole.reshape(codes.codes.shape), grid), bias)
 
@@ -106,9 +115,11 @@ def deployed_arrays(
       x_scale: real units per code of the input.
       y_scale: those of the output.
     """
-    layer = deployed(step, layers, partial(kernel_codes, quantizer, kernel_range), x_scale)
-    assert layer is not None and isinstance(step.node, Product)
+    assert isinstance(step.node, Product)
     count = step.node.num_channels
+    quantize = partial(kernel_codes, quantizer, count, kernel_range, None)
+    layer = deployed(step, layers, quantize, x_scale)
+    assert layer is not None
     scale = jnp.broadcast_to(layer.kernel.grid.params.scale, (count,))
     unit = x_scale * scale
     bias = jnp.zeros(count) if layer.bias is None else jnp.asarray(layer.bias).reshape(-1)
@@ -120,18 +131,44 @@ def deployed_arrays(
     }
 
 
-def kernel_codes(quantizer: Quantizer, kernel_range: Range | None, kernel: jax.Array) -> Codes:
+def kernel_codes(
+    quantizer: Quantizer,
+    channels: int,
+    kernel_range: Range | None,
+    turn: jax.Array | None,
+    kernel: jax.Array,
+    factor: jax.Array | None = None,
+) -> KernelCodes:
     """Quantize a kernel, viewed as (inputs, output channels).
 
     Args:
       quantizer: the kernel's.
+      channels: how many output channels there are.
       kernel_range: its range; None: that of the present values.
+      turn: codes that have to be known first; None: none. Evaluation has a layer's input here, so
+        that kernels take each other's memory instead of being quantized all at once.
       kernel: real units, output channels last.
+      factor: (C,), what each output channel is multiplied by first; None: by nothing.
     """
-    flat = jnp.asarray(kernel).reshape(-1, quantizer.num_channels or 1)
-    ends = quantizer.observer.present_range(flat) if kernel_range is None else kernel_range
+    flat = jnp.asarray(kernel).reshape(-1, channels)
+    observer = quantizer.observer
+    ends = observer.present_range(flat, factor) if kernel_range is None else kernel_range
     grid = grid_of_range(*ends, quantizer.spec)
-    return Codes(centered_codes(flat, grid).reshape(kernel.shape), grid)
+    if turn is not None:
+        known = lax.platform_dependent(turn, cpu=_first, default=_none)
+        scale = jnp.where(jnp.isnan(known), jnp.nan, grid.params.scale)  # no code is NaN
+        grid = dataclasses.replace(grid, scale=scale)
+    codes = centered_codes(scaled_kernel(flat, factor), grid)
+    dead = centered_codes(magnitudes(flat, factor), grid) == 0
+    return KernelCodes(codes.reshape(kernel.shape), grid, dead)
+
+
+def _first(codes: jax.Array) -> jax.Array:
+    return codes.reshape(-1)[0] if codes.size else _none(codes)
+
+
+def _none(codes: jax.Array) -> jax.Array:
+    return jnp.zeros((), codes.dtype)
 
 
 class ProductOperation(Operation):
@@ -149,13 +186,14 @@ class ProductOperation(Operation):
         x = at.inputs[0]
         if x is None:
             return None
-        layer = deployed(at.step, at.layers, at.quantize_kernel, x.grid.params.scale)
+        in_turn = partial(at.quantize_kernel, x.codes)
+        layer = deployed(at.step, at.layers, in_turn, x.grid.params.scale)
         if layer is None:
             return None
         node, kernel = at.step.node, layer.kernel
         assert isinstance(node, Product)
         fan_in = kernel.codes.size // node.num_channels
-        sums = linear(node.partial_sums, x, kernel, fan_in, node.contraction.summed_length)
+        sums = linear(node.multiplied, x, kernel, fan_in, node.contraction.summed_length)
         if sums is None:
             return None
         acc, approximate = sums

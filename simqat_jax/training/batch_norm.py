@@ -18,7 +18,7 @@ def folded_step(
     step: Step,
     values: Sequence[jax.Array],
     norm_values: Sequence[jax.Array],
-    quantize: Callable[[jax.Array], jax.Array],
+    quantize: Callable[[jax.Array, jax.Array], jax.Array],
     frozen: jax.Array | None,
     dtype: np.dtype,
 ) -> dict[int, jax.Array]:
@@ -28,7 +28,7 @@ def folded_step(
       step: the layer and what is fused behind it.
       values: of the layer's inputs.
       norm_values: parameters and statistics of the BatchNorm.
-      quantize: fake quantization of a folded kernel.
+      quantize: fake quantization of a kernel, times a factor for each output channel.
       frozen: whether running statistics are used after all; None: never.
       dtype: of the result.
 

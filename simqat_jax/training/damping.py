@@ -11,6 +11,7 @@ from simqat_jax.ir.plan import Quantizer
 from simqat_jax.ir.program import PyTree
 from simqat_jax.numerics.affine import along_channel, fake_quant, quant_params
 from simqat_jax.numerics.arguments import check_kind
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.requantize import Bounds
 from simqat_jax.numerics.spec import QuantSpec
 from simqat_jax.training.arguments import check_variables
@@ -85,8 +86,10 @@ class _Distances(Simulation):
     ) -> Value:
         return Value(x)
 
-    def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
-        quantizer = self.placement.weights[node]
+    def quantized_kernel(
+        self, node: Product, kernel: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> jax.Array:
+        quantizer, kernel = self.placement.weights[node], scaled_kernel(kernel, factor)
         observer, flat = quantizer.observer, kernel.reshape(-1, node.num_channels)
         state = self.stats.get(quantizer.name, observer.init())
         kept = quantizer.has_state

@@ -1,7 +1,8 @@
 """Evaluation: the codes that an integer implementation computes, with a gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,18 @@ from simqat_jax.ir.compound import Masked
 from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Product
 from simqat_jax.ir.plan import Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
+from simqat_jax.numerics.folding import magnitudes
 from simqat_jax.numerics.grid import (
     Codes,
     Grid,
+    KernelCodes,
     centered_codes,
     codes_fit,
     grid_of_range,
     real_values,
 )
 from simqat_jax.numerics.observers import Range
+from simqat_jax.numerics.observers.extremes import has_nan
 from simqat_jax.ops.operation import Everywhere, ExactStep
 from simqat_jax.ops.products import kernel_codes
 from simqat_jax.ops.registry import operation_of
@@ -75,8 +79,12 @@ class Evaluation(Run):
             return quantizer.observer.range(self.stats[quantizer.name])
         return quantizer.observer.present_range(x)
 
-    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
-        return self.range(quantizer, flat)
+    def kernel_range(
+        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> Range:
+        if quantizer.has_state:
+            return quantizer.observer.range(self.stats[quantizer.name])
+        return quantizer.observer.present_range(flat, factor)
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> Grid:
         """Return the grid of a tensor; `x`: its values, for a quantizer that keeps no state."""
@@ -89,16 +97,22 @@ class Evaluation(Run):
         """
         ranges = (q.observer.range(self.stats[q.name]) for q in self.placement.stateful.values())
         sound = [_is_range(lo, hi) for lo, hi in ranges]
-        trained = self.placement.graph.read_trained()
-        sound += [jnp.all(jnp.isfinite(env[v].real)) for v in trained if v in env]
+        graph = self.placement.graph
+        finite: dict[int, Any] = {v: env[v].real for v in graph.read_trained() if v in env}
         nodes = (node for step in self.placement.steps for node in step.nodes)
         for node, position, v in ((n, k, v) for n in nodes for k, v in enumerate(n.inputs)):
-            if v in self.placement.graph.data or (isinstance(v, int) and v not in env):
+            if v in graph.data or (isinstance(v, int) and v not in env):
                 continue
-            x = read(v, env).real
-            if jnp.issubdtype(jnp.result_type(x), jnp.floating):
-                sound.append(_is_sound(node, position, jnp.asarray(x)))
-        return jnp.all(jnp.stack(sound))
+            x = jnp.asarray(read(v, env).real)
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                continue
+            if node.layer is None or position == 0:  # it may be an infinite bound
+                sound.append(~jnp.any(jnp.isnan(x)))
+                continue
+            if isinstance(node, BatchNorm) and node.layer.names[position - 1] == "var":
+                x = jnp.where(node.is_variance(x), x, jnp.nan)
+            finite[v if isinstance(v, int) else id(v)] = x
+        return jnp.all(jnp.stack([*sound, *_are_finite(finite.values())]))
 
     # Tensors ----------------------------------------------------------------------------------
 
@@ -153,12 +167,14 @@ class Evaluation(Run):
             )
         )
 
-    def kernel_codes(self, step: Step, kernel: jax.Array) -> Codes:
-        """Quantize a kernel to the range that training left."""
+    def kernel_codes(
+        self, step: Step, turn: jax.Array, kernel: jax.Array, factor: jax.Array | None
+    ) -> KernelCodes:
+        """Quantize a kernel to the range that training left, see `ops.products.kernel_codes`."""
         assert isinstance(step.node, Product)
         quantizer = self.placement.weights[step.node]
         ends = self.range(quantizer, kernel) if quantizer.has_state else None
-        return kernel_codes(quantizer, ends, kernel)
+        return kernel_codes(quantizer, step.node.num_channels, ends, turn, kernel, factor)
 
     def operand_codes(self, step: Step, position: int, value: Value, env: Values) -> Codes | None:
         """Return the codes of an operand with their grid; None where it lies on none."""
@@ -208,19 +224,19 @@ class Evaluation(Run):
         return codes
 
 
+def _are_finite(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """Tell, several at a time, whether arrays hold neither NaN nor Inf."""
+    alike: dict[tuple[int, ...], list[jax.Array]] = {}
+    for x in map(jnp.asarray, arrays):
+        if x.ndim > 1:  # as a kernel's range is taken, and nearly for nothing beside it
+            x = x.reshape(-1, x.shape[-1])
+            largest = magnitudes(x)
+            x = jnp.where(has_nan(x, (0,), largest), jnp.nan, largest)
+        alike.setdefault(x.shape, []).append(x * 0)
+    for zeros in alike.values():  # one reduction for all of one length
+        yield jnp.all(jnp.isfinite(sum(zeros)))
+
+
 def _is_range(lo: ArrayLike, hi: ArrayLike) -> jax.Array:
     lo, hi = jnp.asarray(lo), jnp.asarray(hi)
     return jnp.all((lo <= hi) & jnp.isfinite(lo) & jnp.isfinite(hi))
-
-
-def _is_sound(node: Node, position: int, x: jax.Array) -> jax.Array:
-    """Whether an operand that does not depend on the data holds what it may.
-
-    A layer's parameters are finite and its variance is none below zero. Another operand may be an
-    infinite bound, but never NaN.
-    """
-    if node.layer is None or position == 0:
-        return ~jnp.any(jnp.isnan(x))
-    if isinstance(node, BatchNorm) and node.layer.names[position - 1] == "var":
-        x = jnp.where(node.is_variance(x), x, jnp.nan)
-    return jnp.all(jnp.isfinite(x))

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from simqat_jax.ir.compound import LogSoftmax
 from simqat_jax.ir.graph import Extremum
 from simqat_jax.ir.plan import Placement, Quantizer, Step
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.observers import Learned, Observer, Range, State
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.ops.operation import bounds_of
@@ -91,7 +92,7 @@ class Simulation(Run):
         observer, name = quantizer.observer, quantizer.name
         values = lax.stop_gradient(x)
         if not quantizer.has_state:
-            return _present_range(observer, values)
+            return _present_range(observer, values, None)
         measured = _measured(observer, values, bounds)
         if self.placement.axis_name is not None:
             measured = observer.reduce(measured, self.placement.axis_name)
@@ -102,16 +103,20 @@ class Simulation(Run):
         before = self.stats[name] if name in self.shared else None
         return observer.training_range(state, before)
 
-    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
-        return self.observe(quantizer, flat, seen)
+    def kernel_range(
+        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> Range:
+        if not quantizer.has_state:
+            return _present_range(quantizer.observer, lax.stop_gradient(flat), factor)
+        return self.observe(quantizer, scaled_kernel(flat, factor), seen)
 
 
 # Traced once for all quantizers that are alike: a model may have hundreds.
 
 
 @partial(jax.jit, static_argnums=0)
-def _present_range(observer: Observer, x: jax.Array) -> Range:
-    return observer.present_range(x)
+def _present_range(observer: Observer, x: jax.Array, factor: jax.Array | None) -> Range:
+    return observer.present_range(x, factor)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.observers import Range, State
 from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
@@ -81,8 +82,10 @@ class Run:
         del step
         return self.put_on_grid(quantizer, x, seen)
 
-    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
-        """Return the range of a kernel, shape (..., output channels)."""
+    def kernel_range(
+        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> Range:
+        """Return the range of a kernel, shape (..., output channels), times a factor for each."""
         raise NotImplementedError
 
     def fake_quantized(
@@ -160,7 +163,7 @@ class Run:
             results = self.simulate_folded(step, values, env, seen)
         else:
             if isinstance(node, Product) and node in self.placement.weights:
-                values[1] = self.quantized_kernel(node, values[1], seen)
+                values[1] = self.quantized_kernel(node, values[1], None, seen)
             results = dict(zip(node.outputs, self.run_node(node, values), strict=True))
             if step.norm is not None:
                 self.run_behind(step.norm, results, env)
@@ -191,14 +194,17 @@ class Run:
         dtype = self.placement.graph.avals[step.norm.outputs[0]].dtype
         return folded_step(step, values, stats, quantize, self.frozen, dtype)
 
-    def quantized_kernel(self, node: Product, kernel: jax.Array, seen: Seen) -> jax.Array:
-        """Fake-quantize a kernel, possibly with a BatchNorm folded in."""
+    def quantized_kernel(
+        self, node: Product, kernel: jax.Array, factor: jax.Array | None, seen: Seen
+    ) -> jax.Array:
+        """Fake-quantize a kernel, times the factor of a BatchNorm for each output channel."""
         quantizer = self.placement.weights[node]
         channels = node.num_channels
         # A view of its own shape fuses with what reads the kernel; XLA takes two kernels more for
         # the extremes of long and narrow matrices.
         flat = kernel if kernel.shape[-1:] == (channels,) else kernel.reshape(-1, channels)
-        lo, hi = self.kernel_range(quantizer, flat, seen)
+        lo, hi = self.kernel_range(quantizer, flat, factor, seen)
+        kernel, flat = (scaled_kernel(v, factor) for v in (kernel, flat))
         if quantizer.spec.symmetric and not quantizer.has_state and quantizer.observer.covers:
             # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)

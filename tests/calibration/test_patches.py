@@ -10,6 +10,7 @@ import simqat_jax as sq
 from simqat_jax.calibration.call import EvaluationCall
 from simqat_jax.calibration.patches import columns, kernel_of, patches
 from simqat_jax.ir.graph import Product
+from simqat_jax.numerics.contraction import partial_sums
 
 
 class Einsum(nn.Module):
@@ -53,7 +54,7 @@ def test_patches_times_columns_are_the_product(case):
 
     @jax.jit
     def both(x, kernel):
-        (product,) = node.partial_sums(x, kernel, 1)
+        (product,) = node.multiplied(partial_sums, x, kernel, 1)
         return patches(node, x) @ columns(node, kernel), product
 
     got, want = both(env[node.inputs[0]], kernel)

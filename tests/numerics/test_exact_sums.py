@@ -8,6 +8,7 @@ import pytest
 
 import simqat_jax as sq
 from simqat_jax.numerics import exact_sums
+from simqat_jax.numerics.contraction import byte_sums, partial_sums
 from simqat_jax.numerics.grid import Codes
 
 
@@ -29,15 +30,18 @@ def pieces(x, w, parts):
     return zip(*split, strict=True)
 
 
-def matmul(x, w, parts=1):
-    """Sums in float32, each rounded once."""
+def matmul(sums, x, w, how):
+    """Sums in float32, each rounded once, or in bytes."""
+    if sums is byte_sums:
+        return [jnp.asarray(as_int32(np.asarray(x, np.int64) @ np.asarray(w, np.int64)))]
+    parts = how
     return [jnp.asarray((a @ b).astype(np.float32)) for a, b in pieces(x, w, parts)]
 
 
-def strict_matmul(x, w, parts=1):
+def strict_matmul(sums, x, w, how):
     """As `matmul`; an error where an addition on the way may round."""
-    assert all((np.abs(a) @ np.abs(b)).max() <= 2**24 for a, b in pieces(x, w, parts))
-    return matmul(x, w, parts)
+    assert all((np.abs(a) @ np.abs(b)).max() <= 2**24 for a, b in pieces(x, w, how))
+    return matmul(sums, x, w, how)
 
 
 CASES = list(product((4, 8, 16), (2, 8, 16), (1, 3, 64, 600, 5000)))
@@ -85,13 +89,13 @@ def test_no_partial_sum_rounds(x_bits, w_bits, fan_in, in_parts):
 def test_few_products_take_one_pass_over_the_layer():
     calls = []
 
-    def layer(x, w, parts):
-        calls.append(parts)
-        return matmul(x, w, parts)
+    def layer(sums, x, w, how):
+        calls.append(how if sums is partial_sums else "bytes")
+        return matmul(sums, x, w, how)
 
-    def passes(x_bits, w_bits, fan_in, summed=1):
+    def passes(x_bits, w_bits, fan_in, summed=1, channels=1):
         calls.clear()
-        x, w = jnp.ones((1, fan_in)), jnp.ones((fan_in, 1))
+        x, w = jnp.ones((1, fan_in)), jnp.ones((fan_in, channels))
         grids = grid(x_bits), grid(w_bits, signed=True)
         exact_sums.linear(layer, Codes(x, grids[0]), Codes(w, grids[1]), fan_in, summed)
         return list(calls)
@@ -104,6 +108,10 @@ def test_few_products_take_one_pass_over_the_layer():
     assert passes(8, 8, 49 * 64, 64) == [7]
     assert passes(8, 8, 121 * 64, 64) == [1, 1, 1]  # four channels are too few for a part
     assert len(passes(16, 8, 9, 9)) > 1
+    assert passes(8, 8, 4608, channels=64) == passes(8, 4, 256, channels=64) == ["bytes"]
+    assert "bytes" not in [*passes(8, 8, 255, channels=64), *passes(8, 8, 4608, channels=63)]
+    assert "bytes" not in [*passes(16, 8, 4608, channels=64), *passes(8, 16, 512, channels=64)]
+    assert passes(8, 8, 2**16, channels=64) == [1, "bytes"]  # and rounded: int32 may overflow
 
 
 def test_more_products_than_one_bit_allows_are_refused():

@@ -46,6 +46,11 @@ def test_two_conv_equals_the_paper(frozen):
         {"scale": gamma, "bias": beta, "mean": mean, "var": var}, EPSILON
     )
     spec = sq.QuantSpec(symmetric=True, per_channel=True, narrow_range=True)
+
+    def quantize(kernel, factor):
+        kernel = folding.scaled_kernel(kernel, factor)
+        return sq.fake_quant(kernel, kernel.min(0), kernel.max(0), spec)
+
     got = folding.two_conv(
         folding.Layer(
             run=lambda kernel: jnp.asarray(x) @ kernel,
@@ -53,7 +58,7 @@ def test_two_conv_equals_the_paper(frozen):
             bias=None,
             norm=norm,
             epsilon=EPSILON,
-            quantize=lambda kernel: sq.fake_quant(kernel, kernel.min(0), kernel.max(0), spec),
+            quantize=quantize,
             moments=folding.Moments(),
             frozen=jnp.asarray(frozen),
         )
@@ -113,7 +118,7 @@ def layer(rng, **changes):
         "bias": jnp.asarray(bias),
         "norm": folding.batch_norm_state(values, LARGE),
         "epsilon": LARGE,
-        "quantize": lambda kernel: kernel,
+        "quantize": folding.scaled_kernel,
         "moments": folding.Moments(),
     }
     return folding.Layer(**(given | changes)), x, values
@@ -146,7 +151,12 @@ def test_without_rounding_a_folded_layer_is_that_of_float(fold, statistics, bias
 def test_the_kernel_is_scaled_before_it_is_rounded():
     """By gamma / sigma, of a gamma that is zero or nearly by one that leaves numbers normal."""
     kernels = []
-    folded, _, values = layer(np.random.default_rng(4), quantize=lambda k: kernels.append(k) or k)
+
+    def quantize(kernel, factor):
+        kernels.append(folding.scaled_kernel(kernel, factor))
+        return kernels[-1]
+
+    folded, _, values = layer(np.random.default_rng(4), quantize=quantize)
     folding.one_conv(folded)
     sigma = np.sqrt(values["var"] + np.float32(LARGE))
     gamma = np.where(GAMMA == 0, 1, np.sign(GAMMA) * np.maximum(np.abs(GAMMA), sigma * 2.0**-40))
@@ -219,7 +229,7 @@ def test_one_conv_reads_and_writes_less_than_dividing_the_output():
             bias=None,
             norm=norm,
             epsilon=EPSILON,
-            quantize=lambda w: w,
+            quantize=folding.scaled_kernel,
             moments=folding.Moments(),
         )
         return folding.one_conv(layer).output

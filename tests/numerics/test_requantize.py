@@ -56,10 +56,16 @@ def test_clamping_whole_numbers_is_clamping_real_values(grid, bounds):
     np.testing.assert_array_equal(got, want)
 
 
+def dead(codes):
+    return (codes == 0).all(0)
+
+
 def test_a_channel_with_room_for_its_bias_stays_as_it_is():
     codes = jnp.asarray(RNG.integers(-127, 128, (5, 4)), jnp.float32)
     scale, bias = f32(0.1, 1e-3, 2.0, 0.5), f32(3.0, -1.0, 0.0, 1e5)
-    got, scales = requantize.room_for_bias(codes, scale, bias, jnp.float32(0.02))
+    got, scales = requantize.room_for_bias(
+        codes, (codes == 0).all(0), scale, bias, jnp.float32(0.02)
+    )
     np.testing.assert_array_equal(got, codes)
     np.testing.assert_array_equal(scales, scale)
 
@@ -70,7 +76,7 @@ def test_a_bias_at_the_end_of_its_room_needs_no_more():
     least = 2.0**10 / 0.5 / 2.0**29
     scale = f32(least, least / 2, least * 2)
     codes = f32([7, 7, 7], [-5, -6, -5])
-    got, scales = requantize.room_for_bias(codes, scale, bias, x_scale)
+    got, scales = requantize.room_for_bias(codes, dead(codes), scale, bias, x_scale)
     np.testing.assert_array_equal(scales, [least, least, 2 * least])
     np.testing.assert_array_equal(got, [[7, 4, 7], [-5, -3, -5]])  # 3.5 to even
     held = np.abs(requantize.integer_bias(bias, scales * x_scale))
@@ -81,7 +87,9 @@ def test_a_channel_of_zeros_has_the_scale_of_its_bias():
     """Coarse enough for the bias, fine enough for 23 digits of it; without a bias as it was."""
     codes = f32([0, 0, 0, 1], [0, 0, 0, 0])
     bias, x_scale = f32(3.0, -3.0, 0.0, 3.0), jnp.float32(0.25)
-    got, scales = requantize.room_for_bias(codes, f32(1, 1, 1, 1), bias, x_scale)
+    got, scales = requantize.room_for_bias(
+        codes, (codes == 0).all(0), f32(1, 1, 1, 1), bias, x_scale
+    )
     np.testing.assert_array_equal(scales, [12 * 2.0**-23, 12 * 2.0**-23, 1, 1])
     np.testing.assert_array_equal(got, codes)
     held = requantize.integer_bias(bias, scales * x_scale)
@@ -89,7 +97,8 @@ def test_a_channel_of_zeros_has_the_scale_of_its_bias():
 
 
 def test_no_scale_is_subnormal():
-    _, scales = requantize.room_for_bias(f32([0], [0]), f32(1), f32(1e-35), jnp.float32(1))
+    given = f32([0], [0]), jnp.array([True]), f32(1), f32(1e-35), jnp.float32(1)
+    _, scales = requantize.room_for_bias(*given)
     np.testing.assert_array_equal(scales, f32(1e-30))
 
 

@@ -10,7 +10,8 @@ from zoo import Model
 
 import simqat_jax as sq
 from simqat_jax.ir.graph import BatchNorm
-from simqat_jax.numerics.grid import Codes
+from simqat_jax.numerics.folding import scaled_kernel
+from simqat_jax.numerics.grid import KernelCodes
 from simqat_jax.ops.batch_norm import folded
 
 RNG = np.random.default_rng(0)
@@ -61,11 +62,12 @@ def test_scales_of_both_signs(body, bn_fold):
         assert (error < 8 * step).all(), error / step
 
 
-def on_a_grid_of_its_own(kernel):
+def on_a_grid_of_its_own(kernel, factor):
     """Symmetric codes of each channel."""
+    kernel = scaled_kernel(kernel, factor)
     scale = jnp.abs(kernel).max(0) / 127
     grid = sq.Grid(scale, jnp.zeros(scale.shape, int), -127, 127)
-    return Codes(jnp.round(kernel / scale[None]), grid)
+    return KernelCodes(jnp.round(kernel / scale[None]), grid, scale == 0)
 
 
 @pytest.mark.parametrize("fold", ["none", "one_conv", "two_conv"])
@@ -86,6 +88,7 @@ def test_a_folded_kernel_is_the_scaled_one(fold, biased):
     slope = gamma / np.sqrt(var + 1e-3)
     real = np.asarray(codes.codes) * scale
     np.testing.assert_array_equal(real[:, gamma == 0], 0)
+    np.testing.assert_array_equal(codes.dead, gamma == 0)
     others = gamma != 0
     error = np.abs(real - kernel * slope[None])
     assert (error <= 0.501 * scale)[:, others].all()

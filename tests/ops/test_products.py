@@ -1,6 +1,10 @@
 """Layers on codes, against NumPy's integers."""
 
+import dataclasses
+from functools import partial
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from steps import codes_of, grid, placed, random, step_of
 import simqat_jax as sq
 from simqat_jax.ir.graph import Product
 from simqat_jax.numerics.exact_sums import MOST
-from simqat_jax.numerics.grid import Codes
+from simqat_jax.numerics.grid import Codes, KernelCodes
 from simqat_jax.ops.products import kernel_codes
 
 X, Y = grid(0.05, 120), grid(0.11, 131)
@@ -23,7 +27,12 @@ def quantized(codes, scale=SCALE, bits=8):
     """Quantizes any kernel to these codes."""
     most = 2 ** (bits - 1) - 1
     on = sq.Grid(jnp.asarray(scale), jnp.zeros(np.shape(scale), int), -most, most)
-    return lambda kernel: Codes(jnp.asarray(codes, jnp.float32).reshape(kernel.shape), on)
+
+    def quantize(turn, kernel, factor):
+        dead = (np.reshape(codes, (-1, np.size(scale))) == 0).all(0)
+        return KernelCodes(jnp.asarray(codes, jnp.float32).reshape(kernel.shape), on, dead)
+
+    return quantize
 
 
 def wanted(sums, bias, x, y, scale=SCALE):
@@ -121,10 +130,39 @@ def test_a_kernel_has_a_range_for_each_channel_or_a_given_one():
     plan = placed(lambda x: nn.Conv(5, (3,))(x), (2, 7, 2))
     quantizer = next(iter(plan.weights.values()))
     kernel = jnp.asarray(RNG.normal(size=(3, 2, 5)), jnp.float32)
-    present = kernel_codes(quantizer, None, kernel)
+    present = kernel_codes(quantizer, 5, None, None, kernel)
     ends = np.abs(kernel).max((0, 1))
     np.testing.assert_allclose(present.grid.scale, ends / 127, rtol=1e-6)
     np.testing.assert_array_equal(np.abs(present.codes).max((0, 1)), 127)
-    fixed = kernel_codes(quantizer, (jnp.full(5, -10.0), jnp.full(5, 10.0)), kernel)
+    ends = jnp.full(5, -10.0), jnp.full(5, 10.0)
+    fixed = kernel_codes(quantizer, 5, ends, None, kernel)
     np.testing.assert_allclose(fixed.grid.scale, np.full(5, 10 / 127), rtol=1e-6)
     np.testing.assert_allclose(fixed.codes, kernel * 12.7, atol=0.501)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_is_quantized_as_if_its_factors_were_in_it(per_channel, known):
+    """Also where products are rounded; and channels without a code but 0 are told."""
+    plan = placed(lambda x: nn.Conv(64, (3,))(x), (2, 7, 2))
+    quantizer = next(iter(plan.weights.values()))
+    if not per_channel:
+        spec = dataclasses.replace(quantizer.spec, per_channel=False)
+        quantizer = dataclasses.replace(quantizer, spec=spec, num_channels=None)
+    kernel = jnp.asarray(RNG.normal(size=(3, 2, 64)), jnp.float32).at[..., 7].set(0)
+    factor = jnp.asarray(np.exp(RNG.normal(size=64)) * RNG.choice([-1, 1], 64), jnp.float32)
+    factor = factor.at[9].set(1e-9)
+    end = jnp.full(64 if per_channel else (), 1e-3)
+    quantize = partial(kernel_codes, quantizer, 64, (-end, end) if known else None)
+
+    @jax.jit
+    def fused(kernel, factor):
+        got = quantize(None, kernel, factor)
+        return got.codes, got.grid.scale, got.dead
+
+    codes, scale, dead = fused(kernel, factor)
+    want = quantize(jnp.ones(3), kernel * factor[None, None])
+    np.testing.assert_array_equal(codes, want.codes)
+    np.testing.assert_array_equal(scale, want.grid.scale)
+    np.testing.assert_array_equal(dead, (np.asarray(want.codes) == 0).all((0, 1)))
+    assert dead[7] and dead[9] == (known or not per_channel)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from simqat_jax.numerics.folding import magnitudes
 from simqat_jax.numerics.observers.extremes import OfExtremes, RangeState
 from simqat_jax.numerics.observers.observer import Range, Role
 
@@ -35,10 +36,11 @@ class Batch(OfExtremes):
             lo, hi = jnp.minimum(lo, before.lo), jnp.maximum(hi, before.hi)
         return (np.zeros(hi.shape, np.float32) if self.nonnegative else lo), hi
 
-    def present_range(self, x: jax.Array) -> Range:
+    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
         if not self.spec.symmetric:
-            return self.measure(x)
+            return super().present_range(x, factor)
         # A symmetric grid needs the magnitude alone.
-        axis = None if self.num_channels is None else tuple(range(x.ndim - 1))
-        magnitude = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axis)
+        magnitude = magnitudes(lax.stop_gradient(x), factor)
+        if self.num_channels is None:
+            magnitude = jnp.max(magnitude)
         return -magnitude, magnitude

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.observers.observer import AxisName, Observer, Range, restored
 from simqat_jax.numerics.requantize import FREE, Bounds
 
@@ -51,11 +52,23 @@ def extremes(x: jax.Array, channel_axis: int | None = None) -> tuple[jax.Array, 
     lo, hi = (end(x, axis=axes).astype(jnp.float32) for end in (jnp.min, jnp.max))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return lo, hi
-    # XLA drops NaN in large minima and maxima on CPU, and between devices, but in no sum; that of
-    # finite values is none unless it may overflow.
-    most = np.finfo(np.float32).max / max(1, x.size // max(1, lo.size))
-    nan = jnp.isnan(jnp.sum(x, axis=axes, dtype=jnp.float32)) & (jnp.maximum(-lo, hi) <= most)
+    nan = has_nan(x, axes, jnp.maximum(-lo, hi))
     return jnp.where(nan, jnp.nan, lo), jnp.where(nan, jnp.nan, hi)
+
+
+def has_nan(x: jax.Array, axes: tuple[int, ...], magnitude: jax.Array) -> jax.Array:
+    """Tell where NaN is among the values of `x` over some axes.
+
+    XLA drops NaN in large minima and maxima on CPU, and between devices, but in no sum; that of
+    numbers is none unless it may overflow.
+
+    Args:
+      x: the values.
+      axes: to look along.
+      magnitude: the largest of each, NaN or not where NaN is among them.
+    """
+    most = np.finfo(np.float32).max / max(1, x.size // max(1, magnitude.size))
+    return jnp.isnan(jnp.sum(x, axis=axes, dtype=jnp.float32)) & ~(magnitude > most)
 
 
 def extremes_of_devices(
@@ -124,5 +137,5 @@ class OfExtremes(Observer[RangeState, Extremes]):
     def range(self, state: RangeState) -> Range:
         return state.lo, state.hi
 
-    def present_range(self, x: jax.Array) -> Range:
-        return self.measure(x)
+    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
+        return self.measure(scaled_kernel(x, factor))

@@ -150,6 +150,11 @@ class Observer(Generic[S, M]):
         lo, hi = self.range(state)
         return (np.zeros(np.shape(hi), np.float32) if self.nonnegative else lo), hi
 
-    def present_range(self, x: jax.Array) -> Range:
-        """Return the range of the values at hand, where no state is kept."""
+    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
+        """Return the range of the values at hand, where no state is kept.
+
+        Args:
+          x: the values.
+          factor: (C,), what each channel, on the last axis, is multiplied by; None: by nothing.
+        """
         raise NotImplementedError

@@ -155,7 +155,7 @@ def kernel_codes(
     ends = observer.present_range(flat, factor) if kernel_range is None else kernel_range
     grid = grid_of_range(*ends, quantizer.spec)
     if turn is not None:
-        known = lax.platform_dependent(turn, cpu=_first, default=_none)
+        known = lax.platform_dependent(turn, cpu=_first, default=_zero)
         scale = jnp.where(jnp.isnan(known), jnp.nan, grid.params.scale)  # no code is NaN
         grid = dataclasses.replace(grid, scale=scale)
     codes = centered_codes(scaled_kernel(flat, factor), grid)
@@ -164,11 +164,12 @@ def kernel_codes(
 
 
 def _first(codes: jax.Array) -> jax.Array:
-    return codes.reshape(-1)[0] if codes.size else _none(codes)
+    return codes.reshape(-1)[0] if codes.size else _zero(codes)
 
 
-def _none(codes: jax.Array) -> jax.Array:
-    return jnp.zeros((), codes.dtype)
+def _zero(codes: jax.Array) -> jax.Array:
+    """Return 0, as that of mapped devices: a sum of nothing, for which they do not communicate."""
+    return jnp.sum(codes[:0])
 
 
 class ProductOperation(Operation):

@@ -80,6 +80,24 @@ def own_rounding(x: jax.Array) -> jax.Array:
     return lax.select(lax.ne(x, x), lax.full_like(x, np.nan), x)
 
 
+def computed_once(codes: jax.Array) -> jax.Array:
+    """Return codes as they are, for compilers to compute once, however many read them.
+
+    XLA on CPU fuses a sum into everything that reads it, and the sums in front of it as well: each
+    norm of a residual stream computes the stream anew from its start. It does not see through a
+    loop, here one that no code makes turn.
+    """
+    if not isinstance(codes, Tracer) or not codes.size:
+        return codes
+    return lax.platform_dependent(codes, cpu=_behind_a_loop, default=lambda codes: codes)
+
+
+def _behind_a_loop(codes: jax.Array) -> jax.Array:
+    turns = jnp.where(codes.reshape(-1)[0].astype(jnp.int32) > 2**24, 1, 0)
+    one = jnp.ones((), codes.dtype)
+    return lax.while_loop(lambda c: c[1] > 0, lambda c: (c[0] + one, c[1] - 1), (codes, turns))[0]
+
+
 def along_channel(v: jax.Array, ndim: int, channel_axis: int | None) -> jax.Array:
     """Reshape `(C,)` so that it broadcasts along `channel_axis` of `ndim` axes; `()` stays."""
     if v.ndim == 0:

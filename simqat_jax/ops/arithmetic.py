@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from simqat_jax.ir.graph import Add, Mul, Node
 from simqat_jax.ir.program import Context, Need, Op
 from simqat_jax.numerics import rounding
-from simqat_jax.numerics.affine import true_divide
+from simqat_jax.numerics.affine import computed_once, true_divide
 from simqat_jax.numerics.exact_sums import product_fits
 from simqat_jax.numerics.grid import Grid
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
 from simqat_jax.ops.operation import (
     ONE_MULTIPLIER,
     Clamp,
+    Everywhere,
     ExactStep,
     IntegerOperation,
     LoweredStep,
@@ -46,7 +47,7 @@ def _sum_fits(a: Grid, b: Grid) -> bool:
 class AddOperation(_Binary):
     """What a sum or difference is on integers."""
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         operands = at.operands()
         if operands is None:
             return None
@@ -55,7 +56,8 @@ class AddOperation(_Binary):
             return None
         how, grids = _sum_of(at.step.node, at.rounding), (a.grid, b.grid, at.grid)
         x, y = (v.codes.astype(jnp.int32) for v in operands)
-        return at.clamped(how.apply(x, y, how.constants(grids), grids))
+        sums = how.apply(x, y, how.constants(grids), grids)
+        return Everywhere(computed_once(at.clamped(sums)))
 
     def lower(self, at: LoweredStep) -> bool:
         ids, (a, b) = _pair(at)
@@ -70,7 +72,7 @@ class AddOperation(_Binary):
 class MulOperation(_Binary):
     """What a product of two tensors is on integers."""
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         operands = at.operands()
         if operands is None:
             return None
@@ -79,7 +81,7 @@ class MulOperation(_Binary):
             return None
         products = (a.codes * b.codes).astype(jnp.int32)
         multiplier = _multiplier(a.grid, b.grid, at.grid)
-        return at.clamped(at.rounding.multiply.apply(products, multiplier, at.grid))
+        return Everywhere(at.clamped(at.rounding.multiply.apply(products, multiplier, at.grid)))
 
     def lower(self, at: LoweredStep) -> bool:
         ids, (a, b) = _pair(at)
@@ -137,7 +139,7 @@ class Sum(Op):
         grids = (c.in_grid(0), c.in_grid(1), c.grid)
         a, b = (grid.centered(x) for grid, x in zip(grids[:2], inputs, strict=True))
         centered = _SUMS[self.kind].apply(a, b, self.multipliers, grids)
-        return (c.grid.from_float(centered, self.clamp),)
+        return (computed_once(c.grid.from_float(centered, self.clamp)),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

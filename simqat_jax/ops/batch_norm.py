@@ -22,6 +22,7 @@ from simqat_jax.numerics.grid import Codes, Grid, KernelCodes, QuantizeKernel
 from simqat_jax.numerics.requantize import channel_affine, integer_bias
 from simqat_jax.ops.operation import (
     Clamp,
+    Everywhere,
     ExactStep,
     IntegerOperation,
     LoweredStep,
@@ -107,7 +108,7 @@ class BatchNormOperation(IntegerOperation):
     def form(self, step: Step) -> str:
         return "on its own: a 1x1 depthwise convolution"
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         x, node = at.inputs[0], at.step.node
         assert isinstance(node, BatchNorm)
         if x is None or node.training:
@@ -130,7 +131,7 @@ class ChannelAffineOperation(IntegerOperation):
     def form(self, step: Step) -> str:
         return "a BatchNorm written by hand: a 1x1 depthwise convolution"
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         x, node = at.inputs[0], at.step.node
         assert isinstance(node, ChannelAffine)
         if x is None or node.training:
@@ -167,10 +168,10 @@ def _slope_and_shift(
     return slope, shift
 
 
-def _affine_codes(at: ExactStep, x: Codes, slope: jax.Array, shift: jax.Array) -> jax.Array:
+def _affine_codes(at: ExactStep, x: Codes, slope: jax.Array, shift: jax.Array) -> Everywhere:
     arrays = _channel_arrays(slope, shift, x.grid, at.grid)
     sums = _sums(x.codes.astype(jnp.int32), arrays)
-    return at.requantized(sums, on_last_axis(arrays["multiplier"], sums))
+    return Everywhere(at.requantized(sums, on_last_axis(arrays["multiplier"], sums)))
 
 
 def _emit_affine(at: LoweredStep, slope: jax.Array, shift: jax.Array) -> None:

@@ -16,7 +16,7 @@ from simqat_jax.ir.replay import pointwise
 from simqat_jax.numerics.affine import dequantize
 from simqat_jax.numerics.grid import Grid, centered_codes
 from simqat_jax.ops.moves import clip_at_zero
-from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import Everywhere, ExactStep, IntegerOperation, LoweredStep
 
 
 def lookup_table(
@@ -42,14 +42,14 @@ class TableOperation(IntegerOperation):
     def form(self, step: Step) -> str:
         return "table lookup"
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         x = at.inputs[0]
         if x is None:
             return None
         first, *scalars = at.reals
         table = lookup_table(at.step.node, scalars, first.dtype, x.grid, at.grid)
         index = x.codes.astype(jnp.int32) + x.grid.params.zero_point - x.grid.qmin
-        return jnp.take(table, index)
+        return Everywhere(jnp.take(table, index))
 
     def lower(self, at: LoweredStep) -> bool:
         first, *others = at.node.inputs

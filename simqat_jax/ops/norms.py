@@ -21,7 +21,14 @@ from simqat_jax.numerics.norms import (
     scaled_and_shifted,
 )
 from simqat_jax.numerics.rounding import ROUNDINGS, Rounding
-from simqat_jax.ops.operation import Clamp, ExactStep, IntegerOperation, LoweredStep, thinnest
+from simqat_jax.ops.operation import (
+    Clamp,
+    Everywhere,
+    ExactStep,
+    IntegerOperation,
+    LoweredStep,
+    thinnest,
+)
 
 _LEAST = 2.0**-40
 """Squared codes that change no code: the variance of codes that differ is larger."""
@@ -38,7 +45,7 @@ class NormOperation(IntegerOperation):
     def form(self, step: Step) -> str:
         return "normalized from its codes"
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> Everywhere | None:
         x, node = at.inputs[0], at.step.node
         assert isinstance(node, Norm)
         if x is None:
@@ -50,7 +57,7 @@ class NormOperation(IntegerOperation):
         guard = guard_in_codes(node.epsilon, node.least, node.offset, x.grid)
         y = normalized(x.codes.reshape(grouped), statistics, guard, at.rounding.norm.root)
         scale, shift = _affine(node, at.reals[1:], x.codes.shape, at.grid)
-        return at.clamped(scaled_and_shifted(y.reshape(x.codes.shape), scale, shift))
+        return Everywhere(at.clamped(scaled_and_shifted(y.reshape(x.codes.shape), scale, shift)))
 
     def lower(self, at: LoweredStep) -> bool:
         node, x = at.node, at.input()

@@ -15,7 +15,7 @@ from simqat_jax.ir.plan import Step
 from simqat_jax.ir.program import Context, Op
 from simqat_jax.numerics import softmax
 from simqat_jax.numerics.grid import Grid
-from simqat_jax.ops.operation import ExactStep, IntegerOperation, LoweredStep
+from simqat_jax.ops.operation import Everywhere, ExactStep, IntegerOperation, LoweredStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class OfExponentialsOperation(IntegerOperation):
     def form(self, step: Step) -> str:
         return "of its codes"
 
-    def codes(self, at: ExactStep) -> jax.Array | None:
+    def codes(self, at: ExactStep) -> jax.Array | Everywhere | None:
         x, node = at.inputs[0], at.step.node
         assert isinstance(node, OfExponentials)
         if x is None or not _fits(node.axes, x.codes.shape, x.grid):
@@ -95,7 +95,8 @@ class OfExponentialsOperation(IntegerOperation):
         if node.masked:
             masked = jnp.where(at.reals[1] == node.keeps, codes, softmax.lowest(scale, reach))
             codes = jnp.where(softmax.holds_lowest(scale, reach), masked, jnp.nan)
-        return at.clamped(self.op.compute(codes, scale, node.axes, at.grid.params.scale))
+        codes = at.clamped(self.op.compute(codes, scale, node.axes, at.grid.params.scale))
+        return codes if node.masked else Everywhere(codes)
 
     def lower(self, at: LoweredStep) -> bool:
         node, x = at.node, at.in_grid()

@@ -68,12 +68,17 @@ def _compare(observer: str, x: np.ndarray) -> None:
     def devices(x):
         return o.update(o.init(), o.reduce(o.measure(x), "d"))
 
-    want = jax.jit(lambda x: o.update(o.init(), o.measure(x)))(x)
+    def whole(x):
+        return o.update(o.init(), o.measure(x))
+
+    want = jax.jit(whole)(x)
     one, many = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("d")
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    got = jax.jit(jax.shard_map(devices, mesh=mesh, in_specs=many, out_specs=one))(x)
-    for field, value, wanted in zip(want._fields, got, want, strict=True):
-        np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-4, err_msg=field)
+    mapped = jax.jit(jax.shard_map(devices, mesh=mesh, in_specs=many, out_specs=one))(x)
+    parted = jax.jit(whole)(jax.device_put(x, jax.sharding.NamedSharding(mesh, many)))
+    for got in (mapped, parted):
+        for field, value, wanted in zip(want._fields, got, want, strict=True):
+            np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-4, err_msg=field)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def lookup_table(
     """
     codes = jnp.arange(x.qmin, x.qmax + 1)
     reals = dequantize(codes, *x.params, channel_axis=None).astype(dtype)
-    return centered_codes(pointwise(node, [reals, *scalars]), y, None)
+    values = pointwise(node, [reals, *scalars])
+    return centered_codes(jnp.broadcast_to(values, reals.shape), y, None)  # it may be a constant
 
 
 class TableOperation(IntegerOperation):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax.core import freeze
 from jax.ad_checkpoint import checkpoint_name
-from models import observed
+from models import assert_same, observed
 from zoo import Model
 
 import simqat_jax as sq
@@ -258,7 +258,9 @@ def test_functions_compute_what_they_compute(function):
     qmodel, variables, y, floats = compared(between(function), X)
     scale = float(jnp.abs(floats).max())
     assert jnp.abs(y - floats).max() < 0.05 * scale
-    assert jnp.abs(qmodel.apply(variables, X) - floats).max() < 0.05 * scale
+    evaluated = qmodel.apply(variables, X)
+    assert jnp.abs(evaluated - floats).max() < 0.05 * scale
+    assert_same(sq.convert(qmodel, variables, X)(X), evaluated)
 
 
 def test_custom_gradients_are_kept():

@@ -263,6 +263,39 @@ def test_product_and_sum_round_apart_under_jit():
     np.testing.assert_array_equal(both(a, b), F32(0.99) * a + F32(0.01) * b)
 
 
+def test_a_stream_of_sums_is_compiled_once_however_many_read_it():
+    """The program grows with its length, not with the square of it."""
+
+    def roundings(once, length):
+        def stream(x):
+            found = []
+            for k in range(length):
+                x = once(jnp.clip(jnp.round((x + k) * 0.9), -128, 127))
+                found += [jnp.sum(jnp.square(x), -1), jnp.cumsum(x, -1)[:, ::2] * 3]
+            return found
+
+        x = jnp.arange(384.0).reshape(8, 48)
+        want = jax.tree.map(np.asarray, stream(x))
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(stream)(x), want)
+        return jax.jit(stream).lower(x).compile().as_text().count("round-nearest-even")
+
+    assert roundings(numerics.computed_once, 8) < 2.5 * roundings(numerics.computed_once, 4)
+    assert roundings(lambda x: x, 8) > 3 * roundings(lambda x: x, 4)  # or it is not needed
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.float32])
+def test_what_is_computed_once_stays_as_it_is(dtype):
+    x = jnp.asarray([[-128, 0, 127], [5, -6, 7]], dtype)
+    once = numerics.computed_once
+    for f in (once, jax.jit(once), jax.jit(jax.vmap(once))):
+        got = f(x)
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, x)
+    assert jax.jit(numerics.computed_once)(x[:0]).shape == (0, 3)
+    slope = jax.grad(lambda y: (numerics.computed_once(jnp.round(y)) * y).sum())(jnp.ones(3))
+    np.testing.assert_array_equal(slope, jnp.ones(3))
+
+
 def test_straight_through_returns_one_and_differentiates_the_other():
     value, grad = jax.value_and_grad(lambda x: numerics.straight_through(jnp.round(x), x * 3))(1.4)
     assert (value, grad) == (1.0, 3.0)

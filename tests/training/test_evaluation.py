@@ -258,3 +258,17 @@ def test_layers_are_computed_once():
     compiled: Any = jax.jit(qmodel.apply).lower(variables, IMAGE).compile().as_text()
     assert compiled.count(" convolution(") == 2
     assert compiled.count(" dot(") == 1
+
+
+def test_kernels_are_quantized_in_turn():
+    """Beside the parameters there is no room for more than one of them at a time."""
+    x, width, layers = jnp.ones((2, 4)), 128, 8
+    qmodel, variables = calibrated(Model(lambda x: stacked(x, width, layers)), x)
+    compiled = jax.jit(qmodel.apply).lower(variables, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * width**2
+
+
+def stacked(x, width, layers):
+    for _ in range(layers):
+        x = nn.relu(nn.Dense(width)(x))
+    return x

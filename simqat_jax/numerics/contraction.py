@@ -1,6 +1,8 @@
 """Products of whole numbers in parts: what adds up to a convolution or a matrix product."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,7 +82,7 @@ def byte_sums(
         sums_of, (batch, _) = params["dimension_numbers"]
         if batch:
             return []
-        sums = lax.dot_general(x, y, params["dimension_numbers"], preferred_element_type=jnp.int32)
+        sums = integer_dot(x, y, sums_of)
         summed, axes = sums_of[1], range(sums.ndim - y.ndim + len(sums_of[1]), sums.ndim)
     else:
         numbers, rank = params["dimension_numbers"], x.ndim - 2
@@ -92,8 +94,20 @@ def byte_sums(
         still = {"padding": ((0, 0),) * rank, "lhs_dilation": (1,) * rank}
         sums = convolve(x, y, jnp.int32, **{**params, **still})
         summed, axes = numbers.rhs_spec[1:], (numbers.out_spec[1],)
-    ones = jnp.ones((2, *(y.shape[axis] for axis in summed)), jnp.int8)
-    of_all = ((tuple(range(1, ones.ndim)), tuple(summed)), ((), ()))
-    total, _ = lax.dot_general(ones, y, of_all, preferred_element_type=jnp.int32)
+    ones = jnp.ones([y.shape[axis] for axis in summed], jnp.int8)
+    total = integer_dot(ones, y, (range(ones.ndim), summed))
     shape = [n if axis in axes else 1 for axis, n in enumerate(sums.shape)]
     return [sums - shift.astype(jnp.int32) * total.reshape(shape)]
+
+
+def integer_dot(x: jax.Array, y: jax.Array, axes: Sequence[Sequence[int]]) -> jax.Array:
+    """Return `jnp.tensordot` of whole numbers, int32.
+
+    One row of int8 is multiplied twice: XLA on CPU has kernels for two rows and more alone.
+    """
+    left, right = map(tuple, axes)
+    product = partial(lax.dot_general, preferred_element_type=jnp.int32)
+    if x.dtype != jnp.int8 or x.size > math.prod(x.shape[axis] for axis in left):
+        return product(x, y, ((left, right), ((), ())))
+    left = tuple(axis + 1 for axis in left)
+    return product(jnp.stack([x, x]), y, ((left, right), ((), ())))[0]

@@ -18,6 +18,7 @@ from simqat_jax.ir.graph import Node, Product, shape_of
 from simqat_jax.ir.plan import Quantizer, Step
 from simqat_jax.ir.program import Context, Need, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
+from simqat_jax.numerics.contraction import integer_dot
 from simqat_jax.numerics.convolution import convolve
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.folding import magnitudes, scaled_kernel
@@ -441,8 +442,7 @@ class Dense(Op):
     def run(self, c: Context, *inputs: jax.Array) -> Sequence[jax.Array]:
         (x,) = inputs
         kernel = c.arrays["kernel"].astype(x.dtype)
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        acc = lax.dot_general(x, kernel, dims, preferred_element_type=jnp.int32)
+        acc = integer_dot(x, kernel, ((x.ndim - 1,), (0,)))
         return (requantize(c, acc + on_last_axis(c.arrays["offset_bias"], acc), self.clamp),)
 
 

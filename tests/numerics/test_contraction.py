@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from simqat_jax.numerics.contraction import byte_sums, partial_sums, summed_axes
+from simqat_jax.numerics.contraction import byte_sums, integer_dot, partial_sums, summed_axes
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -88,3 +88,15 @@ def test_products_side_by_side_are_not_multiplied_in_bytes():
     x, y = jnp.ones((2, 9, 3)), jnp.ones((3, 2, 9))
     name, params = equation(dot((((2,), (0,)), ((0,), (1,)))), x, y)
     assert byte_sums(name, params, x, y, jnp.float32(0)) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+def test_integers_multiply_whatever_the_number_of_rows(dtype, rows):
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(-128, 128, (1, rows, 7, 3)), rng.integers(-128, 128, (3, 4, 7))
+    got = jax.jit(lambda x, y: integer_dot(x, y, ((2, 3), (2, 0))))(
+        *(jnp.asarray(v, dtype) for v in (x, y))
+    )
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, np.tensordot(x, y, ((2, 3), (2, 0))))

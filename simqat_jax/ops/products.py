@@ -153,7 +153,7 @@ def kernel_codes(
     """
     flat = jnp.asarray(kernel).reshape(-1, channels)
     observer = quantizer.observer
-    ends = observer.present_range(flat, factor) if kernel_range is None else kernel_range
+    ends = observer.scaled_range(flat, factor) if kernel_range is None else kernel_range
     grid = grid_of_range(*ends, quantizer.spec)
     if turn is not None:
         known = lax.platform_dependent(turn, cpu=_first, default=_zero)

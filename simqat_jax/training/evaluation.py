@@ -84,7 +84,7 @@ class Evaluation(Run):
     ) -> Range:
         if quantizer.has_state:
             return quantizer.observer.range(self.stats[quantizer.name])
-        return quantizer.observer.present_range(flat, factor)
+        return quantizer.observer.scaled_range(flat, factor)
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> Grid:
         """Return the grid of a tensor; `x`: its values, for a quantizer that keeps no state."""

@@ -92,7 +92,7 @@ class Simulation(Run):
         observer, name = quantizer.observer, quantizer.name
         values = lax.stop_gradient(x)
         if not quantizer.has_state:
-            return _present_range(observer, values, None)
+            return _present_range(observer, values)
         measured = _measured(observer, values, bounds)
         if self.placement.axis_name is not None:
             measured = observer.reduce(measured, self.placement.axis_name)
@@ -107,7 +107,7 @@ class Simulation(Run):
         self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
     ) -> Range:
         if not quantizer.has_state:
-            return _present_range(quantizer.observer, lax.stop_gradient(flat), factor)
+            return _scaled_range(quantizer.observer, lax.stop_gradient(flat), factor)
         return self.observe(quantizer, scaled_kernel(flat, factor), seen)
 
 
@@ -115,8 +115,13 @@ class Simulation(Run):
 
 
 @partial(jax.jit, static_argnums=0)
-def _present_range(observer: Observer, x: jax.Array, factor: jax.Array | None) -> Range:
-    return observer.present_range(x, factor)
+def _present_range(observer: Observer, x: jax.Array) -> Range:
+    return observer.present_range(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _scaled_range(observer: Observer, kernel: jax.Array, factor: jax.Array | None) -> Range:
+    return observer.scaled_range(kernel, factor)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -36,11 +36,14 @@ class Batch(OfExtremes):
             lo, hi = jnp.minimum(lo, before.lo), jnp.maximum(hi, before.hi)
         return (np.zeros(hi.shape, np.float32) if self.nonnegative else lo), hi
 
-    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
+    def present_range(self, x: jax.Array) -> Range:
+        return self.scaled_range(x, None) if self.spec.symmetric else self.measure(x)
+
+    def scaled_range(self, kernel: jax.Array, factor: jax.Array | None) -> Range:
         if not self.spec.symmetric:
-            return super().present_range(x, factor)
+            return super().scaled_range(kernel, factor)
         # A symmetric grid needs the magnitude alone.
-        magnitude = magnitudes(lax.stop_gradient(x), factor)
+        magnitude = magnitudes(lax.stop_gradient(kernel), factor)
         if self.num_channels is None:
             magnitude = jnp.max(magnitude)
         return -magnitude, magnitude

@@ -26,6 +26,6 @@ class Fixed(Observer):
         lo, hi = (np.full(shape, end, np.float32) for end in self.spec.range)
         return lo, hi
 
-    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
-        del x, factor
+    def present_range(self, x: jax.Array) -> Range:
+        del x
         return self.known_range

@@ -156,8 +156,8 @@ class Learned(Observer[LearnedState, Extremes]):
         lo, hi = self.ends(state, self.step(state))
         return (np.zeros(np.shape(hi), np.float32) if self.nonnegative else lo), hi
 
-    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
-        return self.start.present_range(x, factor)
+    def present_range(self, x: jax.Array) -> Range:
+        return self.start.present_range(x)
 
     def sharing(self, x: jax.Array) -> int:
         """Return how many values of one example share a step."""

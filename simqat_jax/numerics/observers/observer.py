@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.numerics.spec import QuantSpec
 
@@ -150,11 +151,10 @@ class Observer(Generic[S, M]):
         lo, hi = self.range(state)
         return (np.zeros(np.shape(hi), np.float32) if self.nonnegative else lo), hi
 
-    def present_range(self, x: jax.Array, factor: jax.Array | None = None) -> Range:
-        """Return the range of the values at hand, where no state is kept.
+    def scaled_range(self, kernel: jax.Array, factor: jax.Array | None) -> Range:
+        """Return `present_range` of a kernel, times a factor for each channel, (C,), if any."""
+        return self.present_range(scaled_kernel(kernel, factor))
 
-        Args:
-          x: the values.
-          factor: (C,), what each channel, on the last axis, is multiplied by; None: by nothing.
-        """
+    def present_range(self, x: jax.Array) -> Range:
+        """Return the range of the values at hand, where no state is kept."""
         raise NotImplementedError

@@ -127,7 +127,7 @@ class _Layer:
         @jax.jit
         def deployed(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
             flat = kernel.reshape(-1, self.node.num_channels)
-            codes = kernel_codes(quantizer, flat.shape[1], ends, None, flat, self._factor)
+            codes = kernel_codes(quantizer, flat.shape[1], ends, flat, self._factor)
             return codes.codes, jnp.broadcast_to(codes.grid.params.scale, flat.shape)
 
         self._deployed = deployed

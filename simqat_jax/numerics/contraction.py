@@ -1,4 +1,4 @@
-"""Products of whole numbers in parts: what adds up to a convolution or a matrix product."""
+"""Convolutions and matrix products of whole numbers: in parts that add up, or of bytes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from simqat_jax.numerics.convolution import convolve
+from simqat_jax.numerics.convolution import convolve, padded
 
 Sums = Callable[[str, Mapping[str, Any], jax.Array, jax.Array, Any], list[jax.Array]]
 """`partial_sums` or `byte_sums`."""
@@ -86,11 +86,7 @@ def byte_sums(
         summed, axes = sums_of[1], range(sums.ndim - y.ndim + len(sums_of[1]), sums.ndim)
     else:
         numbers, rank = params["dimension_numbers"], x.ndim - 2
-        edges = [(0, 0, 0)] * x.ndim
-        sides = zip(numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"], strict=True)
-        for axis, (lo, hi), dilation in sides:
-            edges[axis] = (lo, hi, dilation - 1)
-        x = lax.pad(x, zero, edges)
+        x = padded(x, zero, numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"])
         still = {"padding": ((0, 0),) * rank, "lhs_dilation": (1,) * rank}
         sums = convolve(x, y, jnp.int32, **{**params, **still})
         summed, axes = numbers.rhs_spec[1:], (numbers.out_spec[1],)

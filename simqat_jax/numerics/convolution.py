@@ -1,6 +1,6 @@
 """Convolutions of whole numbers, exact on every platform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 _PARAMS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation"),
@@ -54,6 +54,20 @@ def _in_float(
     return convolution(x, kernel, preferred_element_type=np.float32).astype(dtype)
 
 
+def padded(
+    x: jax.Array,
+    value: ArrayLike,
+    axes: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> jax.Array:
+    """Pad the spatial axes of a convolution's input with a value, also between neighbours."""
+    edges = [(0, 0, 0)] * x.ndim
+    for axis, (lo, hi), step in zip(axes, padding, dilation, strict=True):
+        edges[axis] = (lo, hi, step - 1)
+    return lax.pad(x, jnp.asarray(value, x.dtype), edges)
+
+
 def by_windows(
     x: jax.Array,
     kernel: jax.Array,
@@ -70,9 +84,8 @@ def by_windows(
     """Return what `lax.conv_general_dilated` does, as one matrix product."""
     (n, c, *of_x), (out, into, *of_kernel), out_spec = dimension_numbers
     x, kernel = x.transpose(n, *of_x, c), kernel.transpose(*of_kernel, into, out)
-    inner = [(lo, hi, d - 1) for (lo, hi), d in zip(padding, lhs_dilation, strict=True)]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *inner, (0, 0, 0)])
     rank = len(window_strides)
+    x = padded(x, 0, range(1, rank + 1), padding, lhs_dilation)
     for i in range(rank):  # each spatial axis becomes two: places, and their windows
         axis, reach = 1 + 2 * i, rhs_dilation[i] * np.arange(kernel.shape[i])
         places = np.arange(0, x.shape[axis] - reach[-1], window_strides[i])

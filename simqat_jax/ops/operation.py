@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.ir.program import Context, Need, Op, Shape
 from simqat_jax.ir.program_builder import ProgramBuilder
 from simqat_jax.numerics.affine import along_channel, quant_params, quantize
-from simqat_jax.numerics.grid import Codes, Grid, KernelCodes, grid_of_range
+from simqat_jax.numerics.grid import Codes, Grid, QuantizeKernel, grid_of_range
 from simqat_jax.numerics.observers import Range
 from simqat_jax.numerics.requantize import FREE, Bounds, clamped, code_bounds, scaled
 from simqat_jax.numerics.rounding import Rounding
@@ -169,8 +169,7 @@ class ExactStep:
       layers: for each layer of the step its parameters and statistics, by name, real units.
       grid: the output's.
       rounding: whose rounding to mirror.
-      quantize_kernel: quantizes a kernel, its second argument, once the codes are known that are
-        its first one, times the third one for each output channel.
+      quantize_kernel: quantizes a kernel.
     """
 
     step: Step
@@ -179,7 +178,7 @@ class ExactStep:
     layers: Sequence[Mapping[str, jax.Array]]
     grid: Grid
     rounding: Rounding
-    quantize_kernel: Callable[[jax.Array, jax.Array, jax.Array | None], KernelCodes]
+    quantize_kernel: QuantizeKernel
 
     def operands(self) -> Sequence[Codes] | None:
         """Return the codes of all inputs, None where one has none."""

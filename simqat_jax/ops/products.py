@@ -19,7 +19,7 @@ from simqat_jax.ir.plan import Quantizer, Step
 from simqat_jax.ir.program import Context, Need, Op, Shape, joined
 from simqat_jax.numerics.affine import true_divide
 from simqat_jax.numerics.contraction import integer_dot
-from simqat_jax.numerics.convolution import convolve
+from simqat_jax.numerics.convolution import convolve, padded
 from simqat_jax.numerics.exact_sums import MOST, linear
 from simqat_jax.numerics.folding import magnitudes, scaled_kernel
 from simqat_jax.numerics.grid import (
@@ -118,7 +118,7 @@ def deployed_arrays(
     """
     assert isinstance(step.node, Product)
     count = step.node.num_channels
-    quantize = partial(kernel_codes, quantizer, count, kernel_range, None)
+    quantize = partial(kernel_codes, quantizer, count, kernel_range)
     layer = deployed(step, layers, quantize, x_scale)
     assert layer is not None
     scale = jnp.broadcast_to(layer.kernel.grid.params.scale, (count,))
@@ -136,7 +136,6 @@ def kernel_codes(
     quantizer: Quantizer,
     channels: int,
     kernel_range: Range | None,
-    turn: jax.Array | None,
     kernel: jax.Array,
     factor: jax.Array | None = None,
 ) -> KernelCodes:
@@ -146,8 +145,6 @@ def kernel_codes(
       quantizer: the kernel's.
       channels: how many output channels there are.
       kernel_range: its range; None: that of the present values.
-      turn: codes that have to be known first; None: none. Evaluation has a layer's input here, so
-        that kernels take each other's memory instead of being quantized all at once.
       kernel: real units, output channels last.
       factor: (C,), what each output channel is multiplied by first; None: by nothing.
     """
@@ -155,22 +152,9 @@ def kernel_codes(
     observer = quantizer.observer
     ends = observer.scaled_range(flat, factor) if kernel_range is None else kernel_range
     grid = grid_of_range(*ends, quantizer.spec)
-    if turn is not None:
-        known = lax.platform_dependent(turn, cpu=_first, default=_zero)
-        scale = jnp.where(jnp.isnan(known), jnp.nan, grid.params.scale)  # no code is NaN
-        grid = dataclasses.replace(grid, scale=scale)
     codes = centered_codes(scaled_kernel(flat, factor), grid)
     dead = centered_codes(magnitudes(flat, factor), grid) == 0
     return KernelCodes(codes.reshape(kernel.shape), grid, dead)
-
-
-def _first(codes: jax.Array) -> jax.Array:
-    return codes.reshape(-1)[0] if codes.size else _zero(codes)
-
-
-def _zero(codes: jax.Array) -> jax.Array:
-    """Return 0, as that of mapped devices: a sum of nothing, for which they do not communicate."""
-    return jnp.sum(codes[:0])
 
 
 class ProductOperation(Operation):
@@ -188,8 +172,7 @@ class ProductOperation(Operation):
         x = at.inputs[0]
         if x is None:
             return None
-        in_turn = partial(at.quantize_kernel, x.codes)
-        layer = deployed(at.step, at.layers, in_turn, x.grid.params.scale)
+        layer = deployed(at.step, at.layers, at.quantize_kernel, x.grid.params.scale)
         if layer is None:
             return None
         node, kernel = at.step.node, layer.kernel
@@ -421,9 +404,7 @@ class Conv(Op):
 
     def _padded(self, x: jax.Array, grid: Grid) -> jax.Array:
         zero = np.asarray(grid.stored_zero, x.dtype)
-        steps = [d - 1 for d in self.input_dilation]
-        inner = [(lo, hi, s) for (lo, hi), s in zip(self.padding, steps, strict=True)]
-        return lax.pad(x, zero, [(0, 0, 0), *inner, (0, 0, 0)])
+        return padded(x, zero, range(1, x.ndim - 1), self.padding, self.input_dilation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

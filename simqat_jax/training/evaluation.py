@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from simqat_jax.ir import replay
 from simqat_jax.ir.compound import Masked
-from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Product
+from simqat_jax.ir.graph import BatchNorm, Dropout, Node, Operand, Product
 from simqat_jax.ir.plan import Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
 from simqat_jax.numerics.folding import magnitudes
@@ -29,7 +29,7 @@ from simqat_jax.numerics.observers.extremes import has_nan
 from simqat_jax.ops.operation import Everywhere, ExactStep
 from simqat_jax.ops.products import kernel_codes
 from simqat_jax.ops.registry import operation_of
-from simqat_jax.training.values import Run, Seen, Value, Values, read
+from simqat_jax.training.values import Run, Seen, Value, Values, read, scaled_range
 
 
 class Evaluation(Run):
@@ -79,12 +79,8 @@ class Evaluation(Run):
             return quantizer.observer.range(self.stats[quantizer.name])
         return quantizer.observer.present_range(x)
 
-    def kernel_range(
-        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
-    ) -> Range:
-        if quantizer.has_state:
-            return quantizer.observer.range(self.stats[quantizer.name])
-        return quantizer.observer.scaled_range(flat, factor)
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        return self.range(quantizer, flat)
 
     def grid(self, quantizer: Quantizer, x: jax.Array) -> Grid:
         """Return the grid of a tensor; `x`: its values, for a quantizer that keeps no state."""
@@ -98,7 +94,7 @@ class Evaluation(Run):
         ranges = (q.observer.range(self.stats[q.name]) for q in self.placement.stateful.values())
         sound = [_is_range(lo, hi) for lo, hi in ranges]
         graph = self.placement.graph
-        finite: dict[int, Any] = {v: env[v].real for v in graph.read_trained() if v in env}
+        finite: dict[Operand, Any] = {v: env[v].real for v in graph.read_trained() if v in env}
         nodes = (node for step in self.placement.steps for node in step.nodes)
         for node, position, v in ((n, k, v) for n in nodes for k, v in enumerate(n.inputs)):
             if v in graph.data or (isinstance(v, int) and v not in env):
@@ -111,7 +107,7 @@ class Evaluation(Run):
                 continue
             if isinstance(node, BatchNorm) and node.layer.names[position - 1] == "var":
                 x = jnp.where(node.is_variance(x), x, jnp.nan)
-            finite[v if isinstance(v, int) else id(v)] = x
+            finite[v] = x
         return jnp.all(jnp.stack([*sound, *_are_finite(finite.values())]))
 
     # Tensors ----------------------------------------------------------------------------------
@@ -163,18 +159,30 @@ class Evaluation(Run):
                 ],
                 grid=grid,
                 rounding=self.placement.rounding,
-                quantize_kernel=partial(self.kernel_codes, step),
+                quantize_kernel=partial(self.kernel_codes, step, inputs),
             )
         )
 
     def kernel_codes(
-        self, step: Step, turn: jax.Array, kernel: jax.Array, factor: jax.Array | None
+        self,
+        step: Step,
+        inputs: Sequence[Codes | None],
+        kernel: jax.Array,
+        factor: jax.Array | None,
     ) -> KernelCodes:
-        """Quantize a kernel to the range that training left, see `ops.products.kernel_codes`."""
-        assert isinstance(step.node, Product)
-        quantizer = self.placement.weights[step.node]
-        ends = self.range(quantizer, kernel) if quantizer.has_state else None
-        return kernel_codes(quantizer, step.node.num_channels, ends, turn, kernel, factor)
+        """Quantize a kernel to the range that training left, once the layer's input is known.
+
+        So kernels take each other's memory: XLA on CPU quantizes all of them first if they may be.
+        """
+        assert isinstance(step.node, Product) and inputs[0] is not None
+        quantizer, channels = self.placement.weights[step.node], step.node.num_channels
+        if quantizer.has_state:
+            ends = self.range(quantizer, kernel)
+        else:
+            ends = scaled_range(quantizer.observer, kernel.reshape(-1, channels), factor)
+        known = lax.platform_dependent(inputs[0].codes, cpu=_first, default=_zero)
+        lo, hi = (jnp.where(jnp.isnan(known), jnp.nan, end) for end in ends)  # no code is NaN
+        return kernel_codes(quantizer, channels, (lo, hi), kernel, factor)
 
     def operand_codes(self, step: Step, position: int, value: Value, env: Values) -> Codes | None:
         """Return the codes of an operand with their grid; None where it lies on none."""
@@ -222,6 +230,15 @@ class Evaluation(Run):
             grid = self.grid(self.placement.grids[v], codes)
             codes = jnp.clip(codes, grid.qmin - grid.zero, grid.qmax - grid.zero)
         return codes
+
+
+def _first(codes: jax.Array) -> jax.Array:
+    return codes.reshape(-1)[0] if codes.size else _zero(codes)
+
+
+def _zero(codes: jax.Array) -> jax.Array:
+    """Return 0, as that of mapped devices: a sum of nothing, for which they do not communicate."""
+    return jnp.sum(codes[:0])
 
 
 def _are_finite(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:

@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 from simqat_jax.ir.compound import LogSoftmax
 from simqat_jax.ir.graph import Extremum
 from simqat_jax.ir.plan import Placement, Quantizer, Step
-from simqat_jax.numerics.folding import scaled_kernel
 from simqat_jax.numerics.observers import Learned, Observer, Range, State
 from simqat_jax.numerics.requantize import FREE, Bounds
 from simqat_jax.ops.operation import bounds_of
@@ -103,12 +102,8 @@ class Simulation(Run):
         before = self.stats[name] if name in self.shared else None
         return observer.training_range(state, before)
 
-    def kernel_range(
-        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
-    ) -> Range:
-        if not quantizer.has_state:
-            return _scaled_range(quantizer.observer, lax.stop_gradient(flat), factor)
-        return self.observe(quantizer, scaled_kernel(flat, factor), seen)
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        return self.observe(quantizer, flat, seen)
 
 
 # Traced once for all quantizers that are alike: a model may have hundreds.
@@ -117,11 +112,6 @@ class Simulation(Run):
 @partial(jax.jit, static_argnums=0)
 def _present_range(observer: Observer, x: jax.Array) -> Range:
     return observer.present_range(x)
-
-
-@partial(jax.jit, static_argnums=0)
-def _scaled_range(observer: Observer, kernel: jax.Array, factor: jax.Array | None) -> Range:
-    return observer.scaled_range(kernel, factor)
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -14,7 +14,7 @@ from simqat_jax.ir.graph import Constant, Node, Operand, Product, Remat
 from simqat_jax.ir.plan import Placement, Quantizer, Slot, Step
 from simqat_jax.numerics.affine import fake_quant, straight_through
 from simqat_jax.numerics.folding import scaled_kernel
-from simqat_jax.numerics.observers import Range, State
+from simqat_jax.numerics.observers import Observer, Range, State
 from simqat_jax.training.batch_norm import folded_step, unless_frozen
 from simqat_jax.training.ranges import Stats
 
@@ -56,6 +56,12 @@ def read(v: Operand, env: Mapping[int, Value]) -> Value:
     return Value(v.value) if isinstance(v, Constant) else env[v]
 
 
+@partial(jax.jit, static_argnums=0)  # traced once for all kernels that are alike
+def scaled_range(observer: Observer, kernel: jax.Array, factor: jax.Array | None) -> Range:
+    """Return the range of a kernel without a state, see `Observer.scaled_range`."""
+    return observer.scaled_range(kernel, factor)
+
+
 class Run:
     """One run of a planned model: what it needs at every step.
 
@@ -82,10 +88,8 @@ class Run:
         del step
         return self.put_on_grid(quantizer, x, seen)
 
-    def kernel_range(
-        self, quantizer: Quantizer, flat: jax.Array, factor: jax.Array | None, seen: Seen
-    ) -> Range:
-        """Return the range of a kernel, shape (..., output channels), times a factor for each."""
+    def kernel_range(self, quantizer: Quantizer, flat: jax.Array, seen: Seen) -> Range:
+        """Return the range of a kernel, shape (..., output channels), that has a state."""
         raise NotImplementedError
 
     def fake_quantized(
@@ -203,15 +207,19 @@ class Run:
         # A view of its own shape fuses with what reads the kernel; XLA takes two kernels more for
         # the extremes of long and narrow matrices.
         flat = kernel if kernel.shape[-1:] == (channels,) else kernel.reshape(-1, channels)
-        lo, hi = self.kernel_range(quantizer, flat, factor, seen)
-        kernel, flat = (scaled_kernel(v, factor) for v in (kernel, flat))
+        plain, flat = flat, scaled_kernel(flat, factor)
+        if quantizer.has_state:
+            lo, hi = self.kernel_range(quantizer, flat, seen)
+        else:
+            lo, hi = scaled_range(quantizer.observer, lax.stop_gradient(plain), factor)
         if quantizer.spec.symmetric and not quantizer.has_state and quantizer.observer.covers:
             # Nothing lies outside of a range of its own extremes: the gradient needs no mask.
             exact = fake_quant(lax.stop_gradient(flat), lo, hi, quantizer.spec)
             rounded = straight_through(exact, flat)
         else:
             rounded = self.fake_quantized(quantizer, flat, lo, hi, kept=True)
-        return self.after_delay(quantizer.spec.quant_delay, rounded.reshape(kernel.shape), kernel)
+        rounded, real = (v.reshape(kernel.shape) for v in (rounded, flat))
+        return self.after_delay(quantizer.spec.quant_delay, rounded, real)
 
     def after_delay(self, delay: int, quantized: jax.Array, real: jax.Array) -> jax.Array:
         """Return `quantized` once `delay` training steps have passed, `real` before."""

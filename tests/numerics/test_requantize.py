@@ -63,9 +63,7 @@ def dead(codes):
 def test_a_channel_with_room_for_its_bias_stays_as_it_is():
     codes = jnp.asarray(RNG.integers(-127, 128, (5, 4)), jnp.float32)
     scale, bias = f32(0.1, 1e-3, 2.0, 0.5), f32(3.0, -1.0, 0.0, 1e5)
-    got, scales = requantize.room_for_bias(
-        codes, (codes == 0).all(0), scale, bias, jnp.float32(0.02)
-    )
+    got, scales = requantize.room_for_bias(codes, dead(codes), scale, bias, jnp.float32(0.02))
     np.testing.assert_array_equal(got, codes)
     np.testing.assert_array_equal(scales, scale)
 
@@ -87,9 +85,7 @@ def test_a_channel_of_zeros_has_the_scale_of_its_bias():
     """Coarse enough for the bias, fine enough for 23 digits of it; without a bias as it was."""
     codes = f32([0, 0, 0, 1], [0, 0, 0, 0])
     bias, x_scale = f32(3.0, -3.0, 0.0, 3.0), jnp.float32(0.25)
-    got, scales = requantize.room_for_bias(
-        codes, (codes == 0).all(0), f32(1, 1, 1, 1), bias, x_scale
-    )
+    got, scales = requantize.room_for_bias(codes, dead(codes), f32(1, 1, 1, 1), bias, x_scale)
     np.testing.assert_array_equal(scales, [12 * 2.0**-23, 12 * 2.0**-23, 1, 1])
     np.testing.assert_array_equal(got, codes)
     held = requantize.integer_bias(bias, scales * x_scale)

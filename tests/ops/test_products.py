@@ -28,7 +28,7 @@ def quantized(codes, scale=SCALE, bits=8):
     most = 2 ** (bits - 1) - 1
     on = sq.Grid(jnp.asarray(scale), jnp.zeros(np.shape(scale), int), -most, most)
 
-    def quantize(turn, kernel, factor):
+    def quantize(kernel, factor):
         dead = (np.reshape(codes, (-1, np.size(scale))) == 0).all(0)
         return KernelCodes(jnp.asarray(codes, jnp.float32).reshape(kernel.shape), on, dead)
 
@@ -130,12 +130,12 @@ def test_a_kernel_has_a_range_for_each_channel_or_a_given_one():
     plan = placed(lambda x: nn.Conv(5, (3,))(x), (2, 7, 2))
     quantizer = next(iter(plan.weights.values()))
     kernel = jnp.asarray(RNG.normal(size=(3, 2, 5)), jnp.float32)
-    present = kernel_codes(quantizer, 5, None, None, kernel)
+    present = kernel_codes(quantizer, 5, None, kernel)
     ends = np.abs(kernel).max((0, 1))
     np.testing.assert_allclose(present.grid.scale, ends / 127, rtol=1e-6)
     np.testing.assert_array_equal(np.abs(present.codes).max((0, 1)), 127)
     ends = jnp.full(5, -10.0), jnp.full(5, 10.0)
-    fixed = kernel_codes(quantizer, 5, ends, None, kernel)
+    fixed = kernel_codes(quantizer, 5, ends, kernel)
     np.testing.assert_allclose(fixed.grid.scale, np.full(5, 10 / 127), rtol=1e-6)
     np.testing.assert_allclose(fixed.codes, kernel * 12.7, atol=0.501)
 
@@ -157,11 +157,11 @@ def test_a_kernel_is_quantized_as_if_its_factors_were_in_it(per_channel, known):
 
     @jax.jit
     def fused(kernel, factor):
-        got = quantize(None, kernel, factor)
+        got = quantize(kernel, factor)
         return got.codes, got.grid.scale, got.dead
 
     codes, scale, dead = fused(kernel, factor)
-    want = quantize(jnp.ones(3), kernel * factor[None, None])
+    want = quantize(kernel * factor[None, None])
     np.testing.assert_array_equal(codes, want.codes)
     np.testing.assert_array_equal(scale, want.grid.scale)
     np.testing.assert_array_equal(dead, (np.asarray(want.codes) == 0).all((0, 1)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from simqat_jax.numerics.folding import magnitudes
+from simqat_jax.numerics.folding import magnitudes, scaled_kernel
 from simqat_jax.numerics.observers.extremes import OfExtremes, RangeState
 from simqat_jax.numerics.observers.observer import Range, Role
 
@@ -37,11 +37,11 @@ class Batch(OfExtremes):
         return (np.zeros(hi.shape, np.float32) if self.nonnegative else lo), hi
 
     def present_range(self, x: jax.Array) -> Range:
-        return self.scaled_range(x, None) if self.spec.symmetric else self.measure(x)
+        return self.scaled_range(x, None)
 
     def scaled_range(self, kernel: jax.Array, factor: jax.Array | None) -> Range:
         if not self.spec.symmetric:
-            return super().scaled_range(kernel, factor)
+            return self.measure(scaled_kernel(kernel, factor))
         # A symmetric grid needs the magnitude alone.
         magnitude = magnitudes(lax.stop_gradient(kernel), factor)
         if self.num_channels is None:
